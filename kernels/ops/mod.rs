@@ -1,0 +1,3 @@
+pub(crate) mod attention;
+pub(crate) mod norm;
+pub(crate) mod rotary;

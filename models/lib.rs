@@ -1,0 +1,18 @@
+//! FLUX.1 and its encoders: tensors in, tensors out. No clock, network, threads, SQL or environment.
+//!
+//! Start at [`flux::Flux::forward`], which reads like the paper. Around it: [`t5`] and [`clip`] read the prompt, [`vae`] turns
+//! latents into pictures and back, [`sampler`] walks from noise to latents, [`weights`] reads any published layout, [`nn`]
+//! holds the layers. Letters in shapes, everywhere: `b` batch, `l` tokens (`l_img`, `l_txt`), `d` hidden width, `h` heads,
+//! `e` head width, `c` channels, `y x` rows and columns.
+
+pub mod bundle;
+pub mod clip;
+pub mod flux;
+pub mod nn;
+#[cfg(feature = "pocket")]
+pub mod pocket;
+pub mod sampler;
+pub mod t5;
+pub mod tokenize;
+pub mod vae;
+pub mod weights;
