@@ -38,15 +38,6 @@ enum End {
     First(u32),
 }
 
-/// What the encoder makes of a text.
-#[derive(Debug, Clone)]
-pub struct Encoded {
-    /// `(b, l, d)`: every token, after the final norm.
-    pub hidden: Tensor,
-    /// `(b, d)`: the token at the end of the text.
-    pub pooled: Tensor,
-}
-
 /// Embeddings, layers, final norm.
 #[derive(Debug)]
 pub struct ClipText {
@@ -77,8 +68,9 @@ impl ClipText {
         })
     }
 
-    /// ids `(b, l)` u32 with l up to the number of positions (77) -> all tokens and the pooled one, in the model's dtype.
-    pub fn forward(&self, ids: &Tensor) -> Result<Encoded> {
+    /// ids `(b, l)` u32 with l up to the number of positions (77) -> every token after the final norm `(b, l, d)` and the token at
+    /// the end of the text `(b, d)`, in the model's dtype.
+    pub fn forward(&self, ids: &Tensor) -> Result<(Tensor, Tensor)> {
         let l = ids.dim(1)?;
         let mut x = self.tokens.forward(ids)?.broadcast_add(&self.positions.first(l)?)?;
         let mask = causal_mask(l, ids.device())?;
@@ -87,7 +79,7 @@ impl ClipText {
         }
         let hidden = self.norm.forward(&x)?;
         let pooled = self.pool(&hidden, ids)?;
-        Ok(Encoded { hidden, pooled })
+        Ok((hidden, pooled))
     }
 
     /// hidden `(b, l, d)`, ids `(b, l)` -> `(b, d)`.

@@ -5,7 +5,7 @@ mod embedding;
 mod linear;
 mod norm;
 
-pub use kernels::attention;
 pub use embedding::Embedding;
+pub use kernels::{Budget, attention};
 pub use linear::{Linear, Weight};
 pub use norm::{LayerNorm, RmsNorm};

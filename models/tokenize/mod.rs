@@ -23,7 +23,7 @@ pub struct Tokens {
 #[derive(Debug)]
 pub struct Tokenizers {
     t5: Vocabulary,
-    t5_limit: usize,
+    t5_limit: Option<usize>,
     clip: Vocabulary,
 }
 
@@ -37,9 +37,9 @@ impl Tokenizers {
         })
     }
 
-    /// Most tokens that the model's T5 was made for: `model_max_length` in its settings, at most 512.
+    /// Most tokens that the model's T5 was made for: `model_max_length` in its settings, at most 512. `None` if they do not say.
     #[must_use]
-    pub fn t5_limit(&self) -> usize {
+    pub fn t5_limit(&self) -> Option<usize> {
         self.t5_limit
     }
 

@@ -1,65 +1,68 @@
-//! Fixture files and how far two tensors are apart.
+//! Tensors and files that `tests/fixtures/*/export.py` wrote with the reference implementation.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use models::weights::{Checkpoint, Component, Source};
+use serde_json::Value;
 
-/// A file or folder in `tests/fixtures`.
-pub(crate) fn path(name: &str) -> PathBuf {
+/// Largest relative error of a module in f32.
+pub const MODULE: f64 = 2e-5;
+
+pub fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-/// Tensors that the reference implementation wrote: integers as u32, all else as f32.
-pub(crate) struct Tensors(safetensors::tensor::SafeTensors<'static>);
+/// All tensors of a fixture file, on the CPU.
+pub struct Fixture(HashMap<String, Tensor>);
 
-impl Tensors {
-    pub(crate) fn open(name: &str) -> Self {
-        // Tests are short-lived: leaking the bytes saves a lifetime everywhere.
-        let bytes: &'static [u8] = std::fs::read(path(name)).unwrap().leak();
-        Self(safetensors::SafeTensors::deserialize(bytes).unwrap())
+impl Fixture {
+    pub fn open(name: &str) -> Self {
+        Self(candle_core::safetensors::load(path(name), &Device::Cpu).expect(name))
     }
 
-    pub(crate) fn get(&self, name: &str) -> Tensor {
-        let view = self.0.tensor(name).unwrap_or_else(|e| panic!("fixture tensor {name}: {e}"));
-        let values = view.data().as_chunks::<4>().0;
-        match view.dtype() {
-            safetensors::Dtype::F32 => {
-                let values: Vec<f32> = values.iter().map(|raw| f32::from_le_bytes(*raw)).collect();
-                Tensor::from_vec(values, view.shape(), &Device::Cpu).unwrap()
-            }
-            safetensors::Dtype::I32 => {
-                let values: Vec<u32> = values.iter().map(|raw| i32::from_le_bytes(*raw).try_into().unwrap()).collect();
-                Tensor::from_vec(values, view.shape(), &Device::Cpu).unwrap()
-            }
-            other => panic!("fixture tensor {name} is {other:?}"),
-        }
+    pub fn get(&self, key: &str) -> Tensor {
+        self.0.get(key).unwrap_or_else(|| panic!("no tensor {key} in the fixture")).clone()
+    }
+
+    pub fn ids(&self, key: &str) -> Tensor {
+        self.get(key).to_dtype(DType::U32).unwrap()
     }
 }
 
-/// One component of a fixture model in f32, with its config.json.
-pub(crate) fn component(component: Component, folder: &str) -> (Source, serde_json::Value) {
-    let folder = path(folder);
-    let mut files: Vec<PathBuf> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-    files.retain(|file| file.extension().is_some_and(|end| end == "safetensors"));
-    let checkpoint = Checkpoint::open(&files).unwrap();
-    let config = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
-    (Source::new(component, &checkpoint, DType::F32, &Device::Cpu), config)
+pub fn json(name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(path(name)).expect(name)).unwrap()
 }
 
-/// Largest absolute difference over the largest absolute value of `expected`. Panics if the shapes differ.
-pub(crate) fn relative_error(got: &Tensor, expected: &Tensor) -> f64 {
-    assert_eq!(got.dims(), expected.dims());
-    let largest = |x: Tensor| f64::from(x.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap());
-    let got = got.to_dtype(DType::F32).unwrap();
-    assert!(got.sum_all().unwrap().to_scalar::<f32>().unwrap().is_finite(), "a value is not finite");
-    largest((&got - expected).unwrap()) / largest(expected.clone())
+/// A component of a tiny model in f32, with its configuration.
+pub fn component(model: &str, folder: &str, component: Component) -> (Source, Value) {
+    let folder = format!("{model}/{folder}");
+    let files = std::fs::read_dir(path(&folder)).unwrap().map(|entry| entry.unwrap().path());
+    let weights: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
+    let checkpoint = Checkpoint::open(&weights).unwrap();
+    (Source::new(component, &checkpoint, DType::F32, &Device::Cpu), json(&format!("{folder}/config.json")))
 }
 
-/// Panics if `got` is further from `expected` than f32 rounding explains.
+/// max |got - want| / max |want|.
+pub fn relative_error(got: &Tensor, want: &Tensor) -> f64 {
+    assert_eq!(got.dims(), want.dims(), "shapes differ");
+    let max = |x: Tensor| f64::from(x.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap());
+    let (got, want) = (got.to_dtype(DType::F32).unwrap(), want.to_dtype(DType::F32).unwrap());
+    let error = max((got - &want).unwrap()) / max(want);
+    assert!(error.is_finite(), "the tensors hold values that are not numbers");
+    error
+}
+
+/// |got - want|₂ / |want|₂.
+pub fn relative_l2(got: &Tensor, want: &Tensor) -> f64 {
+    assert_eq!(got.dims(), want.dims(), "shapes differ");
+    let norm = |x: Tensor| f64::from(x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
+    norm((got - want).unwrap()) / norm(want.clone())
+}
+
 #[track_caller]
-pub(crate) fn assert_same(what: &str, got: &Tensor, expected: &Tensor) {
-    const LIMIT: f64 = 2e-5;
-    let error = relative_error(got, expected);
-    assert!(error <= LIMIT, "{what}: relative error {error:.2e} is above {LIMIT:.0e}");
+pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, bound: f64) {
+    let error = relative_error(got, want);
+    assert!(error <= bound, "{what}: relative error {error:.2e} is over {bound:.0e}");
 }

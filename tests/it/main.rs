@@ -1,4 +1,5 @@
-//! Tests across modules, all on the CPU and without a network, against numbers in `tests/fixtures`.
+//! Everything that is tested through the crates' public face, as one binary.
 
 mod fixtures;
 mod parity_encoders;
+mod parity_flux;

@@ -4,27 +4,27 @@ use models::clip::ClipText;
 use models::t5::T5Encoder;
 use models::weights::Component;
 
-use crate::fixtures::{Tensors, assert_same, component};
+use crate::fixtures::{Fixture, MODULE, assert_close, component};
 
 const MODULES: &str = "modules/modules.safetensors";
 
 #[test]
 fn t5_equals_transformers() {
-    let (source, config) = component(Component::T5, "tiny-dev/text_encoder_2");
+    let (source, config) = component("tiny-dev", "text_encoder_2", Component::T5);
     let model = T5Encoder::load(&source, Some(&config)).unwrap();
     source.finish().unwrap();
-    let expected = Tensors::open(MODULES);
-    let hidden = model.forward(&expected.get("t5.in.ids")).unwrap();
-    assert_same("t5.out.hidden", &hidden, &expected.get("t5.out.hidden"));
+    let fixture = Fixture::open(MODULES);
+    let hidden = model.forward(&fixture.ids("t5.in.ids")).unwrap();
+    assert_close("t5.out.hidden", &hidden, &fixture.get("t5.out.hidden"), MODULE);
 }
 
 #[test]
 fn clip_equals_transformers() {
-    let (source, config) = component(Component::Clip, "tiny-dev/text_encoder");
+    let (source, config) = component("tiny-dev", "text_encoder", Component::Clip);
     let model = ClipText::load(&source, Some(&config)).unwrap();
     source.finish().unwrap();
-    let expected = Tensors::open(MODULES);
-    let encoded = model.forward(&expected.get("clip.in.ids")).unwrap();
-    assert_same("clip.out.hidden", &encoded.hidden, &expected.get("clip.out.hidden"));
-    assert_same("clip.out.pooled", &encoded.pooled, &expected.get("clip.out.pooled"));
+    let fixture = Fixture::open(MODULES);
+    let (hidden, pooled) = model.forward(&fixture.ids("clip.in.ids")).unwrap();
+    assert_close("clip.out.hidden", &hidden, &fixture.get("clip.out.hidden"), MODULE);
+    assert_close("clip.out.pooled", &pooled, &fixture.get("clip.out.pooled"), MODULE);
 }
