@@ -11,8 +11,10 @@
 //!
 //! The model never asks which device it runs on: a faster kernel for one device replaces the inside of its function here.
 
+mod memory;
 mod ops;
 
+pub use memory::free_memory;
 pub use ops::attention::{Budget, attention};
 pub use ops::convolve::{Window, convolve};
 pub use ops::group_norm::{After, group_norm};

@@ -1,8 +1,9 @@
 //! One layer of the CLIP text encoder: causal self-attention and a feed-forward, each after a norm.
 
-use candle_core::{Result, Tensor};
+use candle_core::Tensor;
 
 use super::Sizes;
+use crate::Result;
 use crate::nn::{Budget, LayerNorm, Linear, attention};
 use crate::weights::{Config, Error, Source};
 

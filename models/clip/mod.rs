@@ -5,8 +5,9 @@
 
 mod layer;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Tensor};
 
+use crate::Result;
 use crate::nn::{Embedding, LayerNorm};
 use crate::weights::{Component, Config, Error, Source};
 use layer::{Activation, Layer};

@@ -1,7 +1,8 @@
 //! Lookup of token ids in a table.
 
-use candle_core::{Result, Tensor};
+use candle_core::Tensor;
 
+use crate::Result;
 use crate::weights::{Error, Source};
 
 /// A table `(v, d)` of one vector per token, dense in the dtype of computation whatever the file stores: lookups are few.

@@ -1,8 +1,9 @@
 //! T5's self-attention: unscaled scores plus the relative position bias.
 
-use candle_core::{Result, Tensor};
+use candle_core::Tensor;
 
 use super::Sizes;
+use crate::Result;
 use crate::nn::{Budget, Linear, attention};
 use crate::weights::{Error, Source};
 

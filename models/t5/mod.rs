@@ -5,8 +5,9 @@
 mod attention;
 mod position;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Tensor};
 
+use crate::Result;
 use crate::nn::{Embedding, Linear, RmsNorm};
 use crate::weights::{Component, Config, Error, Source};
 use attention::SelfAttention;

@@ -1,7 +1,8 @@
 //! The bias that T5 adds to attention scores by the distance of two tokens.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Tensor};
 
+use crate::Result;
 use crate::weights::{Config, Error, Source};
 
 /// Distance from which all tokens share the last bucket, unless config.json says otherwise.
