@@ -3,6 +3,8 @@
 //! | op | what it does | reference |
 //! |---|---|---|
 //! | [`attention`] | softmax(q kᵀ / √e) v in chunks of queries | the same in one piece, in tests |
+//! | [`convolve`] | convolution, unfolding a part of the input at a time | candle's `conv2d`, in tests |
+//! | [`group_norm`] | group norm, affine, SiLU in one pass | composed candle ops, in tests |
 //! | [`layer_norm`] | layer norm without weights, f32 statistics | composed candle ops, in tests |
 //! | [`rms_norm`] | root-mean-square norm with scale, f32 statistics | composed candle ops, in tests |
 //! | [`rotate`] | rotary embedding of interleaved pairs | composed candle ops, in tests |
@@ -14,5 +16,7 @@ mod ops;
 
 pub use memory::free_memory;
 pub use ops::attention::{Budget, attention};
+pub use ops::convolve::{Window, convolve};
+pub use ops::group_norm::{After, group_norm};
 pub use ops::norm::{layer_norm, rms_norm};
 pub use ops::rotary::rotate;

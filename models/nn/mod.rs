@@ -1,9 +1,11 @@
 //! The layers that every model here is made of. The choice of kernel, dtype and storage lives in this folder and in
 //! `kernels`, never in a model.
 
+mod embedding;
 mod linear;
 mod norm;
 
+pub use embedding::Embedding;
 pub use kernels::{Budget, attention};
 pub use linear::{Linear, Weight};
 pub use norm::{LayerNorm, RmsNorm};

@@ -5,6 +5,7 @@
 //! (without CLIP's `text_model.`). Nothing here downloads.
 
 mod checkpoint;
+mod config;
 mod error;
 pub mod names;
 mod read;
@@ -12,6 +13,7 @@ mod sniff;
 mod source;
 
 pub use checkpoint::{Checkpoint, Kind, Stored};
+pub use config::Config;
 pub use error::Error;
 pub use names::Component;
 pub use sniff::describe;

@@ -3,4 +3,5 @@
 mod e2e;
 mod fixtures;
 mod layouts;
+mod parity_encoders;
 mod parity_flux;

@@ -1,0 +1,206 @@
+//! Group norm with SiLU after it, in one pass over memory on the CPU.
+//!
+//! Fuses centring, scaling, the affine map and SiLU: composed of candle ops these read and write a picture's activations about
+//! ten times.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType, bail};
+use rayon::prelude::*;
+
+/// What follows the norm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    Nothing,
+    Silu,
+}
+
+/// x `(b, c, y, x)`, weight and bias `(c)` -> `(x - mean) / sqrt(variance + eps) * weight + bias`, then `after`; same shape and dtype.
+///
+/// Mean and variance are those of each picture's `c / groups` neighbouring channels, in f32. Errors if the groups do not divide c.
+pub fn group_norm(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor, eps: f32, after: After) -> Result<Tensor> {
+    let c = x.dim(1)?;
+    if groups == 0 || !c.is_multiple_of(groups) || weight.dims() != [c] || bias.dims() != [c] {
+        bail!("group norm of {:?} in {groups} groups with weight {:?} and bias {:?}", x.shape(), weight.shape(), bias.shape());
+    }
+    // Parameters are few, and f32 inside.
+    let (weight, bias) = (weight.to_dtype(DType::F32)?, bias.to_dtype(DType::F32)?);
+    if x.device().is_cpu() {
+        let op = GroupNorm { per_group: c / groups, weight: weight.to_vec1()?, bias: bias.to_vec1()?, eps, after };
+        return x.contiguous()?.apply_op1_no_bwd(&op);
+    }
+    composed(x, groups, &weight, &bias, eps, after)
+}
+
+/// Largest f32 copy of an input, in bytes, that [`composed`] makes at once.
+const SLICE_BYTES: usize = 256 << 20;
+
+/// By candle ops, a few groups at a time so that the f32 copies stay small next to the activations.
+fn composed(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor, eps: f32, after: After) -> Result<Tensor> {
+    let (b, c, height, width) = x.dims4()?;
+    let (per_group, dtype) = (c / groups, x.dtype());
+    let group_bytes = b * per_group * height * width * DType::F32.size_in_bytes();
+    let at_once = (SLICE_BYTES / group_bytes.max(1)).clamp(1, groups);
+    let slice = |first: usize| {
+        let n = at_once.min(groups - first);
+        let (from, channels) = (first * per_group, n * per_group);
+        // bf16 has 8 bits of mantissa: statistics over millions of pixels need f32.
+        let x = x.narrow(1, from, channels)?.to_dtype(DType::F32)?.reshape((b, n, per_group, height * width))?;
+        // Channel by channel first: one long sum for each group would leave most of a GPU idle.
+        let mean = |x: &Tensor| x.mean_keepdim(3)?.mean_keepdim(2);
+        let x = x.broadcast_sub(&mean(&x)?)?;
+        let x = x.broadcast_div(&(mean(&x.sqr()?)? + f64::from(eps))?.sqrt()?)?;
+        let (weight, bias) = (weight.narrow(0, from, channels)?, bias.narrow(0, from, channels)?);
+        let x = x.broadcast_mul(&weight.reshape((n, per_group, 1))?)?.broadcast_add(&bias.reshape((n, per_group, 1))?)?;
+        let x = if after == After::Silu { x.silu()? } else { x };
+        x.reshape((b, channels, height, width))?.to_dtype(dtype)
+    };
+    let slices = (0..groups).step_by(at_once).map(slice).collect::<Result<Vec<_>>>()?;
+    Tensor::cat(&slices, 1)
+}
+
+/// The CPU kernel: each group is read three times from cache and written once.
+struct GroupNorm {
+    per_group: usize,
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    eps: f32,
+    after: After,
+}
+
+impl GroupNorm {
+    fn run<T: WithDType + Send + Sync>(&self, x: &[T], c: usize, area: usize) -> Vec<T> {
+        let mut y = vec![T::zero(); x.len()];
+        let (size, groups) = (self.per_group * area, c / self.per_group);
+        let group = |(i, (x, y)): (usize, (&[T], &mut [T]))| {
+            let x: Vec<f32> = x.iter().map(|v| v.to_f64() as f32).collect();
+            let (centre, factor) = statistics(&x, self.eps);
+            let first = i % groups * self.per_group;
+            for (k, (x, y)) in x.chunks(area).zip(y.chunks_mut(area)).enumerate() {
+                let scale = self.weight[first + k] * factor;
+                let shift = self.bias[first + k] - centre * scale;
+                let each = |f: fn(f32) -> f32, y: &mut [T]| {
+                    y.iter_mut().zip(x).for_each(|(y, x)| *y = T::from_f64(f64::from(f(x * scale + shift))));
+                };
+                match self.after {
+                    After::Nothing => each(|v| v, y),
+                    After::Silu => each(silu, y),
+                }
+            }
+        };
+        x.par_chunks(size.max(1)).zip(y.par_chunks_mut(size.max(1))).enumerate().for_each(group);
+        y
+    }
+}
+
+/// Mean and `1 / sqrt(variance + eps)`.
+fn statistics(x: &[f32], eps: f32) -> (f32, f32) {
+    let count = x.len() as f64;
+    let mean = (sum(x, |v| v) / count) as f32;
+    let variance = (sum(x, |v| (v - mean) * (v - mean)) / count) as f32;
+    (mean, 1.0 / (variance + eps).sqrt())
+}
+
+/// The sum of `f` over x: in f32 within short stretches and side by side so that the compiler can use vectors, in f64 across.
+fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f64 {
+    const SIDE: usize = 16;
+    let stretch = |x: &[f32]| {
+        let (blocks, rest) = x.as_chunks::<SIDE>();
+        let mut sums = [0f32; SIDE];
+        for block in blocks {
+            sums.iter_mut().zip(block).for_each(|(sum, v)| *sum += f(*v));
+        }
+        f64::from(sums.iter().sum::<f32>()) + rest.iter().map(|v| f64::from(f(*v))).sum::<f64>()
+    };
+    x.chunks(4096).map(stretch).sum()
+}
+
+/// `x / (1 + e⁻ˣ)`.
+#[inline]
+fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// eˣ to 2e-7, without branches or calls so that loops over it are vectorised (libm's takes four times as long).
+#[inline]
+fn exp(x: f32) -> f32 {
+    /// Adding it leaves the nearest whole number in the lowest bits.
+    const ROUND: f32 = 12_582_912.0;
+    /// ln 2 in two parts, the first with trailing zeros, so that n ln 2 is exact.
+    const LN2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+    let x = x.clamp(-87.0, 88.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * LN2[0] - n * LN2[1];
+    // Cephes' polynomial for |r| <= ln 2 / 2.
+    let p = 1.987_569_1e-4 * r + 1.398_199_9e-3;
+    let p = (((p * r + 8.333_452e-3) * r + 4.166_579_6e-2) * r + 0.166_666_65) * r + 0.5;
+    let p = p * r * r + r + 1.0;
+    let power = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32).wrapping_add(127) << 23;
+    p * f32::from_bits(power as u32)
+}
+
+impl CustomOp1 for GroupNorm {
+    fn name(&self) -> &'static str {
+        "group_norm"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let Some((start, end)) = layout.contiguous_offsets() else { bail!("group_norm needs contiguous rows") };
+        let (_, c, height, width) = layout.shape().dims4()?;
+        let area = height * width;
+        let storage = match storage {
+            CpuStorage::F32(x) => CpuStorage::F32(self.run(&x[start..end], c, area)),
+            CpuStorage::BF16(x) => CpuStorage::BF16(self.run(&x[start..end], c, area)),
+            CpuStorage::F16(x) => CpuStorage::F16(self.run(&x[start..end], c, area)),
+            other => bail!("group_norm is not defined for {:?}", other.dtype()),
+        };
+        Ok((storage, layout.shape().clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn largest(x: &Tensor) -> f32 {
+        x.to_dtype(DType::F32).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    }
+
+    #[test]
+    fn the_fused_norm_equals_the_composed_one() {
+        let random = |shape: &[usize]| Tensor::randn(0.5f32, 2.0, shape, &Device::Cpu).unwrap();
+        for (shape, groups) in [([2, 8, 5, 7], 4), ([1, 6, 33, 40], 2), ([3, 4, 1, 1], 1), ([1, 4, 3, 3], 4)] {
+            let (x, weight, bias) = (random(&shape), random(&shape[1..2]), random(&shape[1..2]));
+            for after in [After::Nothing, After::Silu] {
+                let plain = composed(&x, groups, &weight, &bias, 1e-6, after).unwrap();
+                let fused = group_norm(&x, groups, &weight, &bias, 1e-6, after).unwrap();
+                assert!(largest(&(fused - &plain).unwrap()) < 4e-6 * largest(&plain), "{shape:?} {after:?}");
+
+                let half = group_norm(&x.to_dtype(DType::BF16).unwrap(), groups, &weight, &bias, 1e-6, after).unwrap();
+                assert_eq!(half.dtype(), DType::BF16);
+                let apart = largest(&(half.to_dtype(DType::F32).unwrap() - &plain).unwrap());
+                assert!(apart < 0.02 * largest(&plain).max(1.0), "{shape:?} {after:?} bf16 {apart}");
+            }
+        }
+    }
+
+    #[test]
+    fn groups_must_divide_the_channels() {
+        let x = Tensor::zeros((1, 6, 2, 2), DType::F32, &Device::Cpu).unwrap();
+        let one = Tensor::ones(6, DType::F32, &Device::Cpu).unwrap();
+        assert!(group_norm(&x, 4, &one, &one, 1e-6, After::Nothing).is_err());
+    }
+
+    #[test]
+    fn the_short_exp_is_within_two_ulp() {
+        for i in -8700..8800 {
+            let x = i as f32 * 0.01 + 0.003;
+            let truth = f64::from(x).exp();
+            assert!((f64::from(exp(x)) - truth).abs() < 2.4e-7 * truth, "{x}");
+        }
+        assert_eq!(silu(-1e30), -1e30 / (1.0 + exp(88.0)));
+        assert_eq!(silu(100.0), 100.0);
+    }
+}
