@@ -9,8 +9,10 @@
 //!
 //! The model never asks which device it runs on: a faster kernel for one device replaces the inside of its function here.
 
+mod memory;
 mod ops;
 
+pub use memory::free_memory;
 pub use ops::attention::{Budget, attention};
 pub use ops::norm::{layer_norm, rms_norm};
 pub use ops::rotary::rotate;

@@ -1,8 +1,8 @@
 //! The files that make up one model: where each component's weights, configuration and tokenizer are.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use crate::weights::{Checkpoint, Component, Error};
+use crate::weights::{Checkpoint, Error};
 
 /// A file on disk or inside the program.
 #[derive(Debug, Clone)]

@@ -16,3 +16,6 @@ pub mod t5;
 pub mod tokenize;
 pub mod vae;
 pub mod weights;
+
+/// Tensor code fails with candle's error, loading code with [`weights::Error`].
+pub(crate) type Result<T, E = candle_core::Error> = std::result::Result<T, E>;

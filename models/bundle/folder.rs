@@ -94,7 +94,7 @@ fn no_transformer(path: &Path) -> Error {
 
 fn list(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     let io = |source| Error::Io { path: folder.into(), source };
-    let mut paths = std::fs::read_dir(folder).map_err(io)?.map(|entry| Ok(entry.map_err(io)?.path())).collect::<Result<Vec<_>, _>>()?;
+    let mut paths = std::fs::read_dir(folder).map_err(io)?.map(|entry| Ok(entry.map_err(io)?.path())).collect::<Result<Vec<_>, Error>>()?;
     paths.sort();
     Ok(paths)
 }
@@ -119,7 +119,10 @@ fn component_files(component: Component, folder: &Path) -> Result<Files, Error> 
     let shortest = |paths: Vec<PathBuf>| paths.into_iter().min_by_key(|path| path.as_os_str().len());
     let weights = match shortest(indices) {
         Some(index) => shards(&index, folder)?,
-        None => vec![shortest(weight_files(folder)?).ok_or_else(|| pickled(folder).unwrap_or_else(missing))?],
+        None => match shortest(weight_files(folder)?) {
+            Some(file) => vec![file],
+            None => return Err(pickled(folder).unwrap_or_else(missing)),
+        },
     };
     Ok(Files { weights: weights.into_iter().map(Blob::File).collect(), config })
 }

@@ -1,8 +1,9 @@
 //! The two kinds of block. Each is an attention over text and image tokens together, and an MLP.
 
-use candle_core::{D, IndexOp, Result, Tensor};
+use candle_core::{D, IndexOp, Tensor};
 
 use super::{Config, Rope};
+use crate::Result;
 use crate::nn::{self, LayerNorm, Linear, RmsNorm};
 use crate::weights::{Error, Source};
 

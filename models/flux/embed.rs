@@ -1,8 +1,9 @@
 //! What modulates every block: time, guidance and the pooled prompt, as one vector.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::Config;
+use crate::Result;
 use crate::nn::Linear;
 use crate::weights::{Error, Source};
 

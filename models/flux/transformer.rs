@@ -1,10 +1,11 @@
 //! The forward pass of FLUX.1.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, Tensor};
 use serde_json::Value;
 
 use super::embed::Embedding;
 use super::{Config, DoubleBlock, Rope, SingleBlock};
+use crate::Result;
 use crate::nn::{LayerNorm, Linear};
 use crate::weights::{Error, Source};
 
@@ -36,7 +37,11 @@ pub struct Flux {
 impl Flux {
     /// `json` is the component's `config.json`, if there is one.
     pub fn load(source: &Source, json: Option<&Value>) -> Result<Self, Error> {
-        let config = Config::read(source, json)?;
+        Self::with_config(source, Config::read(source, json)?)
+    }
+
+    /// A transformer of given sizes.
+    pub fn with_config(source: &Source, config: Config) -> Result<Self, Error> {
         let (d, channels) = (config.hidden, config.channels);
         let double = |i| DoubleBlock::load(&source.at(format_args!("double_blocks.{i}")), &config);
         let single = |i| SingleBlock::load(&source.at(format_args!("single_blocks.{i}")), &config);

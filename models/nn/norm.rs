@@ -1,7 +1,8 @@
 //! Norms. Statistics accumulate in f32 whatever the dtype of the input is.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Tensor};
 
+use crate::Result;
 use crate::weights::{Error, Source};
 
 /// Layer norm without weights of its own, as FLUX modulates it (eps 1e-6).

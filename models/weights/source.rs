@@ -85,6 +85,8 @@ pub struct Source {
     prefix: String,
     dtype: DType,
     device: Device,
+    /// Every tensor that is asked for exists and is random.
+    synthetic: bool,
 }
 
 impl Source {
@@ -97,7 +99,14 @@ impl Source {
             Some(prefix) => checkpoint.under(prefix),
         };
         let names = Arc::new(names::canonical(component, &checkpoint));
-        Self { component, checkpoint, names, seen: Arc::default(), prefix: String::new(), dtype, device: device.clone() }
+        Self { component, checkpoint, names, seen: Arc::default(), prefix: String::new(), dtype, device: device.clone(), synthetic: false }
+    }
+
+    /// Random weights of any size, made on `device`: for benches at real sizes without a checkpoint. Matrices are normal with
+    /// the deviation `1 / sqrt(input)`, so activations keep their scale and the arithmetic costs what it costs in earnest.
+    pub fn synthetic(component: Component, dtype: DType, device: &Device) -> Result<Self, Error> {
+        let empty = Checkpoint::open(&[])?;
+        Ok(Self { synthetic: true, ..Self::new(component, &empty, dtype, device) })
     }
 
     /// The names below `name`.
@@ -142,6 +151,9 @@ impl Source {
     /// A tensor of this shape in `dtype`: for values that are used in f32 whatever the model's dtype is.
     pub fn tensor_as(&self, name: &str, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor, Error> {
         let (shape, path) = (shape.into(), self.path(name));
+        if self.synthetic {
+            return Ok(self.random(&shape)?.to_dtype(dtype)?);
+        }
         match self.expect(&path, &shape) {
             Some(rows) => read::dense(&self.checkpoint, &rows, shape.dims(), dtype, &self.device).map_err(|source| Error::Tensor { key: path, source }),
             None => Ok(self.placeholder(&shape)?),
@@ -161,6 +173,9 @@ impl Source {
 
     fn weight(&self, output: usize, input: usize) -> Result<Weight, Error> {
         let (shape, path) = (Shape::from((output, input)), self.path("weight"));
+        if self.synthetic {
+            return Ok(Weight::Dense(self.random(&shape)?));
+        }
         let Some(rows) = self.expect(&path, &shape) else { return Ok(Weight::Dense(self.placeholder(&shape)?)) };
         let failed = |source| Error::Tensor { key: path.clone(), source };
         let all = |kind: fn(Kind) -> bool| rows.iter().all(|part| kind(part.stored.kind));
@@ -233,6 +248,15 @@ impl Source {
             return None;
         }
         Some(rows)
+    }
+
+    fn random(&self, shape: &Shape) -> candle_core::Result<Tensor> {
+        let (mean, deviation) = match shape.dims() {
+            [_] => (0.5, 0.2),
+            [_, inputs @ ..] => (0., 1. / (inputs.iter().product::<usize>() as f64).sqrt()),
+            [] => (1., 0.),
+        };
+        Tensor::randn(mean as f32, deviation as f32, shape, &self.device)?.to_dtype(self.dtype)
     }
 
     /// Stands in for a tensor that is missing, so that one load reports all faults; it takes no memory.

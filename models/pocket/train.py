@@ -1,0 +1,90 @@
+"""Train the pocket model from nothing, stage by stage, on a processor with two cores.
+
+    python train.py data        --run RUN              # draw the portraits (2 minutes)
+    python train.py vae         --run RUN --minutes 25
+    python train.py text        --run RUN --minutes 6
+    python train.py transformer --run RUN --minutes 60
+    python train.py distill     --run RUN --minutes 12
+    python train.py decoder     --run RUN --minutes 10   # may run beside distill
+    python train.py export      --run RUN --output weights
+
+Every training stage has a budget of minutes, and its learning rate falls to zero at the end of
+that budget. A stage that was stopped goes on from its last checkpoint when started again.
+"""
+import argparse
+import sys
+
+STAGES = {}
+
+
+def stage(f):
+    STAGES[f.__name__] = f
+    return f
+
+
+@stage
+def data(o):
+    import data as d
+    d.make(f"{o.run}/plain", o.count, "plain", marks=False)
+    d.make(f"{o.run}/marks", o.count // 8, "marks", marks=True)
+
+
+@stage
+def vae(o):
+    import common, train_vae
+    common.spawn(o, train_vae.train)
+
+
+@stage
+def text(o):
+    import train_text
+    train_text.train(o)
+
+
+@stage
+def transformer(o):
+    import common, train_flow
+    common.spawn(o, train_flow.train)
+
+
+@stage
+def distill(o):
+    import common, train_flow
+    common.spawn(o, train_flow.distill)
+
+
+@stage
+def decoder(o):
+    import train_vae
+    train_vae.refine(o)
+
+
+@stage
+def export(o):
+    import export as e
+    e.export(o)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("stage", choices=STAGES, help="what to do; the order is the one above")
+    ap.add_argument("--run", default="run", help="folder for data and checkpoints (several GB)")
+    ap.add_argument("--output", default="weights", help="export: the diffusers folder to write")
+    ap.add_argument("--count", type=int, default=16000, help="data: how many portraits to draw")
+    ap.add_argument("--minutes", type=float, default=20, help="time budget of a training stage")
+    ap.add_argument("--batch", type=int, default=32, help="pictures (or captions) per step and process")
+    ap.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    ap.add_argument("--workers", type=int, default=2, help="vae, transformer, distill: processes")
+    ap.add_argument("--threads", type=int, default=1, help="processor threads of each process")
+    ap.add_argument("--seed", type=int, default=0, help="seed of weights, noise and captions")
+    ap.add_argument("--guidance", type=float, default=3.0, help="export: guidance of the samples")
+    o = ap.parse_args()
+    import torch
+    torch.set_num_threads(o.threads)
+    torch.manual_seed(o.seed)
+    sys.stdout.reconfigure(line_buffering=True)
+    STAGES[o.stage](o)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Stage "vae": a small AutoencoderKL, 8x down to 16 channels.
+
+Trained mostly on 64x64 crops (it is convolutional), the face more often than the rest, and at
+the end on whole pictures. Loss: L1 on pixels, on their horizontal and vertical differences (crisp
+edges) and on averages of 8x8 pixels, on differences of the colour channels, L2 on pixels, plus a small KL term that keeps
+the latents compact.
+"""
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+import draw
+
+
+def build():
+    from diffusers import AutoencoderKL
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 16, 32, 64), layers_per_block=1, latent_channels=16,
+        norm_num_groups=4, sample_size=128, use_quant_conv=False, use_post_quant_conv=False,
+        scaling_factor=1.0, shift_factor=0.0)
+    # Start with little posterior noise and quiet residual branches: both speed up the start.
+    torch.nn.init.constant_(model.encoder.conv_out.bias[16:], -5.0)
+    for name, p in model.named_parameters():
+        if ".conv2.weight" in name or ".to_out.0.weight" in name:
+            p.data.mul_(0.1)
+    return model
+
+
+def batch(sets, rng, n, crop):
+    out = np.empty((n, crop, crop, 3), np.uint8)
+    for i in range(n):
+        pixels = sets[1] if rng.random() < 0.15 else sets[0]
+        k = rng.integers(len(pixels))
+        lo, hi = (20, 48) if rng.random() < 0.6 else (0, 65)      # near the eyes, or anywhere
+        x, y = (rng.integers(lo, hi), rng.integers(lo, hi)) if crop < 128 else (0, 0)
+        piece = pixels[k, y:y + crop, x:x + crop]
+        out[i] = piece[:, ::-1] if rng.random() < 0.5 else piece
+    return torch.from_numpy(out).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def distance(x, y):
+    """How far the picture y is from x."""
+    l1 = (y - x).abs().mean()
+    dx = lambda t: t[..., 1:] - t[..., :-1]
+    dy = lambda t: t[..., 1:, :] - t[..., :-1, :]
+    edges = (dx(y) - dx(x)).abs().mean() + (dy(y) - dy(x)).abs().mean()
+    d = y - x
+    pool = F.avg_pool2d(d, 8).abs().mean()
+    chroma = (d[:, 0] - d[:, 1]).abs().mean() + (d[:, 2] - d[:, 1]).abs().mean()
+    return l1 + 0.5 * edges + pool + 2 * d.square().mean() + 0.5 * chroma, l1, edges
+
+
+def loss_of(model, x, kl_weight):
+    q = model.encode(x).latent_dist
+    loss, l1, edges = distance(x, model.decode(q.sample()).sample)
+    kl = 0.5 * (q.mean.pow(2) + q.var - 1 - q.logvar).mean()
+    return loss + kl_weight * kl, (l1, edges, kl)
+
+
+@torch.no_grad()
+def preview(model, pixels, path):
+    x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    y = model.decode(model.encode(x).latent_dist.mean).sample
+    psnr = -10 * torch.log10(((y.clamp(-1, 1) - x) / 2).pow(2).mean()).item()
+    if path:
+        from PIL import Image
+        both = torch.stack([x, y], 1).flatten(0, 1).clamp(-1, 1)
+        both = ((both + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        draw.sheet([Image.fromarray(p) for p in both], columns=6, zoom=2).save(path)
+    return psnr
+
+
+def train(o):
+    sets = [np.load(f"{o.run}/{n}.npy", mmap_mode="r") for n in ("plain", "marks")]
+    test, sets = sets[0][:12], [sets[0][12:], sets[1]]
+    path = f"{o.run}/vae.pt"
+    model = build().to(memory_format=torch.channels_last)
+    opt = torch.optim.AdamW(model.parameters(), o.lr, (0.9, 0.99), weight_decay=1e-4)
+    avg, budget, step = common.Average(model, 0.997), common.Budget(o.minutes), 0
+    if old := common.load(path):
+        model.load_state_dict(old["model"]), opt.load_state_dict(old["opt"])
+        avg.module.load_state_dict(old["avg"])
+        avg.n, step, budget.spent = old["step"], old["step"], old["spent"]
+    torch.manual_seed(o.seed + 1000 * common.rank() + step)
+    rng, saved, sums = np.random.default_rng([o.seed, step, common.rank()]), time.time(), np.zeros(3)
+    print("parameters", sum(p.numel() for p in model.parameters()))
+    while (done := budget.progress()) < 1:
+        for g in opt.param_groups:
+            g["lr"] = common.rate(done, step, o.lr, 60)
+        whole = done > 0.85
+        x = batch(sets, rng, o.batch // 4 if whole else o.batch, 128 if whole else 64)
+        loss, parts = loss_of(model, x.to(memory_format=torch.channels_last), 3e-4)
+        opt.zero_grad()
+        loss.backward()
+        common.average_gradients(model.parameters())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        opt.step()
+        avg.update(model)
+        sums += [p.item() for p in parts]
+        step += 1
+        if step % 50 == 0:
+            l1, edges, kl = sums / 50
+            print(f"vae step {step} {done:.1%} l1 {l1:.4f} edges {edges:.4f} kl {kl:.2f}")
+            sums[:] = 0
+        if common.rank() == 0 and time.time() - saved > 150:
+            saved = time.time()
+            common.save(path, model=model.state_dict(), opt=opt.state_dict(),
+                        avg=avg.module.state_dict(), step=step, spent=budget.spent)
+            print(f"vae checkpoint, PSNR {preview(avg.module, test, f'{o.run}/vae.png'):.2f} dB")
+    common.save(path, model=model.state_dict(), opt=opt.state_dict(),
+                avg=avg.module.state_dict(), step=step, spent=budget.spent)
+    if common.rank():
+        return
+    print(f"vae done, step {step}, PSNR {preview(avg.module, test, f'{o.run}/vae.png'):.2f} dB")
+
+
+def refine(o):
+    """Stage "decoder": go on with the decoder alone, on the latents the transformer learns.
+
+    The encoder is done, so this can run beside the transformer or the distillation. A little
+    noise on the latents prepares the decoder for latents that are not perfect.
+    """
+    norm = common.load(f"{o.run}/latents.pt")
+    model = build()
+    model.load_state_dict(common.load(f"{o.run}/vae.pt")["avg"])
+    model = model.to(memory_format=torch.channels_last)
+    model.encoder.requires_grad_(False)
+    pixels = np.load(f"{o.run}/plain.npy", mmap_mode="r")
+    z = norm["z"].view(-1, 8, 8, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(-1, 16, 16, 16)
+    opt = torch.optim.AdamW(model.decoder.parameters(), o.lr, (0.9, 0.99), weight_decay=1e-4)
+    avg, budget, step, path = common.Average(model, 0.99), common.Budget(o.minutes), 0, f"{o.run}/decoder.pt"
+    if old := common.load(path):
+        model.load_state_dict(old["model"]), opt.load_state_dict(old["opt"])
+        avg.module.load_state_dict(old["avg"])
+        avg.n, step, budget.spent = old["step"], old["step"], old["spent"]
+    rng, saved, losses = np.random.default_rng([o.seed, step, 7]), time.time(), []
+
+    def store():
+        common.save(path, model=model.state_dict(), opt=opt.state_dict(),
+                    avg=avg.module.state_dict(), step=step, spent=budget.spent)
+        print(f"decoder PSNR {preview(avg.module, pixels[:12], f'{o.run}/decoder.png'):.2f} dB")
+
+    while (done := budget.progress()) < 1:
+        for g in opt.param_groups:
+            g["lr"] = common.rate(done, step, o.lr, 50)
+        k = np.sort(rng.integers(12, len(z), o.batch))
+        x = torch.from_numpy(pixels[k]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latent = z[k].float() + 0.04 * torch.randn(len(k), 16, 16, 16)
+        y = model.decode(latent / norm["scale"] + norm["shift"]).sample
+        loss = distance(x, y)[0]
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.decoder.parameters(), 0.5)
+        opt.step()
+        avg.update(model)
+        losses.append(loss.item())
+        step += 1
+        if step % 50 == 0:
+            print(f"decoder step {step} {done:.1%} loss {np.mean(losses):.4f}")
+            losses = []
+        if time.time() - saved > 150:
+            saved = time.time()
+            store()
+    store()

@@ -1,0 +1,158 @@
+//! Whole jobs against diffusers' pipelines: txt2img, img2img, inpainting, true CFG, dev and schnell.
+
+use std::ops::ControlFlow;
+use std::sync::LazyLock;
+
+use candle_core::{DType, Device, IndexOp};
+use darkroom::engine::{Event, Job, NoiseKind, Pipeline, Start};
+use models::bundle::Bundle;
+use serde::Deserialize;
+
+use crate::fixtures::{self, Fixture, relative_l2};
+
+/// Largest relative L2 error of the final latents.
+const LATENTS: f64 = 1e-3;
+/// Largest mean difference of a picture's bytes.
+const PICTURE: f64 = 2.0;
+
+#[derive(Debug, Clone, Deserialize)]
+struct Case {
+    name: String,
+    model: String,
+    prompt: String,
+    negative_prompt: Option<String>,
+    width: usize,
+    height: usize,
+    steps: usize,
+    guidance: f64,
+    true_cfg: f64,
+    seed: u64,
+    num_outputs: usize,
+    strength: Option<f64>,
+    image: Option<String>,
+    mask: Option<String>,
+}
+
+fn load(model: &str) -> Pipeline {
+    let bundle = Bundle::from_folder(&fixtures::path(model)).unwrap();
+    Pipeline::load(&bundle, &Device::Cpu, DType::F32, &mut |_| {}).unwrap()
+}
+
+static DEV: LazyLock<Pipeline> = LazyLock::new(|| load("tiny-dev"));
+static SCHNELL: LazyLock<Pipeline> = LazyLock::new(|| load("tiny-schnell"));
+
+impl Case {
+    fn pipeline(&self) -> &'static Pipeline {
+        if self.model == "dev" { &DEV } else { &SCHNELL }
+    }
+
+    fn job(&self) -> Job {
+        let picture = |name: &String| image::open(fixtures::path(&format!("e2e/{name}.png"))).unwrap();
+        let start = self.image.as_ref().map(|image| Start {
+            image: picture(image).to_rgb8(),
+            mask: self.mask.as_ref().map(|mask| picture(mask).to_luma8()),
+            strength: self.strength.unwrap(),
+        });
+        Job {
+            prompt: self.prompt.clone(),
+            negative_prompt: self.negative_prompt.clone().unwrap_or_default(),
+            width: self.width,
+            height: self.height,
+            steps: self.steps,
+            guidance: self.guidance,
+            true_cfg: self.true_cfg,
+            seed: self.seed,
+            outputs: self.num_outputs,
+            noise: NoiseKind::Cpu,
+            start,
+        }
+    }
+}
+
+fn cases() -> Vec<Case> {
+    serde_json::from_value(fixtures::json("e2e/cases.json")).unwrap()
+}
+
+fn quiet(_: Event) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+fn check(pipeline_name: &str) {
+    let truth = Fixture::open("e2e/e2e.safetensors");
+    let all = fixtures::json("e2e/cases.json");
+    let mut failures = Vec::new();
+    let mut count = 0;
+    for (case, raw) in cases().into_iter().zip(all.as_array().unwrap()) {
+        if raw["pipeline"] != pipeline_name {
+            continue;
+        }
+        count += 1;
+        let finished = case.pipeline().run(&case.job(), &mut quiet).unwrap();
+        let latents = relative_l2(&finished.latents, &truth.get(&format!("{}.latents", case.name)));
+        let pictures = truth.get(&format!("{}.image", case.name));
+        let mut worst = 0f64;
+        for (i, picture) in finished.pictures.iter().enumerate() {
+            let want: Vec<u8> = pictures.i(i).unwrap().permute((1, 2, 0)).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let sum: u64 = picture.as_raw().iter().zip(&want).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
+            worst = worst.max(sum as f64 / want.len() as f64);
+        }
+        println!("{}: latents {latents:.1e}, pictures {worst:.3}", case.name);
+        if latents > LATENTS || worst > PICTURE || latents.is_nan() || finished.pictures.len() != case.num_outputs {
+            failures.push(format!("{}: latents {latents:.2e}, pictures {worst:.2}", case.name));
+        }
+    }
+    assert!(count >= 5, "only {count} cases of {pipeline_name}");
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+#[test]
+fn text_to_image() {
+    check("txt2img");
+}
+
+#[test]
+fn image_to_image() {
+    check("img2img");
+}
+
+#[test]
+fn inpainting() {
+    check("inpaint");
+}
+
+#[test]
+fn one_of_several_outputs_can_be_made_alone() {
+    let case = cases().into_iter().find(|case| case.name == "dev_three").unwrap();
+    let all = case.pipeline().run(&case.job(), &mut quiet).unwrap();
+    let job = Job { seed: case.seed + 2, outputs: 1, ..case.job() };
+    let alone = case.pipeline().run(&job, &mut quiet).unwrap();
+    assert_eq!(alone.pictures[0], all.pictures[2]);
+    assert_eq!(relative_l2(&alone.latents, &all.latents.narrow(0, 2, 1).unwrap()), 0.);
+}
+
+#[test]
+fn what_was_cut_off_is_reported() {
+    let case = cases().into_iter().find(|case| case.name == "dev_long_prompt").unwrap();
+    let finished = case.pipeline().run(&case.job(), &mut quiet).unwrap();
+    let t5 = finished.truncated.iter().find(|cut| cut.encoder == "t5").expect("T5 was cut");
+    assert_eq!((t5.field, t5.limit), ("prompt", 512));
+    assert!(case.prompt.ends_with(t5.lost.trim()), "lost: {}", t5.lost);
+    assert!(finished.truncated.iter().any(|cut| cut.encoder == "clip" && cut.limit == 77));
+}
+
+#[test]
+fn a_job_stops_between_two_steps() {
+    let case = cases().into_iter().find(|case| case.name == "dev_tall").unwrap();
+    let mut steps = 0;
+    let mut stop_at_two = |event: Event| match event {
+        Event::Step { .. } if steps == 1 => ControlFlow::Break(()),
+        Event::Step { .. } => {
+            steps += 1;
+            ControlFlow::Continue(())
+        }
+        _ => ControlFlow::Continue(()),
+    };
+    let result = case.pipeline().run(&case.job(), &mut stop_at_two);
+    assert!(matches!(result, Err(darkroom::engine::Error::Cancelled)));
+    assert_eq!(steps, 1);
+}
