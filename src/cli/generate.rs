@@ -116,7 +116,7 @@ pub(super) struct Args {
 
     /// For jpg and webp: 0 (smallest) to 100 (best) [default: 90]
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "Output")]
-    output_quality: Option<u8>,
+    output_quality: Option<usize>,
 
     /// Replace files that are there
     #[arg(long, help_heading = "Output")]
@@ -177,7 +177,10 @@ fn remark(report: &Report) {
         super::say(&format!("note: {remark}"));
     }
     for cut in &report.truncated {
-        super::say(&format!("note: {} reads {} tokens of the {}; it did not see: {}", cut.encoder, cut.limit, cut.field, cut.lost));
+        super::say(&format!(
+            "note: {} reads {} tokens of the {}; it did not see: {}",
+            cut.encoder, cut.limit, cut.field, cut.lost
+        ));
     }
 }
 
@@ -208,7 +211,7 @@ fn order(args: Args) -> anyhow::Result<Order> {
         metadata: !args.no_metadata,
         latents: args.save_latents,
     };
-    Ok(Order { request, output, model: args.model, device: args.device, precision: args.dtype })
+    Ok(Order { request, output, model: args.model, device: args.device, precision: args.dtype, digest: args.json })
 }
 
 fn read(field: &'static str, path: PathBuf) -> Result<Picture, ops::Error> {

@@ -4,6 +4,7 @@
 
 mod completions;
 mod generate;
+mod models;
 mod progress;
 mod signal;
 
@@ -32,7 +33,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    Generate(generate::Args),
+    Generate(Box<generate::Args>),
+    Models(models::Args),
     Completions(completions::Args),
 }
 
@@ -50,7 +52,8 @@ pub fn main() -> ExitCode {
     };
     log(&config);
     let result = match cli.verb {
-        Verb::Generate(args) => generate::run(args, &config),
+        Verb::Generate(args) => generate::run(*args, &config),
+        Verb::Models(args) => models::run(args, &config),
         Verb::Completions(args) => completions::run(&args),
     };
     match result {

@@ -18,7 +18,8 @@ pub(super) struct JobBar {
 
 impl JobBar {
     pub(super) fn new(quiet: bool) -> Self {
-        let bar = ProgressBar::with_draw_target(None, if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() });
+        let bar =
+            ProgressBar::with_draw_target(None, if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() });
         bar.set_style(plain("{spinner} {msg}"));
         bar.enable_steady_tick(REDRAW);
         Self { bar, first_step: None }
@@ -29,7 +30,9 @@ impl JobBar {
             Stage::Loading => self.bar.set_message("loading the model"),
             Stage::Engine(Event::Encoding) => self.bar.set_message("reading the prompt"),
             Stage::Engine(Event::Step { output, outputs, step, steps }) => self.step(output, outputs, step, steps),
-            Stage::Engine(Event::Decoding { output, outputs }) => self.bar.set_message(format!("decoding{}", of(output, outputs))),
+            Stage::Engine(Event::Decoding { output, outputs }) => {
+                self.bar.set_message(format!("decoding{}", of(output, outputs)))
+            }
             Stage::Writing => self.bar.set_message("writing"),
         }
     }

@@ -42,8 +42,7 @@ fn png_is_lossless_and_carries_both_texts() {
     let bytes = encode(&picture(), Format::Png, 0, Some(&metadata())).unwrap();
     assert_eq!(decode_picture(&bytes, Limits::default()).unwrap(), picture());
     let reader = png::Decoder::new(Cursor::new(&bytes)).read_info().unwrap();
-    let texts: Vec<_> =
-        reader.info().utf8_text.iter().map(|chunk| (chunk.keyword.clone(), chunk.get_text().unwrap())).collect();
+    let texts: Vec<_> = reader.info().utf8_text.iter().map(|chunk| (chunk.keyword.clone(), chunk.get_text().unwrap())).collect();
     assert_eq!(texts, [(PARAMETERS_KEY.to_owned(), metadata().parameters), (JSON_KEY.to_owned(), metadata().json)]);
 }
 

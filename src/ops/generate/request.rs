@@ -52,7 +52,7 @@ pub struct Output {
     /// That of the path's extension if not given, else PNG.
     pub format: Option<Format>,
     /// 0 to 100, for the lossy formats.
-    pub quality: Option<u8>,
+    pub quality: Option<usize>,
     /// Replace files that are there.
     pub force: bool,
     /// Write the settings into the pictures.

@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use safetensors::tensor::{Dtype, TensorView};
@@ -13,7 +14,8 @@ use super::{Output, Precision, Request, prepare};
 use crate::config::Config;
 use crate::engine::{self, DeviceChoice, Event, Finished, Job, Pipeline};
 use crate::image;
-use crate::ops::{Error, models};
+use crate::ops::Error;
+use crate::ops::models::{self, Model};
 
 /// Everything that a run needs to know.
 #[derive(Debug, Clone)]
@@ -25,6 +27,8 @@ pub struct Order {
     pub device: DeviceChoice,
     /// The device's own if not given.
     pub precision: Option<Precision>,
+    /// Compute the model's digest, even if no picture carries it.
+    pub digest: bool,
 }
 
 /// What is being done, told as it happens. Answering `ControlFlow::Break` stops the run within a step.
@@ -93,6 +97,7 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage) -> Contro
     let dtype = order.precision.map_or_else(|| engine::default_dtype(&device), Precision::dtype);
 
     tell(told, Stage::Loading)?;
+    let digest = (order.digest || order.output.metadata).then(|| digest(&model, config));
     let begun = Instant::now();
     let pipeline = Pipeline::load(&model.bundle, &device, dtype, &mut |event| {
         tracing::debug!(component = %event.component, bytes = event.bytes, "loading");
@@ -101,9 +106,10 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage) -> Contro
     let finished = pipeline.run(&job, &mut |event| told(Stage::Engine(event)))?;
 
     tell(told, Stage::Writing)?;
+    let digest = digest.and_then(|thread| thread.join().ok().flatten());
     let begun = Instant::now();
     let device = name(&device);
-    let setting = Setting { model: &model.name, digest: None, device: &device, dtype: dtype.as_str() };
+    let setting = Setting { model: &model.name, digest: digest.as_deref(), device: &device, dtype: dtype.as_str() };
     let files = write(&targets, &job, &finished, order.output.metadata.then_some(setting))?;
     let latents = targets.write_latents(|| latents(&finished))?;
     let timings = seconds(load, &finished, begun.elapsed());
@@ -117,13 +123,22 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage) -> Contro
         guidance: job.guidance,
         true_cfg: job.true_cfg,
         noise: settings::noise(job.noise),
-        model: ModelReport { name: model.name, sha256: None },
+        model: ModelReport { name: model.name, sha256: digest },
         device,
         dtype: dtype.as_str(),
         timings,
         truncated: finished.truncated.into_iter().map(cut).collect(),
         latents,
         remarks,
+    })
+}
+
+/// Computed beside the work, since it may read tens of gigabytes the first time. A digest that cannot be had is left out.
+fn digest(model: &Model, config: &Config) -> JoinHandle<Option<String>> {
+    let (bundle, cache) = (model.bundle.clone(), config.cache.clone());
+    thread::spawn(move || {
+        let digest = models::digest(&bundle, cache.as_deref());
+        digest.inspect_err(|error| tracing::warn!(%error, "the model has no digest")).ok()
     })
 }
 

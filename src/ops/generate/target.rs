@@ -124,7 +124,11 @@ fn format(output: &Output) -> Result<Format, Error> {
             problem: format!("is {wanted}, but the output's name ends in .{extension}"),
             hint: "make them agree, or leave one out".into(),
         }),
-        (None, _) => Err(Error::invalid("output", format!("a name that ends in .{extension}"), "a name that ends in .png, .jpg or .webp, or a folder")),
+        (None, _) => Err(Error::invalid(
+            "output",
+            format!("a name that ends in .{extension}"),
+            "a name that ends in .png, .jpg or .webp, or a folder",
+        )),
     }
 }
 
@@ -137,7 +141,7 @@ fn quality(output: &Output, format: Format) -> Result<u8, Error> {
             problem: format!("was given, but {format} is lossless"),
             hint: "leave it out, or choose the output-format jpg or webp".into(),
         }),
-        Some(quality) => Ok(quality),
+        Some(quality) => Ok(quality as u8),
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::Error;
+use super::{Error, hub};
 
 /// The cards that are part of the program.
 const EMBEDDED: [(&str, &str); 7] = [
@@ -124,8 +124,7 @@ impl Card {
         let card: Self = toml::from_str(text).map_err(|source| Error::Card { path: path.into(), source: Box::new(source) })?;
         let wrong = |reason: String| Err(Error::CardContent { path: path.into(), reason });
         for file in &card.files {
-            let sha256 = file.sha256.as_deref().unwrap_or(EMPTY_SHA256);
-            if sha256.len() != 64 || !sha256.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
+            if file.sha256.as_ref().is_some_and(|digest| !hub::is_sha256(digest)) {
                 return wrong(format!("sha256 of {} is not 64 lowercase hexadecimal digits", file.path));
             }
             let outside = Path::new(&file.path).components().any(|part| !matches!(part, std::path::Component::Normal(_)));
@@ -151,9 +150,6 @@ impl Card {
         (sum, self.files.iter().filter(|file| file.role.is_weights()).all(|file| file.bytes.is_some()))
     }
 }
-
-/// SHA-256 of nothing; stands in for a digest that is not stated.
-const EMPTY_SHA256: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
 #[cfg(test)]
 mod tests {
@@ -185,7 +181,8 @@ mod tests {
                 continue;
             }
             let has = |role| card.files.iter().any(|file| file.role == role || (role.is_weights() && file.role == Role::All));
-            for role in [Role::Transformer, Role::T5, Role::Clip, Role::Vae, Role::T5Tokenizer, Role::ClipVocab, Role::ClipMerges] {
+            for role in [Role::Transformer, Role::T5, Role::Clip, Role::Vae, Role::T5Tokenizer, Role::ClipVocab, Role::ClipMerges]
+            {
                 assert!(has(role), "{} has no {role:?}", card.name);
             }
             assert!(card.files.iter().all(|file| file.repo.is_some()), "{}", card.name);

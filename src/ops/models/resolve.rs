@@ -6,7 +6,7 @@ use models::bundle::{Blob, Bundle, ClipVocabulary, Files};
 use models::flux;
 use models::weights::{Component, Source};
 
-use super::{Card, Defaults, File, Role, hub};
+use super::{Card, Defaults, Role, store};
 use crate::config::Config;
 use crate::ops::Error;
 
@@ -75,14 +75,10 @@ fn shape(bundle: &Bundle) -> Result<flux::Config, Error> {
 
 /// The card's files where they are; an error if some are not there.
 fn bundle(card: &Card, config: &Config) -> Result<Bundle, Error> {
-    let find = |file: &File| match (&file.repo, &card.folder) {
-        (Some(repo), _) => hub::cached(&config.hub.cache, repo, &file.path),
-        (None, folder) => Some(folder.clone().unwrap_or_default().join(&file.path)).filter(|path| path.is_file()),
-    };
     let mut found: Vec<(Role, PathBuf)> = Vec::new();
     let mut missing = 0;
     for file in &card.files {
-        match find(file) {
+        match store::locate(card, file, config) {
             Some(path) => found.push((file.role, path)),
             None => missing += 1,
         }

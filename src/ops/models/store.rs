@@ -40,8 +40,14 @@ pub enum Found {
     /// No digest is published; the size is right or unknown.
     NoDigest,
     Missing,
-    WrongSize { expected: u64, found: u64 },
-    WrongDigest { expected: String, found: String },
+    WrongSize {
+        expected: u64,
+        found: u64,
+    },
+    WrongDigest {
+        expected: String,
+        found: String,
+    },
 }
 
 impl Found {
@@ -167,7 +173,8 @@ pub fn remove(name: &str, config: &Config) -> Result<Removed, Error> {
             continue;
         }
         let evicted = hub::evict(&config.hub.cache, repo, &file.path);
-        removed.freed_bytes += evicted.map_err(|source| Error::Remove { path: hub::repo_folder(&config.hub.cache, repo), source })?;
+        removed.freed_bytes +=
+            evicted.map_err(|source| Error::Remove { path: hub::repo_folder(&config.hub.cache, repo), source })?;
     }
     Ok(removed)
 }
