@@ -15,24 +15,25 @@ impl Default for Budget {
 
 /// q `(b, h, l, e)`, k and v `(b, h, l_kv, e)`, `bias` broadcastable to `(b, h, l, l_kv)` -> `(b, h, l, e)` in q's dtype.
 ///
-/// `scale` multiplies the scores. Scores and softmax are f32 whatever the dtype of q is: rounding them to bf16 moves
-/// attention weights by up to 0.4 %. Errors if the shapes do not fit.
+/// `scale` multiplies the scores. The softmax is f32 whatever the dtype of q is; on the CPU, which gains nothing from 16-bit
+/// products, so are both products. Errors if the shapes do not fit.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>, budget: Budget) -> Result<Tensor> {
     let (b, h, l, _) = q.dims4()?;
-    let l_kv = k.dim(2)?;
-    let keys = k.transpose(2, 3)?.contiguous()?;
-    let v = v.contiguous()?;
+    let (l_kv, dtype) = (k.dim(2)?, q.dtype());
+    let product = if q.device().is_cpu() { DType::F32 } else { dtype };
+    let (q, v) = ((q.to_dtype(product)? * scale)?, v.to_dtype(product)?.contiguous()?);
+    let keys = k.to_dtype(product)?.transpose(2, 3)?.contiguous()?;
     let row_bytes = b * h * l_kv * DType::F32.size_in_bytes();
     let rows = (budget.0 / row_bytes.max(1)).clamp(1, l);
     let chunk = |start: usize| {
         let rows = rows.min(l - start);
-        let scores = (q.narrow(2, start, rows)?.contiguous()? * scale)?.matmul(&keys)?.to_dtype(DType::F32)?;
+        let scores = q.narrow(2, start, rows)?.contiguous()?.matmul(&keys)?.to_dtype(DType::F32)?;
         let scores = match bias {
             Some(bias) if bias.dim(2)? > 1 => scores.broadcast_add(&bias.narrow(2, start, rows)?)?,
             Some(bias) => scores.broadcast_add(bias)?,
             None => scores,
         };
-        candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(v.dtype())?.matmul(&v)
+        candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(product)?.matmul(&v)?.to_dtype(dtype)
     };
     if rows == l {
         return chunk(0);

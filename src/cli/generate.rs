@@ -1,0 +1,242 @@
+//! `darkroom generate`.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use anyhow::Context;
+
+use super::progress::JobBar;
+use super::signal::Interrupt;
+use crate::config::Config;
+use crate::engine::{DeviceChoice, NoiseKind};
+use crate::image::Format;
+use crate::ops::generate::{self, Order, Output, Picture, Precision, Report, Request, Stage};
+use crate::ops::{self, AspectRatio, Megapixels};
+
+const EXAMPLES: &str = "\
+Examples:
+  A picture of the embedded model, into darkroom-<seed>.png:
+    darkroom generate \"a portrait of a person with long red hair and glasses, smiling\"
+  The same picture again, four neighbours of it, into a folder:
+    darkroom generate \"a portrait of a person in a blue shirt\" --seed 7 --num-outputs 4 -o pictures/
+  FLUX.1 [dev], wide, after `darkroom models pull flux1-dev`:
+    darkroom generate \"a lighthouse in a storm\" --model flux1-dev --aspect-ratio 16:9
+  From a picture, half of it kept:
+    darkroom generate \"the same house in winter\" --image house.jpg --prompt-strength 0.5
+  For scripts, one JSON object:
+    darkroom generate \"a cat\" --json --quiet | jq -r '.files[]'
+
+Exit codes: 0 done, 1 failed, 2 the command is wrong, 130 stopped with Ctrl-C (nothing is written then).";
+
+/// Turn a prompt into pictures
+///
+/// Prints the path of each picture. Everything left out comes from the model's card: steps, guidance and size are those
+/// that the model was made for.
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES, after_help = "More with --help: examples, what each option is for.")]
+pub(super) struct Args {
+    /// What the picture shows, in words; "" lets the model choose
+    #[arg(value_name = "PROMPT", allow_hyphen_values = false)]
+    prompt: String,
+
+    /// A model's name, a diffusers folder, a .safetensors or .gguf file, or a card (.toml)
+    ///
+    /// Names: `darkroom models list`. Beside a single transformer file there must be ae.safetensors, clip_l.safetensors, a
+    /// t5xxl file, and the folders tokenizer and tokenizer_2 of the model's repository.
+    #[arg(long, value_name = "MODEL", default_value = "pocket", help_heading = "Model")]
+    model: String,
+
+    /// What to keep out of the picture; needs --true-cfg above 1
+    #[arg(long, value_name = "TEXT", help_heading = "Guidance")]
+    negative_prompt: Option<String>,
+
+    /// How closely the prompt is followed, 0 to 100 [default: the model's; 3.5 for FLUX.1 dev]
+    ///
+    /// This is the distilled guidance of FLUX.1 dev, one forward per step. schnell has none and ignores it.
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "Guidance")]
+    guidance: Option<f64>,
+
+    /// Classifier-free guidance on top, 1 (off) to 100; twice the time per step [default: 1]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "Guidance")]
+    true_cfg: Option<f64>,
+
+    /// Width in pixels, a multiple of 16 [default: the model's]
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true, help_heading = "Size")]
+    width: Option<usize>,
+
+    /// Height in pixels, a multiple of 16 [default: the model's]
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true, help_heading = "Size")]
+    height: Option<usize>,
+
+    /// Instead of width and height: 1:1, 16:9, 21:9, 3:2, 2:3, 4:5, 5:4, 3:4, 4:3, 9:16 or 9:21
+    #[arg(long, value_name = "W:H", help_heading = "Size")]
+    aspect_ratio: Option<AspectRatio>,
+
+    /// With --aspect-ratio: 1 for the model's own area (1 megapixel for FLUX.1), 0.25 for half of each side
+    #[arg(long, value_name = "1|0.25", help_heading = "Size")]
+    megapixels: Option<Megapixels>,
+
+    /// Denoising steps, 1 to 1000; time grows with them [default: the model's; 28 for dev, 4 for schnell]
+    #[arg(long, value_name = "COUNT", allow_negative_numbers = true, help_heading = "Sampling")]
+    steps: Option<usize>,
+
+    /// The first picture's noise; the next ones use seed + 1, seed + 2, ... [default: random]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "Sampling")]
+    seed: Option<u64>,
+
+    /// How many pictures, 1 to 1000 [default: 1]
+    #[arg(long, value_name = "COUNT", allow_negative_numbers = true, help_heading = "Sampling")]
+    num_outputs: Option<usize>,
+
+    /// Whose noise a seed gives: cpu (as diffusers on CPU and ComfyUI) or cuda (as a PyTorch CUDA generator)
+    #[arg(long, value_name = "cpu|cuda", value_parser = noise, default_value = "cpu", help_heading = "Sampling")]
+    noise: NoiseKind,
+
+    /// A picture to start from: PNG, JPEG or WebP, scaled to the size of the output
+    #[arg(long, value_name = "FILE", help_heading = "From a picture")]
+    image: Option<PathBuf>,
+
+    /// With --image: paint anew only where this picture is white
+    #[arg(long, value_name = "FILE", help_heading = "From a picture")]
+    mask: Option<PathBuf>,
+
+    /// With --image: above 0 (keep it) to 1 (ignore it) [default: 0.8]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "From a picture")]
+    prompt_strength: Option<f64>,
+
+    /// A file, or a folder for names such as darkroom-<seed>.png [default: the current folder]
+    ///
+    /// With several outputs name.png becomes name-1.png, name-2.png, ...
+    #[arg(short, long, value_name = "PATH", help_heading = "Output")]
+    output: Option<PathBuf>,
+
+    /// png, jpg or webp [default: by the name given with -o, else png]
+    #[arg(long, value_name = "FORMAT", value_parser = format, help_heading = "Output")]
+    output_format: Option<Format>,
+
+    /// For jpg and webp: 0 (smallest) to 100 (best) [default: 90]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "Output")]
+    output_quality: Option<u8>,
+
+    /// Replace files that are there
+    #[arg(long, help_heading = "Output")]
+    force: bool,
+
+    /// Leave the settings (prompt, seed, model, ...) out of the pictures
+    #[arg(long, help_heading = "Output")]
+    no_metadata: bool,
+
+    /// Also write the final latents: safetensors, one f32 tensor `latents` of (outputs, 16, height/8, width/8)
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    save_latents: Option<PathBuf>,
+
+    /// Print one JSON object: files, seeds, sizes, seconds per stage, model digest, what was cut off
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+
+    /// No progress bar and no remarks
+    #[arg(short, long, help_heading = "Output")]
+    quiet: bool,
+
+    /// auto, cpu, cuda, cuda:1 (the second card) or metal
+    #[arg(long, value_name = "DEVICE", value_parser = device, default_value = "auto", help_heading = "Device")]
+    device: DeviceChoice,
+
+    /// Number format to compute in: f32, bf16 or f16 [default: f32 on a CPU, else bf16]
+    #[arg(long, value_name = "DTYPE", help_heading = "Device")]
+    dtype: Option<Precision>,
+}
+
+pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
+    let (json, quiet) = (args.json, args.quiet);
+    let order = order(args)?;
+    let interrupt = Interrupt::install()?;
+    let mut bar = JobBar::new(quiet);
+    let report = generate::run(&order, config, &mut |stage| {
+        bar.tell(stage);
+        match stage {
+            Stage::Loading => {}
+            Stage::Engine(_) => interrupt.job_begins(),
+            Stage::Writing => interrupt.writing_begins(),
+        }
+        if interrupt.stopping() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    bar.finish();
+    let report = report?;
+    if !quiet {
+        remark(&report);
+    }
+    if json {
+        return super::show(&serde_json::to_string(&report)?);
+    }
+    report.files.iter().try_for_each(|path| super::show(&path.display().to_string()))
+}
+
+fn remark(report: &Report) {
+    for remark in &report.remarks {
+        super::say(&format!("note: {remark}"));
+    }
+    for cut in &report.truncated {
+        super::say(&format!("note: {} reads {} tokens of the {}; it did not see: {}", cut.encoder, cut.limit, cut.field, cut.lost));
+    }
+}
+
+fn order(args: Args) -> anyhow::Result<Order> {
+    let picture = |field, path: Option<PathBuf>| path.map(|path| read(field, path)).transpose();
+    let request = Request {
+        prompt: args.prompt,
+        negative_prompt: args.negative_prompt,
+        width: args.width,
+        height: args.height,
+        aspect_ratio: args.aspect_ratio,
+        megapixels: args.megapixels,
+        steps: args.steps,
+        guidance: args.guidance,
+        true_cfg: args.true_cfg,
+        seed: args.seed,
+        outputs: args.num_outputs,
+        noise: Some(args.noise),
+        image: picture("image", args.image)?,
+        mask: picture("mask", args.mask)?,
+        prompt_strength: args.prompt_strength,
+    };
+    let output = Output {
+        path: args.output,
+        format: args.output_format,
+        quality: args.output_quality,
+        force: args.force,
+        metadata: !args.no_metadata,
+        latents: args.save_latents,
+    };
+    Ok(Order { request, output, model: args.model, device: args.device, precision: args.dtype })
+}
+
+fn read(field: &'static str, path: PathBuf) -> Result<Picture, ops::Error> {
+    match std::fs::read(&path) {
+        Ok(bytes) => Ok(Picture { name: path.display().to_string(), bytes }),
+        Err(source) => Err(ops::Error::UnreadableFile { field, path, source }),
+    }
+}
+
+fn noise(text: &str) -> Result<NoiseKind, String> {
+    match text {
+        "cpu" => Ok(NoiseKind::Cpu),
+        "cuda" => Ok(NoiseKind::Cuda),
+        _ => Err("must be cpu or cuda".into()),
+    }
+}
+
+fn format(text: &str) -> Result<Format, String> {
+    text.parse().map_err(|()| "must be one of png, jpg, webp".into())
+}
+
+fn device(text: &str) -> anyhow::Result<DeviceChoice> {
+    match (text, text.strip_prefix("cuda:")) {
+        ("auto", _) => Ok(DeviceChoice::Auto),
+        ("cpu", _) => Ok(DeviceChoice::Cpu),
+        ("cuda", _) => Ok(DeviceChoice::Cuda(0)),
+        ("metal", _) => Ok(DeviceChoice::Metal),
+        (_, Some(number)) => Ok(DeviceChoice::Cuda(number.parse().context("the card's number must be a whole number from 0")?)),
+        _ => anyhow::bail!("must be auto, cpu, cuda, cuda:N or metal"),
+    }
+}

@@ -1,0 +1,99 @@
+//! The command line: parses, calls [`ops`](crate::ops), shows. Paths or JSON go to standard output, all else to standard error.
+//!
+//! Exit codes: 0 done, 1 failed, 2 the command is wrong, 130 stopped with Ctrl-C.
+
+mod completions;
+mod generate;
+mod progress;
+mod signal;
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::{ColorChoice, CommandFactory, FromArgMatches, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::config::Config;
+use crate::ops;
+
+const FAILED: u8 = 1;
+const WRONG_USAGE: u8 = 2;
+/// What a shell reports of a program that SIGINT ended.
+const INTERRUPTED: u8 = 130;
+
+/// Pictures from prompts with FLUX.1, on your own machine.
+#[derive(Debug, Parser)]
+#[command(name = "darkroom", version, arg_required_else_help = true, max_term_width = 110)]
+#[command(after_help = "Begin with: darkroom generate \"a portrait of a person with long red hair, smiling\"")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Generate(generate::Args),
+    Completions(completions::Args),
+}
+
+/// Runs the program.
+#[must_use]
+pub fn main() -> ExitCode {
+    let config = Config::from_environment();
+    let cli = match parse(&config) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are asked for and go to standard output; clap's code for errors is 2.
+            let code = u8::try_from(error.exit_code()).unwrap_or(WRONG_USAGE);
+            return if error.print().is_ok() { ExitCode::from(code) } else { ExitCode::from(FAILED) };
+        }
+    };
+    log(&config);
+    let result = match cli.verb {
+        Verb::Generate(args) => generate::run(args, &config),
+        Verb::Completions(args) => completions::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+fn parse(config: &Config) -> Result<Cli, clap::Error> {
+    // clap looks at the terminal itself, but not for NO_COLOR in help.
+    let color = if config.no_color { ColorChoice::Never } else { ColorChoice::Auto };
+    Cli::from_arg_matches(&Cli::command().color(color).try_get_matches()?)
+}
+
+/// What `RUST_LOG` asks for, on standard error; nothing by default.
+fn log(config: &Config) {
+    let Some(filter) = &config.log else { return };
+    let color = !config.no_color && std::io::stderr().is_terminal();
+    let subscriber = tracing_subscriber::fmt().with_env_filter(EnvFilter::new(filter)).with_writer(std::io::stderr);
+    subscriber.with_ansi(color).init();
+}
+
+/// Shows an error with its causes.
+fn fail(error: &anyhow::Error) -> ExitCode {
+    let known = error.downcast_ref::<ops::Error>();
+    if known.is_some_and(ops::Error::is_cancelled) {
+        say("stopped; nothing was written");
+        return ExitCode::from(INTERRUPTED);
+    }
+    say(&format!("error: {error:#}"));
+    ExitCode::from(if known.is_some_and(ops::Error::is_usage) { WRONG_USAGE } else { FAILED })
+}
+
+/// A line for people, on standard error. There is nobody to tell if that is closed.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// A line of the result, on standard output.
+fn show(line: &str) -> anyhow::Result<()> {
+    match writeln!(std::io::stdout(), "{line}") {
+        // The reader has what it wanted, as `| head -1` does.
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}

@@ -1,0 +1,85 @@
+//! The bar on standard error: step, time per step, time left. Where that is no terminal nothing is drawn.
+
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::engine::Event;
+use crate::ops::generate::Stage;
+
+const REDRAW: Duration = Duration::from_millis(100);
+
+/// Shows one job.
+#[derive(Debug)]
+pub(super) struct JobBar {
+    bar: ProgressBar,
+    first_step: Option<Instant>,
+}
+
+impl JobBar {
+    pub(super) fn new(quiet: bool) -> Self {
+        let bar = ProgressBar::with_draw_target(None, if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() });
+        bar.set_style(plain("{spinner} {msg}"));
+        bar.enable_steady_tick(REDRAW);
+        Self { bar, first_step: None }
+    }
+
+    pub(super) fn tell(&mut self, stage: Stage) {
+        match stage {
+            Stage::Loading => self.bar.set_message("loading the model"),
+            Stage::Engine(Event::Encoding) => self.bar.set_message("reading the prompt"),
+            Stage::Engine(Event::Step { output, outputs, step, steps }) => self.step(output, outputs, step, steps),
+            Stage::Engine(Event::Decoding { output, outputs }) => self.bar.set_message(format!("decoding{}", of(output, outputs))),
+            Stage::Writing => self.bar.set_message("writing"),
+        }
+    }
+
+    /// Time is measured from the first finished step on: the one before it also warms up.
+    fn step(&mut self, output: usize, outputs: usize, step: usize, steps: usize) {
+        let done = (output - 1) * steps + step;
+        let left = outputs * steps - done;
+        self.bar.set_length((outputs * steps) as u64);
+        self.bar.set_style(plain("{bar:24} {msg}"));
+        self.bar.set_position(done as u64);
+        let first = *self.first_step.get_or_insert_with(Instant::now);
+        let pace = (done > 1).then(|| first.elapsed().div_f64((done - 1) as f64));
+        let pace = pace.map_or_else(String::new, |pace| {
+            format!(", {:.2} s a step, {} left", pace.as_secs_f64(), clock(pace.mul_f64(left as f64)))
+        });
+        self.bar.set_message(format!("step {step} of {steps}{}{pace}", of(output, outputs)));
+    }
+
+    pub(super) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+impl Drop for JobBar {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+fn of(output: usize, outputs: usize) -> String {
+    if outputs == 1 { String::new() } else { format!(", picture {output} of {outputs}") }
+}
+
+fn clock(time: Duration) -> String {
+    let seconds = time.as_secs_f64().ceil() as u64;
+    if seconds < 60 { format!("{seconds} s") } else { format!("{}:{:02} min", seconds / 60, seconds % 60) }
+}
+
+fn plain(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).expect("a template of this file").progress_chars("=> ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_short() {
+        assert_eq!(clock(Duration::from_millis(1)), "1 s");
+        assert_eq!(clock(Duration::from_secs(61)), "1:01 min");
+    }
+}

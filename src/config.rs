@@ -1,0 +1,131 @@
+//! What the environment sets. The only place that reads it: everything else is handed a [`Config`].
+//!
+//! The hub's variables mean what they mean to Python's `huggingface_hub`, so a cache that is already there is used.
+
+use std::env;
+use std::fmt;
+use std::path::PathBuf;
+
+const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
+
+/// A value that is never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    #[must_use]
+    pub fn new(value: impl Into<String>) -> Self {
+        Self(value.into())
+    }
+
+    /// The value itself: for the request that needs it, never for a message.
+    #[must_use]
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+/// The model hub.
+#[derive(Debug, Clone)]
+pub struct Hub {
+    /// `HF_ENDPOINT`, or the public hub.
+    pub endpoint: String,
+    /// `HF_TOKEN`, else the file `HF_TOKEN_PATH`, else `token` in the hub's home.
+    pub token: Option<Secret>,
+    /// `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else `~/.cache/huggingface/hub`.
+    pub cache: PathBuf,
+    /// `HF_HUB_OFFLINE`: nothing is fetched.
+    pub offline: bool,
+}
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub hub: Hub,
+    /// Our own cache, which may be deleted at any time: `$XDG_CACHE_HOME/darkroom`. `None` where there is no home.
+    pub cache: Option<PathBuf>,
+    /// `RUST_LOG`, as `tracing-subscriber` reads it.
+    pub log: Option<String>,
+    /// `NO_COLOR` is set to anything.
+    pub no_color: bool,
+}
+
+impl Config {
+    #[must_use]
+    pub fn from_environment() -> Self {
+        Self::read(&text)
+    }
+
+    /// `variable` answers what a variable is set to; empty counts as not set.
+    fn read(variable: &dyn Fn(&str) -> Option<String>) -> Self {
+        let path = |name: &str| variable(name).map(PathBuf::from);
+        let caches = path("XDG_CACHE_HOME").or_else(dirs::cache_dir);
+        let home = path("HF_HOME").or_else(|| caches.as_ref().map(|caches| caches.join("huggingface"))).unwrap_or_default();
+        let token_file = path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
+        let implicit = variable("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_none_or(|value| !truthy(&value));
+        let token = variable("HF_TOKEN").or_else(|| implicit.then(|| std::fs::read_to_string(token_file).ok()).flatten());
+        let hub = Hub {
+            endpoint: variable("HF_ENDPOINT").unwrap_or_else(|| DEFAULT_ENDPOINT.into()).trim_end_matches('/').into(),
+            token: token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty()).map(Secret),
+            cache: path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE")).unwrap_or_else(|| home.join("hub")),
+            offline: variable("HF_HUB_OFFLINE").is_some_and(|value| truthy(&value)),
+        };
+        Self {
+            hub,
+            cache: caches.map(|caches| caches.join("darkroom")),
+            log: variable("RUST_LOG"),
+            no_color: variable("NO_COLOR").is_some(),
+        }
+    }
+}
+
+/// As `huggingface_hub` reads a switch.
+fn truthy(value: &str) -> bool {
+    matches!(value.to_ascii_lowercase().as_str(), "1" | "on" | "yes" | "true")
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one reader of the environment")]
+fn text(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(set: &[(&str, &str)]) -> Config {
+        Config::read(&|name| set.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()))
+    }
+
+    #[test]
+    fn the_hub_cache_is_found_as_python_finds_it() {
+        assert_eq!(config(&[("XDG_CACHE_HOME", "/x")]).hub.cache, PathBuf::from("/x/huggingface/hub"));
+        assert_eq!(config(&[("XDG_CACHE_HOME", "/x"), ("HF_HOME", "/h")]).hub.cache, PathBuf::from("/h/hub"));
+        assert_eq!(config(&[("HF_HOME", "/h"), ("HF_HUB_CACHE", "/c")]).hub.cache, PathBuf::from("/c"));
+        assert_eq!(config(&[("XDG_CACHE_HOME", "/x")]).cache, Some(PathBuf::from("/x/darkroom")));
+    }
+
+    #[test]
+    fn a_token_comes_from_the_variable_or_the_file_and_is_never_shown() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("token"), "hf_from_file\n").unwrap();
+        let home = folder.path().to_str().unwrap();
+        assert_eq!(config(&[("HF_HOME", home)]).hub.token, Some(Secret::new("hf_from_file")));
+        assert_eq!(config(&[("HF_HOME", home), ("HF_TOKEN", "hf_set")]).hub.token, Some(Secret::new("hf_set")));
+        assert_eq!(config(&[("HF_HOME", home), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).hub.token, None);
+        assert!(!format!("{:?}", config(&[("HF_TOKEN", "hf_set")])).contains("hf_set"));
+    }
+
+    #[test]
+    fn switches_and_endpoint() {
+        assert!(config(&[("HF_HUB_OFFLINE", "1")]).hub.offline);
+        assert!(!config(&[("HF_HUB_OFFLINE", "0")]).hub.offline);
+        assert_eq!(config(&[]).hub.endpoint, DEFAULT_ENDPOINT);
+        assert_eq!(config(&[("HF_ENDPOINT", "http://127.0.0.1:8/")]).hub.endpoint, "http://127.0.0.1:8");
+    }
+}

@@ -1,0 +1,90 @@
+//! Everything that can go wrong with what a user asked for, in words that say what to do.
+
+use std::path::PathBuf;
+
+use crate::{engine, image};
+
+/// Why a request was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A value that is never right.
+    #[error("{field} is {value}, but must be {allowed}{hint}")]
+    Invalid { field: &'static str, value: String, allowed: String, hint: String },
+    /// Two fields that do not go together, or one that needs another.
+    #[error("{field} {problem}; {hint}")]
+    Combination { field: &'static str, problem: String, hint: String },
+    #[error("model is {value:?}, which is no model's name, no folder and no file; {hint}")]
+    UnknownModel { value: String, hint: String },
+    #[error("the model {name} is not on this machine ({missing} of its files are missing); run: darkroom models pull {name}")]
+    NotPulled { name: String, missing: usize },
+    #[error("{field} {path} cannot be read")]
+    UnreadableFile {
+        field: &'static str,
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{field} {name} cannot be used")]
+    UnreadablePicture {
+        field: &'static str,
+        name: String,
+        #[source]
+        source: image::Error,
+    },
+    #[error(
+        "{width} x {height} pixels need about {} of memory, this machine has {}; ask for a smaller picture or fewer outputs",
+        gigabytes(*need), gigabytes(*have)
+    )]
+    TooLarge { width: usize, height: usize, need: u64, have: u64 },
+    #[error("the folder {folder} for {field} does not exist; create it first: mkdir -p {folder}")]
+    NoFolder { field: &'static str, folder: PathBuf },
+    #[error("the folder {folder} for {field} cannot be written to; choose another")]
+    UnwritableFolder {
+        field: &'static str,
+        folder: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{path} is there already; add --force to replace it, or choose another name")]
+    Exists { path: PathBuf },
+    #[error("{path} cannot be written")]
+    Write {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Picture(#[from] image::Error),
+    #[error(transparent)]
+    Weights(#[from] models::weights::Error),
+    #[error(transparent)]
+    Engine(#[from] engine::Error),
+    #[error(transparent)]
+    Models(#[from] super::models::Error),
+}
+
+impl Error {
+    /// Whether the request itself is wrong, so that sending it again cannot help.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Invalid { .. } | Self::Combination { .. } | Self::UnknownModel { .. } => true,
+            Self::Models(error) => error.is_usage(),
+            _ => false,
+        }
+    }
+
+    /// Whether the user stopped it.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Engine(engine::Error::Cancelled))
+    }
+
+    pub(super) fn invalid(field: &'static str, value: impl ToString, allowed: impl Into<String>) -> Self {
+        Self::Invalid { field, value: value.to_string(), allowed: allowed.into(), hint: String::new() }
+    }
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
+}

@@ -1,0 +1,12 @@
+//! A prompt to pictures: a [`Request`] as sent becomes a valid [`Job`], the engine runs it, the pictures are written.
+
+mod job;
+mod memory;
+mod request;
+mod run;
+mod settings;
+mod target;
+
+pub use job::prepare;
+pub use request::{Output, Picture, Precision, Request};
+pub use run::{Cut, ModelReport, Order, Report, Seconds, Stage, run};

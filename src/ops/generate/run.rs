@@ -1,0 +1,173 @@
+//! The whole way of one request on this machine.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use safetensors::tensor::{Dtype, TensorView};
+use serde::Serialize;
+
+use super::settings::{self, Setting};
+use super::target::Targets;
+use super::{Output, Precision, Request, prepare};
+use crate::config::Config;
+use crate::engine::{self, DeviceChoice, Event, Finished, Job, Pipeline};
+use crate::image;
+use crate::ops::{Error, models};
+
+/// Everything that a run needs to know.
+#[derive(Debug, Clone)]
+pub struct Order {
+    pub request: Request,
+    pub output: Output,
+    /// A card's name, a card's path, a folder or a file.
+    pub model: String,
+    pub device: DeviceChoice,
+    /// The device's own if not given.
+    pub precision: Option<Precision>,
+}
+
+/// What is being done, told as it happens. Answering `ControlFlow::Break` stops the run within a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    Loading,
+    Engine(Event),
+    Writing,
+}
+
+/// What was done. Serialised, it is the answer of `--json`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    pub files: Vec<PathBuf>,
+    /// One for each file.
+    pub seeds: Vec<u64>,
+    pub width: usize,
+    pub height: usize,
+    pub steps: usize,
+    pub guidance: f64,
+    pub true_cfg: f64,
+    pub noise: &'static str,
+    pub model: ModelReport,
+    pub device: String,
+    pub dtype: &'static str,
+    pub timings: Seconds,
+    pub truncated: Vec<Cut>,
+    pub latents: Option<PathBuf>,
+    /// What of the request had no effect.
+    pub remarks: Vec<String>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct ModelReport {
+    pub name: String,
+    /// Over the content of all weight files.
+    pub sha256: Option<String>,
+}
+
+/// Wall time of each stage in seconds.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Seconds {
+    pub load: f64,
+    pub encode: f64,
+    pub denoise: f64,
+    pub decode: f64,
+    pub write: f64,
+}
+
+/// The end of a prompt that an encoder does not read.
+#[derive(Debug, Clone, Serialize)]
+pub struct Cut {
+    pub field: &'static str,
+    pub encoder: &'static str,
+    pub limit: usize,
+    pub lost: String,
+}
+
+/// Checks everything that can be checked, then loads the model, runs the job and writes the pictures.
+pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage) -> ControlFlow<()>) -> Result<Report, Error> {
+    let model = models::resolve(&order.model, config)?;
+    let (job, remarks) = prepare(&order.request, &model)?;
+    let seeds: Vec<u64> = job.seeds().collect();
+    let targets = Targets::plan(&order.output, &seeds)?;
+    let device = engine::device(order.device)?;
+    let dtype = order.precision.map_or_else(|| engine::default_dtype(&device), Precision::dtype);
+
+    tell(told, Stage::Loading)?;
+    let begun = Instant::now();
+    let pipeline = Pipeline::load(&model.bundle, &device, dtype, &mut |event| {
+        tracing::debug!(component = %event.component, bytes = event.bytes, "loading");
+    })?;
+    let load = begun.elapsed();
+    let finished = pipeline.run(&job, &mut |event| told(Stage::Engine(event)))?;
+
+    tell(told, Stage::Writing)?;
+    let begun = Instant::now();
+    let device = name(&device);
+    let setting = Setting { model: &model.name, digest: None, device: &device, dtype: dtype.as_str() };
+    let files = write(&targets, &job, &finished, order.output.metadata.then_some(setting))?;
+    let latents = targets.write_latents(|| latents(&finished))?;
+    let timings = seconds(load, &finished, begun.elapsed());
+
+    Ok(Report {
+        files,
+        seeds,
+        width: job.width,
+        height: job.height,
+        steps: job.steps,
+        guidance: job.guidance,
+        true_cfg: job.true_cfg,
+        noise: settings::noise(job.noise),
+        model: ModelReport { name: model.name, sha256: None },
+        device,
+        dtype: dtype.as_str(),
+        timings,
+        truncated: finished.truncated.into_iter().map(cut).collect(),
+        latents,
+        remarks,
+    })
+}
+
+fn write(targets: &Targets, job: &Job, finished: &Finished, setting: Option<Setting<'_>>) -> Result<Vec<PathBuf>, Error> {
+    // All are encoded before the first is written, so that a format's limit leaves nothing behind.
+    let encode = |(picture, seed)| {
+        let metadata = setting.map(|setting| settings::metadata(job, seed, setting));
+        image::encode(picture, targets.format, targets.quality, metadata.as_ref())
+    };
+    let encoded = finished.pictures.iter().zip(job.seeds()).map(encode).collect::<Result<Vec<_>, _>>()?;
+    encoded.iter().enumerate().map(|(i, bytes)| targets.write_picture(i, bytes)).collect()
+}
+
+/// A safetensors file with one f32 tensor, `latents`.
+fn latents(finished: &Finished) -> Result<Vec<u8>, Error> {
+    let values: Vec<f32> = finished.latents.flatten_all().and_then(|flat| flat.to_vec1()).map_err(engine::Error::from)?;
+    let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
+    let view = TensorView::new(Dtype::F32, finished.latents.dims().to_vec(), &bytes).expect("four bytes for each value");
+    Ok(safetensors::serialize([("latents", view)], None).expect("one tensor of a plain name"))
+}
+
+fn tell(told: &mut dyn FnMut(Stage) -> ControlFlow<()>, stage: Stage) -> Result<(), Error> {
+    match told(stage) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(engine::Error::Cancelled.into()),
+    }
+}
+
+fn seconds(load: Duration, finished: &Finished, write: Duration) -> Seconds {
+    let timings = finished.timings;
+    let [load, encode, denoise, decode, write] =
+        [load, timings.encode, timings.denoise, timings.decode, write].map(|time| (time.as_secs_f64() * 1e6).round() / 1e6);
+    Seconds { load, encode, denoise, decode, write }
+}
+
+fn cut(truncation: engine::Truncation) -> Cut {
+    let engine::Truncation { field, encoder, limit, lost } = truncation;
+    Cut { field, encoder, limit, lost }
+}
+
+fn name(device: &candle_core::Device) -> String {
+    match device.location() {
+        candle_core::DeviceLocation::Cpu => "cpu".into(),
+        candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+        candle_core::DeviceLocation::Metal { gpu_id } => format!("metal:{gpu_id}"),
+    }
+}

@@ -1,0 +1,69 @@
+//! What a picture says about how it was made.
+
+use serde_json::json;
+
+use crate::engine::{Job, NoiseKind};
+use crate::image::Metadata;
+
+/// Hexadecimal digits of a digest in the A1111 text.
+const SHORT_DIGEST: usize = 10;
+
+/// Program and version.
+pub(super) const SOFTWARE: &str = concat!("darkroom ", env!("CARGO_PKG_VERSION"));
+
+/// Where and with what a job ran.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Setting<'a> {
+    pub model: &'a str,
+    pub digest: Option<&'a str>,
+    pub device: &'a str,
+    pub dtype: &'a str,
+}
+
+/// The settings of the output with this seed. `job.seed + i` alone makes that picture again.
+pub(super) fn metadata(job: &Job, seed: u64, setting: Setting<'_>) -> Metadata {
+    let mut pairs = vec![
+        ("Steps", job.steps.to_string()),
+        ("Sampler", "Euler".into()),
+        ("CFG scale", job.true_cfg.to_string()),
+        ("Distilled CFG Scale", job.guidance.to_string()),
+        ("Seed", seed.to_string()),
+        ("Size", format!("{}x{}", job.width, job.height)),
+    ];
+    if let Some(digest) = setting.digest {
+        pairs.push(("Model hash", digest.chars().take(SHORT_DIGEST).collect()));
+    }
+    pairs.push(("Model", setting.model.into()));
+    if let Some(start) = &job.start {
+        pairs.push(("Denoising strength", start.strength.to_string()));
+    }
+    pairs.push(("RNG", if job.noise == NoiseKind::Cpu { "CPU" } else { "GPU" }.into()));
+    pairs.push(("Version", SOFTWARE.into()));
+
+    let exact = json!({
+        "software": SOFTWARE,
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "model": { "name": setting.model, "sha256": setting.digest },
+        "width": job.width,
+        "height": job.height,
+        "steps": job.steps,
+        "guidance": job.guidance,
+        "true_cfg": job.true_cfg,
+        "seed": seed,
+        "noise": noise(job.noise),
+        "prompt_strength": job.start.as_ref().map(|start| start.strength),
+        "mask": job.start.as_ref().is_some_and(|start| start.mask.is_some()),
+        "device": setting.device,
+        "dtype": setting.dtype,
+    });
+    let negative = (job.true_cfg > 1.0).then_some(job.negative_prompt.as_str());
+    Metadata::new(SOFTWARE, &job.prompt, negative, &pairs, exact.to_string())
+}
+
+pub(super) fn noise(kind: NoiseKind) -> &'static str {
+    match kind {
+        NoiseKind::Cpu => "cpu",
+        NoiseKind::Cuda => "cuda",
+    }
+}

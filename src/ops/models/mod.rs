@@ -1,0 +1,13 @@
+//! Named base models: what each consists of, where it is, how it gets here.
+//!
+//! A [`Card`] says which files make up a model; `--model` accepts a card's name, a card's path, a folder or a single file
+//! ([`resolve`]). Files of the hub live in the hub's own cache, shared with Python, and are checked after they arrive.
+
+mod card;
+mod error;
+mod hub;
+mod resolve;
+
+pub use card::{Card, Defaults, File, Role};
+pub use error::Error;
+pub use resolve::{Model, resolve};
