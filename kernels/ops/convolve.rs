@@ -179,7 +179,24 @@ impl CustomOp3 for Unfold {
                 let (lhs, rhs) = (weight.as_ptr(), unfolded.as_ptr());
                 let (one_row, one_column) = (depth as isize, n as isize);
                 gemm::gemm(
-                    o, n, depth, out, 1, area as isize, true, lhs, 1, one_row, rhs, 1, one_column, 1.0, 1.0, false, false, false,
+                    o,
+                    n,
+                    depth,
+                    out,
+                    1,
+                    area as isize,
+                    true,
+                    lhs,
+                    1,
+                    one_row,
+                    rhs,
+                    1,
+                    one_column,
+                    1.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
                     gemm::Parallelism::None,
                 );
             }
@@ -221,7 +238,9 @@ mod tests {
     fn every_window_equals_candle() {
         let plain = Window { stride: 1, before: 0, after: 0 };
         let odd = Window { stride: 3, before: 2, after: 1 };
-        for (shape, o, side) in [([2, 3, 5, 7], 4, 3), ([1, 1, 3, 3], 1, 3), ([1, 20, 64, 40], 6, 3), ([2, 5, 4, 6], 7, 1), ([1, 2, 9, 9], 3, 5)] {
+        for (shape, o, side) in
+            [([2, 3, 5, 7], 4, 3), ([1, 1, 3, 3], 1, 3), ([1, 20, 64, 40], 6, 3), ([2, 5, 4, 6], 7, 1), ([1, 2, 9, 9], 3, 5)]
+        {
             let (x, weight, bias) = (random(&shape), random(&[o, shape[1], side, side]), random(&[o]));
             for window in [Window::SAME, Window::HALVE, plain, odd] {
                 let Some(rows) = window.output(shape[2], side) else { continue };

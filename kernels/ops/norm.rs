@@ -54,7 +54,9 @@ impl Rows {
                 }
                 Norm::RootMeanSquare(scale) => {
                     let factor = 1.0 / (mean(&mut x.iter().map(|v| v * v)) + self.eps).sqrt();
-                    y.iter_mut().zip(x.iter().zip(scale)).for_each(|(y, (x, scale))| *y = T::from_f64(f64::from(x * factor * scale)));
+                    y.iter_mut()
+                        .zip(x.iter().zip(scale))
+                        .for_each(|(y, (x, scale))| *y = T::from_f64(f64::from(x * factor * scale)));
                 }
             }
         };

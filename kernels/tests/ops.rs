@@ -28,7 +28,12 @@ fn random(shape: &[usize]) -> Tensor {
 }
 
 /// Runs `op` on inputs rounded to each dtype on each device, and `reference` on the same rounded inputs in f32 on the CPU.
-fn check(name: &str, inputs: &[Tensor], op: impl Fn(&[Tensor]) -> Result<Tensor>, reference: impl Fn(&[Tensor]) -> Result<Tensor>) {
+fn check(
+    name: &str,
+    inputs: &[Tensor],
+    op: impl Fn(&[Tensor]) -> Result<Tensor>,
+    reference: impl Fn(&[Tensor]) -> Result<Tensor>,
+) {
     for device in devices() {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             let rounded: Vec<Tensor> = inputs.iter().map(|x| x.to_dtype(dtype).unwrap()).collect();
@@ -107,7 +112,8 @@ fn norms_of_views() {
     // A view with strides and an offset must read the same values as its copy.
     let view = random(&[2, 8, 3, 64]).narrow(1, 2, 5).unwrap().transpose(1, 2).unwrap();
     let copy = view.contiguous().unwrap();
-    let same = |a: Tensor, b: Tensor| assert_eq!((a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap(), 0.);
+    let same =
+        |a: Tensor, b: Tensor| assert_eq!((a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap(), 0.);
     same(layer_norm(&view, 1e-6).unwrap(), layer_norm(&copy, 1e-6).unwrap());
     let scale = random(&[64]);
     same(rms_norm(&view, &scale, 1e-6).unwrap(), rms_norm(&copy, &scale, 1e-6).unwrap());

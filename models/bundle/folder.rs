@@ -94,7 +94,8 @@ fn no_transformer(path: &Path) -> Error {
 
 fn list(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     let io = |source| Error::Io { path: folder.into(), source };
-    let mut paths = std::fs::read_dir(folder).map_err(io)?.map(|entry| Ok(entry.map_err(io)?.path())).collect::<Result<Vec<_>, Error>>()?;
+    let mut paths =
+        std::fs::read_dir(folder).map_err(io)?.map(|entry| Ok(entry.map_err(io)?.path())).collect::<Result<Vec<_>, Error>>()?;
     paths.sort();
     Ok(paths)
 }
@@ -114,7 +115,8 @@ fn component_files(component: Component, folder: &Path) -> Result<Files, Error> 
         return Err(missing());
     }
     let config = Some(folder.join("config.json")).filter(|path| path.is_file()).map(Blob::File);
-    let indices: Vec<PathBuf> = list(folder)?.into_iter().filter(|path| path.to_string_lossy().ends_with(".safetensors.index.json")).collect();
+    let indices: Vec<PathBuf> =
+        list(folder)?.into_iter().filter(|path| path.to_string_lossy().ends_with(".safetensors.index.json")).collect();
     // `model.fp16.safetensors` and the like are variants; the plain name is shorter.
     let shortest = |paths: Vec<PathBuf>| paths.into_iter().min_by_key(|path| path.as_os_str().len());
     let weights = match shortest(indices) {
@@ -156,7 +158,9 @@ fn tokenizers(folder: &Path) -> Result<(Blob, Option<Blob>, ClipVocabulary), Err
     let file = |name: &str| Some(folder.join(name)).filter(|path| path.is_file()).map(Blob::File);
     let absent = |what: &str, name: &str| Error::Config {
         path: folder.join(name),
-        reason: format!("{what}'s tokenizer is not there; copy the folders tokenizer and tokenizer_2 of the model's repository beside the weights"),
+        reason: format!(
+            "{what}'s tokenizer is not there; copy the folders tokenizer and tokenizer_2 of the model's repository beside the weights"
+        ),
     };
     let t5 = file("tokenizer_2/tokenizer.json").ok_or_else(|| absent("T5", "tokenizer_2/tokenizer.json"))?;
     let clip = match (file("tokenizer/vocab.json"), file("tokenizer/merges.txt"), file("tokenizer/tokenizer.json")) {

@@ -50,10 +50,14 @@ impl Config {
         }
         let axes = match json.and_then(|json| json.get("axes_dims_rope")) {
             None => AXES_OF_16.map(|part| part * head_width / 16),
-            Some(value) => serde_json::from_value(value.clone()).map_err(|_| source.unsupported("axes_dims_rope is not three numbers"))?,
+            Some(value) => {
+                serde_json::from_value(value.clone()).map_err(|_| source.unsupported("axes_dims_rope is not three numbers"))?
+            }
         };
         if axes.iter().sum::<usize>() != *head_width || axes.iter().any(|axis| axis % 2 != 0) {
-            return Err(source.unsupported(&format!("axes_dims_rope {axes:?} are not three even widths with the sum {head_width}")));
+            return Err(
+                source.unsupported(&format!("axes_dims_rope {axes:?} are not three even widths with the sum {head_width}"))
+            );
         }
         Ok(Self {
             hidden,

@@ -23,8 +23,10 @@ impl Rope {
             .collect();
         let text = std::iter::repeat_n([0, 0, 0], l_txt);
         let image = (0..rows).flat_map(|y| (0..columns).map(move |x| [0, y, x]));
-        let angles: Vec<f64> =
-            text.chain(image).flat_map(|place| frequencies.iter().map(move |(axis, frequency)| place[*axis] as f64 * frequency)).collect();
+        let angles: Vec<f64> = text
+            .chain(image)
+            .flat_map(|place| frequencies.iter().map(move |(axis, frequency)| place[*axis] as f64 * frequency))
+            .collect();
         let shape = (l_txt + rows * columns, config.head_width / 2);
         let table = |f: fn(f64) -> f64| Tensor::from_vec(angles.iter().map(|angle| f(*angle) as f32).collect(), shape, device);
         Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })

@@ -98,7 +98,8 @@ fn what_is_cut_off_is_told() {
 
 #[test]
 fn limits_that_are_not_sane_are_capped() {
-    let limit = |json: &'static str| t5::limit(Some(&Blob::Embedded { name: "tokenizer_config.json", bytes: json.as_bytes() })).unwrap();
+    let limit =
+        |json: &'static str| t5::limit(Some(&Blob::Embedded { name: "tokenizer_config.json", bytes: json.as_bytes() })).unwrap();
     assert_eq!(limit(r#"{"model_max_length": 256}"#), Some(256));
     assert_eq!(limit(r#"{"model_max_length": 1000000000000000019884624838656}"#), Some(512));
     assert_eq!(limit(r#"{"model_max_length": 77000}"#), Some(512));

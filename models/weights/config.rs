@@ -25,6 +25,17 @@ impl<'a> Config<'a> {
         }
     }
 
+    /// As [`Self::agree`], for a list.
+    pub fn agree_all(&self, name: &str, found: &[usize]) -> Result<(), Error> {
+        let read = |value: &'a Value| serde_json::from_value::<Vec<usize>>(value.clone()).ok();
+        match self.read(name, read, "a list of whole numbers")? {
+            Some(said) if said != found => {
+                Err(self.contradiction(format!("config.json says {name} are {said:?}, but the weights have {found:?}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The whole number `name`, or `default` if config.json is absent or silent.
     pub fn integer(&self, name: &str, default: usize) -> Result<usize, Error> {
         let read = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok());

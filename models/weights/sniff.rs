@@ -31,7 +31,11 @@ pub fn describe(bytes: &[u8]) -> String {
         "a git-lfs pointer, not the file itself; run `git lfs pull` in that folder".into()
     } else if starts("<!doctype") || starts("<html") || starts("<?xml") || starts("<head") {
         "a web page; the download was answered by a login or error page".into()
-    } else if bytes.starts_with(b"PK\x03\x04") || bytes.starts_with(b"\x80\x02") || bytes.starts_with(b"\x80\x04") || bytes.starts_with(b"\x80\x05") {
+    } else if bytes.starts_with(b"PK\x03\x04")
+        || bytes.starts_with(b"\x80\x02")
+        || bytes.starts_with(b"\x80\x04")
+        || bytes.starts_with(b"\x80\x05")
+    {
         "a PyTorch pickle (.pt, .pth, .ckpt, .bin), which can run code when opened; use the .safetensors file".into()
     } else if bytes.starts_with(b"\x1f\x8b") || bytes.get(257..262) == Some(b"ustar") {
         "an archive; unpack it and name the .safetensors file inside".into()

@@ -63,7 +63,8 @@ impl fmt::Display for LoadReport {
         write!(f, "{} tensors applied", self.applied)?;
         some(f, "missing", &self.missing)?;
         some(f, "unused", &self.unused)?;
-        let shapes: Vec<String> = self.wrong_shape.iter().map(|(key, want, got)| format!("{key} (expected {want:?}, got {got:?})")).collect();
+        let shapes: Vec<String> =
+            self.wrong_shape.iter().map(|(key, want, got)| format!("{key} (expected {want:?}, got {got:?})")).collect();
         some(f, "of the wrong shape", &shapes)
     }
 }
@@ -99,7 +100,16 @@ impl Source {
             Some(prefix) => checkpoint.under(prefix),
         };
         let names = Arc::new(names::canonical(component, &checkpoint));
-        Self { component, checkpoint, names, seen: Arc::default(), prefix: String::new(), dtype, device: device.clone(), synthetic: false }
+        Self {
+            component,
+            checkpoint,
+            names,
+            seen: Arc::default(),
+            prefix: String::new(),
+            dtype,
+            device: device.clone(),
+            synthetic: false,
+        }
     }
 
     /// Random weights of any size, made on `device`: for benches at real sizes without a checkpoint. Matrices are normal with
@@ -155,7 +165,8 @@ impl Source {
             return Ok(self.random(&shape)?.to_dtype(dtype)?);
         }
         match self.expect(&path, &shape) {
-            Some(rows) => read::dense(&self.checkpoint, &rows, shape.dims(), dtype, &self.device).map_err(|source| Error::Tensor { key: path, source }),
+            Some(rows) => read::dense(&self.checkpoint, &rows, shape.dims(), dtype, &self.device)
+                .map_err(|source| Error::Tensor { key: path, source }),
             None => Ok(self.placeholder(&shape)?),
         }
     }

@@ -8,8 +8,6 @@ pub enum Error {
     #[error(transparent)]
     Weights(#[from] models::weights::Error),
     #[error(transparent)]
-    Tokenizer(#[from] models::tokenize::Error),
-    #[error(transparent)]
     Schedule(#[from] models::sampler::Error),
     #[error("{path} is not a usable configuration")]
     Config {

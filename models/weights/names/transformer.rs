@@ -56,7 +56,9 @@ pub(super) fn target(key: &str) -> Target {
         let norm = name.ends_with("_norm");
         format!("{name}.{}", if norm && suffix == "weight" { "scale" } else { suffix })
     };
-    for (theirs, ours, table) in [("transformer_blocks.", "double_blocks.", DOUBLE), ("single_transformer_blocks.", "single_blocks.", SINGLE)] {
+    for (theirs, ours, table) in
+        [("transformer_blocks.", "double_blocks.", DOUBLE), ("single_transformer_blocks.", "single_blocks.", SINGLE)]
+    {
         let Some((i, inner)) = module.strip_prefix(theirs).and_then(|rest| rest.split_once('.')) else { continue };
         if let Some((_, name, place)) = table.iter().find(|(from, ..)| *from == inner) {
             return Target { name: suffixed(format!("{ours}{i}.{name}")), place: *place, swap_halves: false };

@@ -2,9 +2,11 @@
 
 use super::Target;
 
-const RESNET: &[(&str, &str)] = &[("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2"), ("conv_shortcut", "nin_shortcut")];
+const RESNET: &[(&str, &str)] =
+    &[("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2"), ("conv_shortcut", "nin_shortcut")];
 
-const ATTENTION: &[(&str, &str)] = &[("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")];
+const ATTENTION: &[(&str, &str)] =
+    &[("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")];
 
 /// FLUX's autoencoder has four resolutions; BFL counts the decoder's from the finest, diffusers from the coarsest.
 const LEVELS: usize = 4;
