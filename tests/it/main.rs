@@ -5,3 +5,4 @@ mod fixtures;
 mod layouts;
 mod parity_encoders;
 mod parity_flux;
+mod tidy;
