@@ -4,13 +4,12 @@ Everything is made here from random numbers: the attributes of a portrait (backg
 hair ...), the face (continuous proportions that no caption mentions), the picture and the
 caption. Nothing is downloaded, so the data, like the code, belongs to this project.
 
-    python draw.py sheet.png          # a contact sheet of 24 portraits with their captions
+    python sheet.py sheet.png         # a contact sheet of 24 portraits with their captions
 
 An *identity*, as LoRA training needs it, is one fixed `Face` drawn with many `Attributes`.
 """
-import argparse
 import random
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageDraw
 
@@ -488,33 +487,3 @@ def _list(items, rng):
     if len(items) == 1:
         return items[0]
     return ", ".join(items[:-1]) + rng.choice((" and ", " and ", ", ")) + items[-1]
-
-
-def sheet(pictures, texts=None, columns=6, zoom=1):
-    """A contact sheet; `texts` are written under the pictures."""
-    w, h = pictures[0].size
-    w, h = w * zoom, h * zoom
-    foot = 48 if texts else 0
-    rows = -(-len(pictures) // columns)
-    out = Image.new("RGB", (columns * (w + 4), rows * (h + foot + 4)), (30, 30, 30))
-    d = ImageDraw.Draw(out)
-    for i, pic in enumerate(pictures):
-        x, y = i % columns * (w + 4), i // columns * (h + foot + 4)
-        out.paste(pic.resize((w, h), Image.NEAREST) if zoom > 1 else pic, (x, y))
-        if texts:
-            n = w // 6
-            for k in range(0, min(len(texts[i]), 4 * n), n):
-                d.text((x, y + h + 1 + 11 * (k // n)), texts[i][k:k + n], fill=(255, 255, 255))
-    return out
-
-
-if __name__ == "__main__":
-    ap = argparse.ArgumentParser(description="Draw a contact sheet of random training portraits.")
-    ap.add_argument("output", help="PNG file to write")
-    ap.add_argument("--seed", type=int, default=0, help="another seed draws other people")
-    ap.add_argument("--marks", action="store_true", help="also draw marks (star, freckles ...)")
-    args = ap.parse_args()
-    rng = random.Random(args.seed)
-    people = [sample_attributes(rng) for _ in range(24)]
-    pictures = [draw(a, sample_face(rng, args.marks), rng) for a in people]
-    sheet(pictures, [caption(a, rng)[0] for a in people], zoom=2).save(args.output)

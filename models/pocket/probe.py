@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 import draw
+from sheet import sheet
 
 HERE = Path(__file__).parent
 TEMPLES = [[36, 54, 40, 60], [88, 54, 92, 60]]
@@ -134,7 +135,7 @@ def judge_model(o):
     cases = prompts(o.count)
     pictures = generate(o.path, cases, o.guidance, o.steps)
     if o.sheet:
-        draw.sheet(pictures[:24], [c["prompt"] for c in cases], zoom=2).save(o.sheet)
+        sheet(pictures[:24], [c["prompt"] for c in cases], zoom=2).save(o.sheet)
     return score([(p, c["attributes"]) for p, c in zip(pictures, cases)])
 
 

@@ -5,7 +5,7 @@
     python train.py text        --run RUN --minutes 6
     python train.py transformer --run RUN --minutes 60
     python train.py distill     --run RUN --minutes 12
-    python train.py decoder     --run RUN --minutes 10   # may run beside distill
+    python train.py decoder     --run RUN --minutes 10   # optional: sharpen the decoder further
     python train.py export      --run RUN --output weights
 
 Every training stage has a budget of minutes, and its learning rate falls to zero at the end of

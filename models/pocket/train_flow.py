@@ -131,9 +131,9 @@ PROMPTS = [
 
 def preview(model, text, vae, norm, path, **how):
     from PIL import Image
-    import draw
+    from sheet import sheet
     p = sample(model, text, vae, norm, PROMPTS * 2, **how)
-    draw.sheet([Image.fromarray(x) for x in p], [t for t in PROMPTS * 2], zoom=2).save(path)
+    sheet([Image.fromarray(x) for x in p], PROMPTS * 2, zoom=2).save(path)
 
 
 def setup(o, peak, name, minutes_decay=0.999):
@@ -147,7 +147,7 @@ def setup(o, peak, name, minutes_decay=0.999):
     return model, opt, avg, budget, step
 
 
-def loop(o, name, model, opt, avg, budget, step, norm, text, loss_of, check):
+def loop(o, name, model, opt, avg, budget, step, norm, text, loss_of, check, warmup=200):
     torch.manual_seed(o.seed + 1000 * common.rank() + step)
     rng = random.Random(f"{name}-{o.seed}-{step}-{common.rank()}")
     rows = np.load(f"{o.run}/plain.attr.npy")[:len(norm["z"])]
@@ -159,7 +159,7 @@ def loop(o, name, model, opt, avg, budget, step, norm, text, loss_of, check):
 
     while (done := budget.progress()) < 1:
         for g in opt.param_groups:
-            g["lr"] = common.rate(done, step, o.lr, 200)
+            g["lr"] = common.rate(done, step, o.lr, warmup)
         k = rng.choices(range(256, len(rows)), k=o.batch)
         texts, _ = train_text.captions(rows[k], rng, 0.1)
         # Padding tokens cost time and teach little: few of them until the last part.
@@ -241,4 +241,4 @@ def distill(o):
     def check(avg):
         preview(avg, text, vae, norm, f"{o.run}/distill.png", guidance=3.0)
 
-    loop(o, "distill", *state, norm, text, loss_of, check)
+    loop(o, "distill", *state, norm, text, loss_of, check, warmup=20)

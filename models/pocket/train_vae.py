@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-import draw
+from sheet import sheet
 
 
 def build():
@@ -70,7 +70,7 @@ def preview(model, pixels, path):
         from PIL import Image
         both = torch.stack([x, y], 1).flatten(0, 1).clamp(-1, 1)
         both = ((both + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        draw.sheet([Image.fromarray(p) for p in both], columns=6, zoom=2).save(path)
+        sheet([Image.fromarray(p) for p in both], columns=6, zoom=2).save(path)
     return psnr
 
 

@@ -8,3 +8,4 @@ mod hub;
 mod layouts;
 mod parity_encoders;
 mod parity_flux;
+mod tidy;

@@ -1,0 +1,101 @@
+//! The walls of the house: who may import whom, how long a file may be, what must not be left behind.
+
+use std::path::{Path, PathBuf};
+
+/// Longest source file, in lines.
+const MAX_LINES: usize = 500;
+
+/// Folder, and what its files must not import.
+const WALLS: &[(&str, &[&str])] = &[
+    ("kernels", &["models::", "tokio", "std::fs", "std::net", "reqwest"]),
+    ("models", &["tokio", "axum", "sqlx", "reqwest", "hf_hub", "std::net", "std::time", "std::thread", "std::env", "darkroom::"]),
+    ("src/engine", &["crate::ops", "crate::cli", "crate::api", "crate::config", "crate::image", "hf_hub", "reqwest", "axum", "sqlx", "clap"]),
+    ("src/image", &["crate::ops", "crate::cli", "crate::engine", "crate::config", "clap"]),
+    ("src/ops", &["crate::cli", "crate::api", "clap::", "indicatif", "axum"]),
+    ("src/cli", &["models::", "sqlx", "hf_hub", "candle_core"]),
+];
+
+/// What a manifest must not depend on.
+const MANIFESTS: &[(&str, &[&str])] = &[
+    ("kernels/Cargo.toml", &["tokio", "axum", "sqlx", "reqwest", "safetensors", "models."]),
+    ("models/Cargo.toml", &["tokio", "axum", "sqlx", "reqwest", "hf-hub", "clap"]),
+];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn sources(folder: &Path, extensions: &[&str]) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if path.is_dir() && !["target", "weights_cache"].contains(&name.as_str()) && !name.starts_with('.') {
+            found.extend(sources(&path, extensions));
+        } else if path.extension().is_some_and(|e| extensions.contains(&e.to_string_lossy().as_ref())) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// The lines that `use` or name a path, without comments and without the tests at the end of a file.
+fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let body = text.split("#[cfg(test)]").next().unwrap_or_default();
+    body.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//"))
+}
+
+#[test]
+fn imports_go_one_way() {
+    let mut faults = Vec::new();
+    for (folder, forbidden) in WALLS {
+        for path in sources(&root().join(folder), &["rs"]) {
+            if path.components().any(|part| part.as_os_str() == "tests") || path.ends_with("tests.rs") {
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).unwrap();
+            for (i, line) in code(&text) {
+                for name in forbidden.iter().filter(|name| line.contains(**name)) {
+                    faults.push(format!("{}:{}: {folder} must not know {name}", path.display(), i + 1));
+                }
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{faults:#?}");
+}
+
+#[test]
+fn manifests_keep_the_walls() {
+    for (manifest, forbidden) in MANIFESTS {
+        let text = std::fs::read_to_string(root().join(manifest)).unwrap();
+        for name in *forbidden {
+            assert!(!text.lines().any(|line| line.starts_with(name)), "{manifest} depends on {name}");
+        }
+    }
+}
+
+#[test]
+fn files_are_short() {
+    let long: Vec<String> = sources(root(), &["rs", "py", "cu", "metal"])
+        .into_iter()
+        .filter_map(|path| {
+            let lines = std::fs::read_to_string(&path).unwrap().lines().count();
+            (lines > MAX_LINES).then(|| format!("{}: {lines} lines", path.display()))
+        })
+        .collect();
+    assert!(long.is_empty(), "{long:#?}");
+}
+
+#[test]
+fn nothing_is_left_unfinished() {
+    // Put together here so that this file does not find itself.
+    let marks = ["todo", "unimplemented", "dbg"].map(|name| format!("{name}!("));
+    for folder in ["kernels", "models", "src", "benches", "tests"] {
+        for path in sources(&root().join(folder), &["rs"]) {
+            let text = std::fs::read_to_string(&path).unwrap();
+            for mark in &marks {
+                assert!(!text.contains(mark), "{}: {mark}", path.display());
+            }
+        }
+    }
+}
