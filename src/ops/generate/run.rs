@@ -103,6 +103,7 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage) -> Contro
         tracing::debug!(component = %event.component, bytes = event.bytes, "loading");
     })?;
     let load = begun.elapsed();
+    tracing::info!(model = %model.name, seconds = load.as_secs_f64(), "loaded");
     let finished = pipeline.run(&job, &mut |event| told(Stage::Engine(event)))?;
 
     tell(told, Stage::Writing)?;
