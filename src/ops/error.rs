@@ -80,7 +80,7 @@ impl Error {
         matches!(self, Self::Engine(engine::Error::Cancelled))
     }
 
-    pub(super) fn invalid(field: &'static str, value: impl ToString, allowed: impl Into<String>) -> Self {
+    pub(super) fn invalid(field: &'static str, value: &impl ToString, allowed: impl Into<String>) -> Self {
         Self::Invalid { field, value: value.to_string(), allowed: allowed.into(), hint: String::new() }
     }
 }

@@ -88,7 +88,7 @@ fn start(request: &Request) -> Result<Option<Start>, Error> {
     };
     let strength = request.prompt_strength.unwrap_or(PROMPT_STRENGTH);
     if !(strength > 0.0 && strength <= 1.0) {
-        return Err(Error::invalid("prompt-strength", strength, "above 0 (keep the picture) and at most 1 (ignore it)"));
+        return Err(Error::invalid("prompt-strength", &strength, "above 0 (keep the picture) and at most 1 (ignore it)"));
     }
     let unreadable = |field, picture: &Picture, source| Error::UnreadablePicture { field, name: picture.name.clone(), source };
     let limits = Limits::default();
@@ -101,7 +101,11 @@ fn start(request: &Request) -> Result<Option<Start>, Error> {
 }
 
 fn within(field: &'static str, value: usize, least: usize, most: usize) -> Result<usize, Error> {
-    if (least..=most).contains(&value) { Ok(value) } else { Err(Error::invalid(field, value, format!("from {least} to {most}"))) }
+    if (least..=most).contains(&value) {
+        Ok(value)
+    } else {
+        Err(Error::invalid(field, &value, format!("from {least} to {most}")))
+    }
 }
 
 fn number(field: &'static str, value: f64, least: f64, most: f64) -> Result<f64, Error> {
@@ -109,7 +113,7 @@ fn number(field: &'static str, value: f64, least: f64, most: f64) -> Result<f64,
     if (least..=most).contains(&value) {
         return Ok(value);
     }
-    Err(Error::invalid(field, value, format!("a number from {least} to {most}")))
+    Err(Error::invalid(field, &value, format!("a number from {least} to {most}")))
 }
 
 /// 32 bits, so that every reader of JSON and every other program takes it.

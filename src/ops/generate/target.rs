@@ -126,7 +126,7 @@ fn format(output: &Output) -> Result<Format, Error> {
         }),
         (None, _) => Err(Error::invalid(
             "output",
-            format!("a name that ends in .{extension}"),
+            &format!("a name that ends in .{extension}"),
             "a name that ends in .png, .jpg or .webp, or a folder",
         )),
     }
@@ -135,7 +135,7 @@ fn format(output: &Output) -> Result<Format, Error> {
 fn quality(output: &Output, format: Format) -> Result<u8, Error> {
     match output.quality {
         None => Ok(DEFAULT_QUALITY),
-        Some(quality) if quality > 100 => Err(Error::invalid("output-quality", quality, "from 0 (smallest) to 100 (best)")),
+        Some(quality) if quality > 100 => Err(Error::invalid("output-quality", &quality, "from 0 (smallest) to 100 (best)")),
         Some(_) if !format.is_lossy() => Err(Error::Combination {
             field: "output-quality",
             problem: format!("was given, but {format} is lossless"),
