@@ -191,6 +191,7 @@ fn pictures_carry_their_settings() {
     let parameters = text.iter().find(|(key, _)| key == "parameters").unwrap().1.as_str();
     assert!(parameters.starts_with("a cat\nNegative prompt: dogs\nSteps: 2, Sampler: Euler, CFG scale: 2, "), "{parameters}");
     assert!(parameters.contains("Seed: 7, Size: 32x32, Model hash: "), "{parameters}");
+    assert!(parameters.contains("Model: tiny-dev,"), "no folders of this machine: {parameters}");
     let exact: Value = serde_json::from_str(&text.iter().find(|(key, _)| key == "darkroom").unwrap().1).unwrap();
     assert_eq!((&exact["prompt"], &exact["seed"], &exact["true_cfg"]), (&"a cat".into(), &7.into(), &2.0.into()));
 

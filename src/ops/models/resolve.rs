@@ -16,7 +16,7 @@ const SIMILAR: f64 = 0.5;
 /// A model that is on this machine.
 #[derive(Debug, Clone)]
 pub struct Model {
-    /// The card's name, or the path as given.
+    /// The card's name, or the last part of the path: pictures carry it, and folders are nobody's business.
     pub name: String,
     pub bundle: Bundle,
     pub defaults: Defaults,
@@ -38,7 +38,11 @@ pub fn resolve(wanted: &str, config: &Config) -> Result<Model, Error> {
     }
     let bundle = Bundle::detect(path)?;
     let shape = shape(&bundle)?;
-    Ok(Model { name: wanted.into(), bundle, defaults: Defaults::of(&shape), shape })
+    // `.` has no last part.
+    let full = std::fs::canonicalize(path).unwrap_or_else(|_| path.into());
+    let last = if full.is_dir() { full.file_name() } else { full.file_stem() };
+    let name = last.map_or_else(|| wanted.into(), |last| last.to_string_lossy().into_owned());
+    Ok(Model { name, bundle, defaults: Defaults::of(&shape), shape })
 }
 
 fn from_card(card: &Card, config: &Config) -> Result<Model, Error> {
