@@ -151,7 +151,8 @@ fn the_path_and_nothing_else_is_printed() {
 #[test]
 fn json_says_what_was_done() {
     let place = Place::new();
-    let ran = place.generate(&["--seed", "7", "--num-outputs", "2", "--json", "-o", "cat.webp", "--save-latents", "cat.safetensors"]);
+    let ran =
+        place.generate(&["--seed", "7", "--num-outputs", "2", "--json", "-o", "cat.webp", "--save-latents", "cat.safetensors"]);
     let report = ran.succeeds().json();
     assert_eq!(report["files"], serde_json::json!(["cat-1.webp", "cat-2.webp"]));
     assert_eq!(report["seeds"], serde_json::json!([7, 8]));
@@ -172,7 +173,8 @@ fn what_was_cut_off_is_said() {
     let place = Place::new();
     let model = fixtures::path("tiny-dev");
     let prompt = "word ".repeat(600);
-    let arguments = ["generate", &prompt, "--model", model.to_str().unwrap(), "--steps", "1", "--width", "32", "--height", "32", "--json"];
+    let arguments =
+        ["generate", &prompt, "--model", model.to_str().unwrap(), "--steps", "1", "--width", "32", "--height", "32", "--json"];
     let ran = place.run(&arguments).succeeds();
     let truncated = ran.json()["truncated"].clone();
     assert!(truncated.as_array().unwrap().iter().any(|cut| cut["encoder"] == "clip" && cut["limit"] == 77), "{truncated}");
@@ -214,7 +216,9 @@ fn one_of_several_outputs_can_be_made_again_alone() {
 fn pictures_can_start_from_a_picture() {
     let place = Place::new();
     place.generate(&["--seed", "1", "-o", "from.jpg"]).succeeds();
-    place.generate(&["--seed", "2", "-o", "to.png", "--image", "from.jpg", "--mask", "from.jpg", "--prompt-strength", "0.5"]).succeeds();
+    place
+        .generate(&["--seed", "2", "-o", "to.png", "--image", "from.jpg", "--mask", "from.jpg", "--prompt-strength", "0.5"])
+        .succeeds();
     assert!(place.path("to.png").exists());
 }
 
@@ -312,7 +316,8 @@ fn a_folder_that_cannot_be_written_to_is_found_before_the_work() {
 fn ctrl_c_stops_within_a_step_and_leaves_nothing() {
     let place = Place::new();
     let model = fixtures::path("tiny-dev");
-    let arguments = ["generate", "a cat", "--model", model.to_str().unwrap(), "--steps", "1000", "--width", "512", "--height", "512"];
+    let arguments =
+        ["generate", "a cat", "--model", model.to_str().unwrap(), "--steps", "1000", "--width", "512", "--height", "512"];
     let mut command = place.command(&arguments);
     let mut child = command.env("RUST_LOG", "info").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut log = BufReader::new(child.stderr.take().unwrap());
@@ -347,7 +352,9 @@ fn completions_know_the_options() {
 #[test]
 fn the_embedded_model_needs_nothing() {
     let place = Place::new();
-    let ran = place.run(&["generate", "a portrait of a person", "--steps", "2", "--seed", "3", "--aspect-ratio", "3:4", "--json"]).succeeds();
+    let ran = place
+        .run(&["generate", "a portrait of a person", "--steps", "2", "--seed", "3", "--aspect-ratio", "3:4", "--json"])
+        .succeeds();
     let report = ran.json();
     assert_eq!((&report["model"]["name"], &report["width"], &report["height"]), (&"pocket".into(), &112.into(), &144.into()));
     assert_eq!(place.files(), ["darkroom-3.png"]);

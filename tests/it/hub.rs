@@ -99,7 +99,9 @@ impl Shared {
         if path == format!("/api/models/{}/paths-info/main", self.repo) {
             return self.paths_info(&mut stream, &body);
         }
-        let Some(file) = path.strip_prefix(&format!("/{}/resolve/main/", self.repo)) else { return refuse(&mut stream, "404 Not Found") };
+        let Some(file) = path.strip_prefix(&format!("/{}/resolve/main/", self.repo)) else {
+            return refuse(&mut stream, "404 Not Found");
+        };
         match fault {
             // The hub lists the files of a gated repository to everyone, and guards their content.
             Fault::NeedsToken(right) if token != Some(right) => return refuse(&mut stream, "401 Unauthorized"),
@@ -149,5 +151,9 @@ impl Shared {
 
 fn refuse(stream: &mut TcpStream, status: &str) -> std::io::Result<()> {
     let body = format!("{{\"error\": \"{status}\"}}");
-    write!(stream, "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
+    write!(
+        stream,
+        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    )
 }
