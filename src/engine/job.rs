@@ -52,8 +52,16 @@ pub struct Start {
 pub enum Event {
     Encoding,
     /// `step` of `steps` of output `output` (all from 1) is finished.
-    Step { output: usize, outputs: usize, step: usize, steps: usize },
-    Decoding { output: usize, outputs: usize },
+    Step {
+        output: usize,
+        outputs: usize,
+        step: usize,
+        steps: usize,
+    },
+    Decoding {
+        output: usize,
+        outputs: usize,
+    },
 }
 
 /// Wall time of each stage of one job.

@@ -5,6 +5,7 @@ mod error;
 mod job;
 mod pipeline;
 mod pixels;
+mod resize;
 
 pub use device::{DeviceChoice, default_dtype, device};
 pub use error::Error;

@@ -70,7 +70,8 @@ impl Pipeline {
         let tokenizers = Tokenizers::load(bundle)?;
         let mut open = |component, files: &Files, dtype| -> Result<_, Error> {
             let checkpoint = files.checkpoint()?;
-            let bytes = checkpoint.keys().filter_map(|key| checkpoint.get(key)).map(|stored| checkpoint.bytes(stored).len() as u64).sum();
+            let bytes =
+                checkpoint.keys().filter_map(|key| checkpoint.get(key)).map(|stored| checkpoint.bytes(stored).len() as u64).sum();
             told(LoadEvent { component, bytes });
             Ok((Source::new(component, &checkpoint, dtype, device), json(files.config.as_ref())?))
         };
@@ -139,11 +140,18 @@ impl Pipeline {
     fn encode(&self, job: &Job, truncated: &mut Vec<Truncation>) -> Result<Prompts, Error> {
         let positive = self.condition("prompt", &job.prompt, job.guidance, truncated)?;
         let wanted = job.true_cfg > 1.;
-        let negative = wanted.then(|| self.condition("negative_prompt", &job.negative_prompt, job.guidance, truncated)).transpose()?;
+        let negative =
+            wanted.then(|| self.condition("negative_prompt", &job.negative_prompt, job.guidance, truncated)).transpose()?;
         Ok(Prompts { positive, negative })
     }
 
-    fn condition(&self, field: &'static str, prompt: &str, guidance: f64, truncated: &mut Vec<Truncation>) -> Result<Conditioning, Error> {
+    fn condition(
+        &self,
+        field: &'static str,
+        prompt: &str,
+        guidance: f64,
+        truncated: &mut Vec<Truncation>,
+    ) -> Result<Conditioning, Error> {
         let t5 = self.tokenizers.t5(prompt, self.text_tokens)?;
         let clip = self.tokenizers.clip(prompt)?;
         for (encoder, tokens) in [("t5", &t5), ("clip", &clip)] {

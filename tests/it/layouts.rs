@@ -122,7 +122,11 @@ fn single_files_and_all_in_one_files_give_the_same_bits_as_the_folder() {
     let parts = [
         ("flux1-dev.safetensors", canonical(Component::Transformer, "transformer"), "model.diffusion_model."),
         ("ae.safetensors", canonical(Component::Vae, "vae"), "vae."),
-        ("clip_l.safetensors", prefixed(canonical(Component::Clip, "text_encoder"), "text_model."), "text_encoders.clip_l.transformer."),
+        (
+            "clip_l.safetensors",
+            prefixed(canonical(Component::Clip, "text_encoder"), "text_model."),
+            "text_encoders.clip_l.transformer.",
+        ),
         ("t5xxl_fp16.safetensors", canonical(Component::T5, "text_encoder_2"), "text_encoders.t5xxl.transformer."),
     ];
 

@@ -51,7 +51,8 @@ fn time_embedding_and_rotary_tables() {
 fn modulation_vector() {
     let (source, config, fixture) = tiny();
     let embedding = Embedding::load(&source, &config).unwrap();
-    let (time, guidance, pooled) = (fixture.get("flux.in.timestep"), fixture.get("flux.in.guidance"), fixture.get("flux.in.pooled"));
+    let (time, guidance, pooled) =
+        (fixture.get("flux.in.timestep"), fixture.get("flux.in.guidance"), fixture.get("flux.in.pooled"));
     let vec = embedding.forward(&time, Some(&guidance), &pooled).unwrap();
     assert_close("vec", &vec, &fixture.get("temb.out.temb"), MODULE);
     assert!(embedding.forward(&time, None, &pooled).is_err(), "a distilled model needs guidance");

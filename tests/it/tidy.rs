@@ -9,10 +9,13 @@ const MAX_LINES: usize = 500;
 const WALLS: &[(&str, &[&str])] = &[
     ("kernels", &["models::", "tokio", "std::fs", "std::net", "reqwest"]),
     ("models", &["tokio", "axum", "sqlx", "reqwest", "hf_hub", "std::net", "std::time", "std::thread", "std::env", "darkroom::"]),
-    ("src/engine", &["crate::ops", "crate::cli", "crate::api", "crate::config", "crate::image", "hf_hub", "reqwest", "axum", "sqlx", "clap"]),
+    (
+        "src/engine",
+        &["crate::ops", "crate::cli", "crate::api", "crate::config", "crate::image", "hf_hub", "reqwest", "axum", "sqlx", "clap"],
+    ),
     ("src/image", &["crate::ops", "crate::cli", "crate::engine", "crate::config", "clap"]),
     ("src/ops", &["crate::cli", "crate::api", "clap::", "indicatif", "axum"]),
-    ("src/cli", &["models::", "sqlx", "hf_hub", "candle_core"]),
+    ("src/cli", &["use models::", "sqlx", "hf_hub", "candle_core"]),
 ];
 
 /// What a manifest must not depend on.
