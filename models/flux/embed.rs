@@ -13,23 +13,14 @@ const MAX_PERIOD: f32 = 10_000.0;
 
 /// values `(b)` f32 -> `(b, 256)` f32: cosines, then sines.
 ///
-/// Frequencies are f32 as in the reference: angles reach 1000 rad, so f64 frequencies would move the output by 1e-4.
+/// Frequencies are f32 as in the reference: angles reach 1000 rad, so f64 frequencies would move the output by 1e-4. They are
+/// rounded correctly; PyTorch's `exp` depends on its maths library (MKL's differs in the last bit of two of the 128).
 pub fn sinusoid(values: &Tensor) -> Result<Tensor> {
     let half = SINUSOID / 2;
-    let frequency = |i: usize| exp(-MAX_PERIOD.ln() * i as f32 / half as f32);
+    let frequency = |i: usize| f64::from(-MAX_PERIOD.ln() * i as f32 / half as f32).exp() as f32;
     let frequencies = Tensor::from_vec((0..half).map(frequency).collect(), (1, half), values.device())?;
     let angles = values.to_dtype(DType::F32)?.unsqueeze(1)?.broadcast_mul(&frequencies)?; // (b, 128)
     Tensor::cat(&[angles.cos()?, angles.sin()?], 1)
-}
-
-/// e^x as PyTorch's vectorised CPU code rounds it (SLEEF `expf_u10` with FMA): a last bit that differs in a frequency is 6e-5 rad
-/// at an angle of 1000.
-fn exp(x: f32) -> f32 {
-    const TERMS: [f32; 5] = [1.393_043_6e-3, 8.333_361e-3, 4.166_648_5e-2, 1.666_666_7e-1, 0.5];
-    let power = (x * std::f32::consts::LOG2_E).round_ties_even();
-    let rest = power.mul_add(-1.428_606_8e-6, power.mul_add(-0.693_145_75, x));
-    let sum = TERMS.iter().fold(1.985_276_2e-4f32, |sum, term| sum.mul_add(rest, *term));
-    ((rest * rest).mul_add(sum, rest) + 1.) * power.exp2()
 }
 
 /// Two linear layers with SiLU between them.

@@ -51,7 +51,8 @@ fn transformers_in_every_storage_equal_their_dequantised_reference() {
     ] {
         let flux = flux(&fixtures::path(&format!("layouts/{name}")));
         let got = if name.contains("cut") { velocity(&flux, &modules, "flux.in") } else { velocity(&flux, &layouts, "mini.in") };
-        assert_close(name, &got, &layouts.get(&format!("{name}.out")), MODULE);
+        // Guidance 3.5 is an angle of 3500 rad: the last bit of a frequency is 1e-4 there (`flux::sinusoid`).
+        assert_close(name, &got, &layouts.get(&format!("{name}.out")), 2. * MODULE);
     }
 }
 

@@ -1,6 +1,11 @@
 //! Everything that is tested through the crates' public face, as one binary.
 
-#![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub, reason = "a test that cannot go on fails; figures are printed")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    unreachable_pub,
+    reason = "a test that cannot go on fails; figures are printed"
+)]
 
 mod cli;
 mod cli_models;

@@ -35,7 +35,8 @@ fn sizes_come_from_the_weights() {
 fn time_embedding_and_rotary_tables() {
     let (_, config, fixture) = tiny();
     let time = sinusoid(&fixture.get("time.in.t")).unwrap();
-    assert_close("sinusoid", &time, &fixture.get("time.out.sinusoid"), MODULE);
+    // One unit in the last place of a frequency, which is how far maths libraries differ, is 6e-5 rad at an angle of 1000.
+    assert_close("sinusoid", &time, &fixture.get("time.out.sinusoid"), 6e-5);
     let rope = rope(&config, &fixture);
     // The reference repeats each angle for both members of its pair.
     let once = |key: &str| {
