@@ -291,6 +291,25 @@ fn wrong_requests_name_field_value_and_remedy() {
     assert_eq!(place.files(), ["half.png", "text.png"], "nothing was written");
 }
 
+#[test]
+fn files_that_are_no_model_are_called_by_their_name() {
+    let place = Place::new();
+    let whole = fs::read(fixtures::path("tiny-dev/transformer/diffusion_pytorch_model.safetensors")).unwrap();
+    let cases: [(&str, &[u8], &str); 5] = [
+        ("page.safetensors", b"<!DOCTYPE html><html>", "a web page"),
+        ("pointer.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("pickle.safetensors", b"\x80\x02}q\x00", "pickle"),
+        ("pickle.ckpt", b"PK\x03\x04", "pickle"),
+        ("half.safetensors", &whole[..whole.len() / 2], "half.safetensors"),
+    ];
+    for (name, bytes, word) in cases {
+        fs::write(place.path(name), bytes).unwrap();
+        place.generate(&["--model", name]).fails(1, &[name, word]);
+    }
+    fs::create_dir(place.path("empty")).unwrap();
+    place.generate(&["--model", "empty"]).fails(1, &["empty"]);
+}
+
 #[cfg(not(feature = "cuda"))]
 #[test]
 fn a_device_that_is_not_in_this_build_says_how_to_build_it() {
