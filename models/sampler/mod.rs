@@ -1,11 +1,16 @@
-//! From noise to latents.
+//! From noise to latents: the [`Generator`] draws PyTorch's noise, the [`Schedule`] says how much of it is left at each step,
+//! [`pack`] and [`unpack`] turn latents into the transformer's tokens and back.
+//!
+//! Everything here computes in f32 and depends on nothing but its arguments.
 
-/// Which generator draws the noise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum NoiseKind {
-    /// PyTorch's CPU generator: the noise of diffusers with a CPU generator, and of ComfyUI.
-    #[default]
-    Cpu,
-    /// PyTorch's CUDA generator (Philox).
-    Cuda,
-}
+mod error;
+mod guidance;
+mod latents;
+mod noise;
+mod schedule;
+
+pub use error::Error;
+pub use guidance::classifier_free;
+pub use latents::{image_ids, pack, unpack};
+pub use noise::{Generator, NoiseKind};
+pub use schedule::{Schedule, Step, add_noise};

@@ -1,0 +1,83 @@
+//! Latents as pictures and as tokens: every 2 x 2 patch of the latent picture is one token.
+//!
+//! Follows diffusers 0.42.1 `pipelines/flux/pipeline_flux.py`.
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+/// Latents `(b, c, y, x)` -> tokens `(b, (y/2)(x/2), 4c)`, row by row; a token holds each channel's 2 x 2 patch in turn.
+///
+/// Errors where `y` or `x` is odd.
+pub fn pack(latents: &Tensor) -> Result<Tensor> {
+    let (b, c, y, x) = latents.dims4()?;
+    if y % 2 != 0 || x % 2 != 0 {
+        bail!("latents of {y} x {x} cannot be cut into patches of 2 x 2: the picture's width and height must be multiples of 16");
+    }
+    latents
+        .reshape(&[b, c, y / 2, 2, x / 2, 2])?
+        .permute([0, 2, 4, 1, 3, 5])? // (b, y/2, x/2, c, 2, 2)
+        .reshape((b, (y / 2) * (x / 2), c * 4))
+}
+
+/// Tokens `(b, (y/2)(x/2), 4c)` -> latents `(b, c, y, x)`: undoes [`pack`]. `y` and `x` are those of the latents.
+///
+/// Errors where the number of tokens is not that of `y` and `x`.
+pub fn unpack(tokens: &Tensor, y: usize, x: usize) -> Result<Tensor> {
+    let (b, l, width) = tokens.dims3()?;
+    if y % 2 != 0 || x % 2 != 0 || l != (y / 2) * (x / 2) || width % 4 != 0 {
+        bail!("{l} tokens of {width} numbers do not make latents of {y} x {x}");
+    }
+    let c = width / 4;
+    tokens
+        .reshape(&[b, y / 2, x / 2, c, 2, 2])?
+        .permute([0, 3, 1, 4, 2, 5])? // (b, c, y/2, 2, x/2, 2)
+        .reshape((b, c, y, x))
+}
+
+/// Where each token of latents of `y` x `x` stands: f32 `((y/2)(x/2), 3)` of (0, row, column).
+pub fn image_ids(y: usize, x: usize, device: &Device) -> Result<Tensor> {
+    let (rows, columns) = (y / 2, x / 2);
+    let ids = (0..rows).flat_map(|row| (0..columns).flat_map(move |column| [0, row as u32, column as u32])).collect::<Vec<_>>();
+    Tensor::from_vec(ids, (rows * columns, 3), device)?.to_dtype(DType::F32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_a_patch_of_each_channel() {
+        // Channel 0 counts 0..8 and channel 1 goes on: two rows of four make two patches.
+        let latents = Tensor::arange(0f32, 16.0, &Device::Cpu).unwrap().reshape((1, 2, 2, 4)).unwrap();
+        let tokens = pack(&latents).unwrap();
+        assert_eq!(
+            tokens.to_vec3::<f32>().unwrap(),
+            [[[0., 1., 4., 5., 8., 9., 12., 13.], [2., 3., 6., 7., 10., 11., 14., 15.]]]
+        );
+        let back = unpack(&tokens, 2, 4).unwrap();
+        assert_eq!(back.flatten_all().unwrap().to_vec1::<f32>().unwrap(), latents.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+    }
+
+    #[test]
+    fn packing_is_diffusers() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/modules/modules.safetensors");
+        let fixture = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+        let (latents, tokens) = (&fixture["pack.in.latent"], &fixture["pack.out.packed"]);
+        let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(flat(&pack(latents).unwrap()), flat(tokens));
+        assert_eq!(flat(&unpack(tokens, latents.dim(2).unwrap(), latents.dim(3).unwrap()).unwrap()), flat(latents));
+    }
+
+    #[test]
+    fn ids_are_rows_and_columns() {
+        let ids = image_ids(4, 6, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(ids, [[0., 0., 0.], [0., 0., 1.], [0., 0., 2.], [0., 1., 0.], [0., 1., 1.], [0., 1., 2.]]);
+    }
+
+    #[test]
+    fn odd_sizes_are_refused() {
+        let latents = Tensor::zeros((1, 16, 3, 4), DType::F32, &Device::Cpu).unwrap();
+        assert!(pack(&latents).unwrap_err().to_string().contains("multiples of 16"));
+        let tokens = Tensor::zeros((1, 5, 64), DType::F32, &Device::Cpu).unwrap();
+        assert!(unpack(&tokens, 4, 4).is_err());
+    }
+}
