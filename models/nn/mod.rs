@@ -4,6 +4,6 @@
 mod linear;
 mod norm;
 
-pub use kernels::attention;
+pub use kernels::{Budget, attention};
 pub use linear::{Linear, Weight};
 pub use norm::{LayerNorm, RmsNorm};

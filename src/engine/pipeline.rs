@@ -1,0 +1,236 @@
+//! One job, start to end: prompt → conditioning → noise → latents → pictures.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Tensor};
+use models::bundle::{Blob, Bundle, Files};
+use models::clip::ClipText;
+use models::flux::{Conditioning, Flux, Rope};
+use models::sampler::{self, Generator, Schedule};
+use models::t5::T5Encoder;
+use models::tokenize::Tokenizers;
+use models::vae::Autoencoder;
+use models::weights::{Component, Source};
+use serde_json::Value;
+
+use super::pixels;
+use super::{Error, Event, Finished, Job, Start, Timings, Truncation};
+
+/// Told while a model is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadEvent {
+    pub component: Component,
+    pub bytes: u64,
+}
+
+/// What callers need to know of a model to fill in a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Traits {
+    /// The model reads distilled guidance (dev); schnell does not.
+    pub guidance: bool,
+    /// T5 tokens of a prompt.
+    pub text_tokens: usize,
+}
+
+/// T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained with.
+const TEXT_TOKENS: [usize; 2] = [512, 256];
+
+/// A loaded model.
+#[derive(Debug)]
+pub struct Pipeline {
+    tokenizers: Tokenizers,
+    t5: T5Encoder,
+    clip: ClipText,
+    flux: Flux,
+    vae: Autoencoder,
+    schedule: Schedule,
+    text_tokens: usize,
+    device: Device,
+    dtype: DType,
+}
+
+/// A prompt encoded for one picture.
+struct Prompts {
+    positive: Conditioning,
+    /// With true CFG.
+    negative: Option<Conditioning>,
+}
+
+/// The picture that a job starts from, as latents.
+struct Origin {
+    latents: Tensor,
+    /// Packed like the latents: 1 is painted anew, 0 is kept.
+    mask: Option<Tensor>,
+}
+
+impl Pipeline {
+    /// Loads every component onto `device`, to be computed with in `dtype`.
+    pub fn load(bundle: &Bundle, device: &Device, dtype: DType, told: &mut dyn FnMut(LoadEvent)) -> Result<Self, Error> {
+        let tokenizers = Tokenizers::load(bundle)?;
+        let mut open = |component, files: &Files, dtype| -> Result<_, Error> {
+            let checkpoint = files.checkpoint()?;
+            let bytes = checkpoint.keys().filter_map(|key| checkpoint.get(key)).map(|stored| checkpoint.bytes(stored).len() as u64).sum();
+            told(LoadEvent { component, bytes });
+            Ok((Source::new(component, &checkpoint, dtype, device), json(files.config.as_ref())?))
+        };
+        let (source, config) = open(Component::Clip, &bundle.clip, dtype)?;
+        let clip = ClipText::load(&source, config.as_ref())?;
+        source.finish()?;
+        // T5's activations overflow f16.
+        let (source, config) = open(Component::T5, &bundle.t5, if dtype == DType::F16 { DType::F32 } else { dtype })?;
+        let t5 = T5Encoder::load(&source, config.as_ref())?;
+        source.finish()?;
+        let (source, config) = open(Component::Transformer, &bundle.transformer, dtype)?;
+        let flux = Flux::load(&source, config.as_ref())?;
+        source.finish()?;
+        let (source, config) = open(Component::Vae, &bundle.vae, dtype)?;
+        let vae = Autoencoder::load(&source, config.as_ref())?;
+        source.finish()?;
+
+        let guidance = flux.config().guidance;
+        let schedule = Schedule::read(json(bundle.scheduler.as_ref())?.as_ref(), guidance)?;
+        let [dev, schnell] = TEXT_TOKENS;
+        let trained = if guidance { dev } else { schnell };
+        let text_tokens = tokenizers.t5_limit().map_or(trained, |limit| limit.min(trained));
+        Ok(Self { tokenizers, t5, clip, flux, vae, schedule, text_tokens, device: device.clone(), dtype })
+    }
+
+    #[must_use]
+    pub fn traits(&self) -> Traits {
+        Traits { guidance: self.flux.config().guidance, text_tokens: self.text_tokens }
+    }
+
+    /// Runs a job. `told` hears of progress and may cancel between two steps.
+    pub fn run(&self, job: &Job, told: &mut dyn FnMut(Event) -> ControlFlow<()>) -> Result<Finished, Error> {
+        let mut timings = Timings::default();
+        let mut truncated = Vec::new();
+        let (mut latents, mut pictures) = (Vec::new(), Vec::new());
+
+        tell(told, Event::Encoding)?;
+        let prompts = self.timed(&mut timings.encode, || self.encode(job, &mut truncated))?;
+        let (rows, columns) = (job.height / 16, job.width / 16);
+        let rope = Rope::new(self.flux.config(), self.text_tokens, rows, columns, &self.device)?;
+        let sigmas = self.schedule.sigmas(job.steps, rows * columns);
+        let first = job.start.as_ref().map_or(Ok(0), |start| sampler::first_step(job.steps, start.strength))?;
+        let sigmas = &sigmas[first..];
+
+        for (i, seed) in job.seeds().enumerate() {
+            let (output, outputs) = (i + 1, job.outputs);
+            let mut step = |step| tell(told, Event::Step { output, outputs, step, steps: sigmas.len() - 1 });
+            let packed = self.timed(&mut timings.denoise, || self.denoise(job, seed, &prompts, sigmas, &rope, &mut step))?;
+            let unpacked = sampler::unpack(&packed, rows, columns)?;
+            tell(told, Event::Decoding { output, outputs })?;
+            pictures.push(self.timed(&mut timings.decode, || self.decode(&unpacked))?);
+            latents.push(unpacked.to_device(&Device::Cpu)?);
+        }
+        Ok(Finished { pictures, latents: Tensor::cat(&latents, 0)?, timings, truncated })
+    }
+
+    /// Adds the wall time of `work`, device work included, to `total`.
+    fn timed<T>(&self, total: &mut Duration, work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+        let start = Instant::now();
+        let result = work()?;
+        self.device.synchronize()?;
+        *total += start.elapsed();
+        Ok(result)
+    }
+
+    fn encode(&self, job: &Job, truncated: &mut Vec<Truncation>) -> Result<Prompts, Error> {
+        let positive = self.condition("prompt", &job.prompt, job.guidance, truncated)?;
+        let wanted = job.true_cfg > 1.;
+        let negative = wanted.then(|| self.condition("negative_prompt", &job.negative_prompt, job.guidance, truncated)).transpose()?;
+        Ok(Prompts { positive, negative })
+    }
+
+    fn condition(&self, field: &'static str, prompt: &str, guidance: f64, truncated: &mut Vec<Truncation>) -> Result<Conditioning, Error> {
+        let t5 = self.tokenizers.t5(prompt, self.text_tokens)?;
+        let clip = self.tokenizers.clip(prompt)?;
+        for (encoder, tokens) in [("t5", &t5), ("clip", &clip)] {
+            if let Some(lost) = tokens.cut.clone() {
+                truncated.push(Truncation { field, encoder, limit: tokens.ids.len(), lost });
+            }
+        }
+        let ids = |ids: &[u32]| Tensor::new(ids, &self.device)?.unsqueeze(0);
+        let (_, pooled) = self.clip.forward(&ids(&clip.ids)?)?;
+        let txt = self.t5.forward(&ids(&t5.ids)?)?.to_dtype(self.dtype)?;
+        let guidance = Tensor::new(&[guidance as f32], &self.device)?;
+        Ok(Conditioning { txt, pooled, guidance: Some(guidance) })
+    }
+
+    /// Walks the sigmas, from the first to the last, which is 0 -> packed latents `(1, l_img, 64)` in f32.
+    fn denoise(
+        &self,
+        job: &Job,
+        seed: u64,
+        prompts: &Prompts,
+        sigmas: &[f32],
+        rope: &Rope,
+        told: &mut dyn FnMut(usize) -> Result<(), Error>,
+    ) -> Result<Tensor, Error> {
+        let mut generator = Generator::new(job.noise, seed);
+        // The reference draws the autoencoder's sample before the noise, from the same generator.
+        let origin = job.start.as_ref().map(|start| self.origin(job, start, &mut generator)).transpose()?;
+        let noise = sampler::pack(&generator.latents(&[1, 16, job.height / 8, job.width / 8], &self.device)?)?;
+        let mut x = match &origin {
+            Some(origin) => sampler::add_noise(&origin.latents, &noise, sigmas[0])?,
+            None => noise.clone(),
+        };
+        for (step, pair) in sigmas.windows(2).enumerate() {
+            let velocity = self.velocity(&x, pair[0], job.true_cfg, prompts, rope)?;
+            x = sampler::euler_step(&x, &velocity, pair[0], pair[1])?;
+            if let Some(Origin { latents, mask: Some(mask) }) = &origin {
+                // Outside the mask the picture is the original one, with as much noise as the next step expects.
+                let kept = sampler::add_noise(latents, &noise, pair[1])?;
+                x = ((mask * x)? + ((1. - mask)? * kept)?)?;
+            }
+            self.device.synchronize()?;
+            told(step + 1)?;
+        }
+        Ok(x)
+    }
+
+    /// x `(1, l_img, 64)` f32 -> velocity of the same shape in f32.
+    fn velocity(&self, x: &Tensor, sigma: f32, true_cfg: f64, prompts: &Prompts, rope: &Rope) -> Result<Tensor, Error> {
+        // Through the scheduler's timestep and back, as the reference does it: the product rounds.
+        let time = Tensor::new(&[sigma * 1000. / 1000.], &self.device)?;
+        let img = x.to_dtype(self.dtype)?;
+        let forward = |conditioning| self.flux.forward(&img, &time, conditioning, rope)?.to_dtype(DType::F32);
+        let positive = forward(&prompts.positive)?;
+        match &prompts.negative {
+            None => Ok(positive),
+            Some(negative) => Ok(sampler::true_cfg(&positive, &forward(negative)?, true_cfg)?),
+        }
+    }
+
+    /// The job's picture as packed latents, and its mask.
+    fn origin(&self, job: &Job, start: &Start, generator: &mut Generator) -> Result<Origin, Error> {
+        let image = pixels::from_image(&start.image, job.width, job.height, &self.device)?.to_dtype(self.dtype)?;
+        let posterior = self.vae.encode(&image)?;
+        let (mean, std) = (posterior.mean.to_dtype(DType::F32)?, posterior.std.to_dtype(DType::F32)?);
+        let sample = (&mean + (std * generator.latents(mean.dims(), &self.device)?)?)?;
+        let latents = sampler::pack(&self.vae.to_latents(&sample)?)?;
+        let mask = start.mask.as_ref().map(|mask| pixels::latent_mask(mask, job.width, job.height, &self.device)).transpose()?;
+        let mask = mask.map(|mask| sampler::pack(&mask.broadcast_as((1, 16, job.height / 8, job.width / 8))?)).transpose()?;
+        Ok(Origin { latents, mask })
+    }
+
+    /// latents `(1, 16, y, x)` f32 -> picture of 8 y by 8 x.
+    fn decode(&self, latents: &Tensor) -> Result<image::RgbImage, Error> {
+        let z = self.vae.from_latents(latents)?.to_dtype(self.dtype)?;
+        pixels::to_image(&self.vae.decode(&z)?)
+    }
+}
+
+fn tell(told: &mut dyn FnMut(Event) -> ControlFlow<()>, event: Event) -> Result<(), Error> {
+    match told(event) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Error::Cancelled),
+    }
+}
+
+fn json(blob: Option<&Blob>) -> Result<Option<Value>, Error> {
+    let Some(blob) = blob else { return Ok(None) };
+    let text = blob.read()?;
+    Ok(Some(serde_json::from_slice(&text).map_err(|source| Error::Config { path: blob.path(), source })?))
+}
