@@ -7,10 +7,8 @@ pub enum Error {
     Config(#[from] serde_json::Error),
     #[error("the scheduler's config asks for {field} = {value}, which is not supported; supported: {supported}")]
     Unsupported { field: &'static str, value: String, supported: &'static str },
-    #[error("steps is 0; use at least 1")]
-    NoSteps,
     #[error("strength is {strength}; use a number above 0 and up to 1")]
     Strength { strength: f64 },
-    #[error("strength {strength} of {steps} steps leaves no step to walk; use a strength of at least {least:.3} or more steps")]
-    NothingLeft { strength: f64, steps: usize, least: f64 },
+    #[error("strength {strength} leaves none of {steps} steps to walk; use more of either")]
+    NothingLeft { strength: f64, steps: usize },
 }

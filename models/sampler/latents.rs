@@ -18,24 +18,23 @@ pub fn pack(latents: &Tensor) -> Result<Tensor> {
         .reshape((b, (y / 2) * (x / 2), c * 4))
 }
 
-/// Tokens `(b, (y/2)(x/2), 4c)` -> latents `(b, c, y, x)`: undoes [`pack`]. `y` and `x` are those of the latents.
+/// Tokens `(b, rows * columns, 4c)` -> latents `(b, c, 2 rows, 2 columns)`: undoes [`pack`].
 ///
-/// Errors where the number of tokens is not that of `y` and `x`.
-pub fn unpack(tokens: &Tensor, y: usize, x: usize) -> Result<Tensor> {
+/// Errors where the number of tokens is not `rows * columns`.
+pub fn unpack(tokens: &Tensor, rows: usize, columns: usize) -> Result<Tensor> {
     let (b, l, width) = tokens.dims3()?;
-    if y % 2 != 0 || x % 2 != 0 || l != (y / 2) * (x / 2) || width % 4 != 0 {
-        bail!("{l} tokens of {width} numbers do not make latents of {y} x {x}");
+    if l != rows * columns || width % 4 != 0 {
+        bail!("{l} tokens of {width} numbers are not {rows} rows of {columns} patches");
     }
     let c = width / 4;
     tokens
-        .reshape(&[b, y / 2, x / 2, c, 2, 2])?
-        .permute([0, 3, 1, 4, 2, 5])? // (b, c, y/2, 2, x/2, 2)
-        .reshape((b, c, y, x))
+        .reshape(&[b, rows, columns, c, 2, 2])?
+        .permute([0, 3, 1, 4, 2, 5])? // (b, c, rows, 2, columns, 2)
+        .reshape((b, c, 2 * rows, 2 * columns))
 }
 
-/// Where each token of latents of `y` x `x` stands: f32 `((y/2)(x/2), 3)` of (0, row, column).
-pub fn image_ids(y: usize, x: usize, device: &Device) -> Result<Tensor> {
-    let (rows, columns) = (y / 2, x / 2);
+/// Where each of `rows * columns` tokens stands: f32 `(rows * columns, 3)` of (0, row, column).
+pub fn image_ids(rows: usize, columns: usize, device: &Device) -> Result<Tensor> {
     let ids = (0..rows).flat_map(|row| (0..columns).flat_map(move |column| [0, row as u32, column as u32])).collect::<Vec<_>>();
     Tensor::from_vec(ids, (rows * columns, 3), device)?.to_dtype(DType::F32)
 }
@@ -53,8 +52,11 @@ mod tests {
             tokens.to_vec3::<f32>().unwrap(),
             [[[0., 1., 4., 5., 8., 9., 12., 13.], [2., 3., 6., 7., 10., 11., 14., 15.]]]
         );
-        let back = unpack(&tokens, 2, 4).unwrap();
-        assert_eq!(back.flatten_all().unwrap().to_vec1::<f32>().unwrap(), latents.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        let back = unpack(&tokens, 1, 2).unwrap();
+        assert_eq!(
+            back.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+            latents.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        );
     }
 
     #[test]
@@ -64,12 +66,12 @@ mod tests {
         let (latents, tokens) = (&fixture["pack.in.latent"], &fixture["pack.out.packed"]);
         let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(flat(&pack(latents).unwrap()), flat(tokens));
-        assert_eq!(flat(&unpack(tokens, latents.dim(2).unwrap(), latents.dim(3).unwrap()).unwrap()), flat(latents));
+        assert_eq!(flat(&unpack(tokens, latents.dim(2).unwrap() / 2, latents.dim(3).unwrap() / 2).unwrap()), flat(latents));
     }
 
     #[test]
     fn ids_are_rows_and_columns() {
-        let ids = image_ids(4, 6, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+        let ids = image_ids(2, 3, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(ids, [[0., 0., 0.], [0., 0., 1.], [0., 0., 2.], [0., 1., 0.], [0., 1., 1.], [0., 1., 2.]]);
     }
 
@@ -78,6 +80,6 @@ mod tests {
         let latents = Tensor::zeros((1, 16, 3, 4), DType::F32, &Device::Cpu).unwrap();
         assert!(pack(&latents).unwrap_err().to_string().contains("multiples of 16"));
         let tokens = Tensor::zeros((1, 5, 64), DType::F32, &Device::Cpu).unwrap();
-        assert!(unpack(&tokens, 4, 4).is_err());
+        assert!(unpack(&tokens, 2, 2).is_err());
     }
 }

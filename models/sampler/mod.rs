@@ -10,7 +10,7 @@ mod noise;
 mod schedule;
 
 pub use error::Error;
-pub use guidance::classifier_free;
+pub use guidance::true_cfg;
 pub use latents::{image_ids, pack, unpack};
 pub use noise::{Generator, NoiseKind};
-pub use schedule::{Schedule, Step, add_noise};
+pub use schedule::{Schedule, add_noise, euler_step, first_step};

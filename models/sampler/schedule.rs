@@ -5,18 +5,13 @@
 
 use candle_core::{DType, Result as TensorResult, Tensor};
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::Error;
 
-/// The pipelines tell the transformer the time in thousandths of this, whatever a scheduler counts.
-const PIPELINE_TIMESTEPS: f32 = 1000.0;
-
 /// How the noise levels of a model are spaced. Read from a diffusers `scheduler_config.json`, or one of the published two.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Schedule {
-    timesteps: f32,
-    shift: Shift,
-}
+pub struct Schedule(Shift);
 
 #[derive(Debug, Clone, PartialEq)]
 enum Shift {
@@ -33,51 +28,46 @@ struct Anchor {
     shift: f64,
 }
 
-/// One Euler step, from noise level `sigma` to noise level `next`; both go from 1, all noise, to 0, none.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Step {
-    /// What the transformer is told; `sigma`, except for the roundings of diffusers.
-    pub timestep: f32,
-    pub sigma: f32,
-    pub next: f32,
-}
-
 impl Schedule {
     /// FLUX.1-dev's published schedule.
     pub fn dev() -> Self {
         let (base, max) = (Anchor { tokens: 256.0, shift: 0.5 }, Anchor { tokens: 4096.0, shift: 1.15 });
-        Self { timesteps: PIPELINE_TIMESTEPS, shift: Shift::Dynamic { exponential: true, base, max } }
+        Self(Shift::Dynamic { exponential: true, base, max })
     }
 
     /// FLUX.1-schnell's published schedule: evenly spaced.
     pub fn schnell() -> Self {
-        Self { timesteps: PIPELINE_TIMESTEPS, shift: Shift::Fixed(1.0) }
+        Self(Shift::Fixed(1.0))
     }
 
-    /// Reads the text of a diffusers `scheduler_config.json`. What is not in it has diffusers' defaults; a setting that would
-    /// change the numbers in a way not implemented here is an error that names it.
-    pub fn from_json(text: &[u8]) -> Result<Self, Error> {
-        let config: Config = serde_json::from_slice(text)?;
+    /// The schedule of a diffusers `scheduler_config.json`; without one, the published schedule of dev for a model that reads
+    /// distilled `guidance` and of schnell for one that does not.
+    ///
+    /// What the config leaves out has diffusers' defaults; a setting that would change the numbers in a way that is not
+    /// implemented here is an error that names it.
+    pub fn read(config: Option<&Value>, guidance: bool) -> Result<Self, Error> {
+        match config {
+            Some(config) => Self::from_config(&Config::deserialize(config)?),
+            None if guidance => Ok(Self::dev()),
+            None => Ok(Self::schnell()),
+        }
+    }
+
+    fn from_config(config: &Config) -> Result<Self, Error> {
         config.check()?;
-        let shift = if config.use_dynamic_shifting {
-            Shift::Dynamic {
-                exponential: config.time_shift_type == "exponential",
-                base: Anchor { tokens: config.base_image_seq_len, shift: config.base_shift },
-                max: Anchor { tokens: config.max_image_seq_len, shift: config.max_shift },
-            }
-        } else {
-            Shift::Fixed(config.shift)
-        };
-        Ok(Self { timesteps: config.num_train_timesteps, shift })
+        if !config.use_dynamic_shifting {
+            return Ok(Self(Shift::Fixed(config.shift)));
+        }
+        let exponential = config.time_shift_type == "exponential";
+        let base = Anchor { tokens: config.base_image_seq_len, shift: config.base_shift };
+        let max = Anchor { tokens: config.max_image_seq_len, shift: config.max_shift };
+        Ok(Self(Shift::Dynamic { exponential, base, max }))
     }
 
     /// The noise levels of `steps` steps for a picture of `image_tokens` tokens, (height / 16)(width / 16): `steps` falling
-    /// numbers and a final 0.
-    pub fn sigmas(&self, steps: usize, image_tokens: usize) -> Result<Vec<f32>, Error> {
-        if steps == 0 {
-            return Err(Error::NoSteps);
-        }
-        let shift = |sigma: f32| match self.shift {
+    /// numbers from 1, all noise, and a final 0, none. Step i goes from level i to level i + 1.
+    pub fn sigmas(&self, steps: usize, image_tokens: usize) -> Vec<f32> {
+        let shift = |sigma: f32| match self.0 {
             // All in f32: numpy gives a Python number the array's precision.
             Shift::Fixed(shift) => shift as f32 * sigma / (1.0 + (shift - 1.0) as f32 * sigma),
             Shift::Dynamic { exponential, base, max } => {
@@ -86,39 +76,35 @@ impl Schedule {
                 weight / (weight + (1.0 / sigma - 1.0))
             }
         };
-        Ok(evenly(steps).map(shift).chain([0.0]).collect())
-    }
-
-    /// The steps to walk. `strength` is 1 for a picture from nothing; a picture that starts from another one skips the first
-    /// steps, so that `strength` of them (rounded up) is left. 0 < `strength` <= 1.
-    pub fn steps(&self, steps: usize, image_tokens: usize, strength: f64) -> Result<Vec<Step>, Error> {
-        if !(strength > 0.0 && strength <= 1.0) {
-            return Err(Error::Strength { strength });
-        }
-        let sigmas = self.sigmas(steps, image_tokens)?;
-        // As diffusers has it: the product's rounding decides what happens on the edge.
-        let skipped = (steps as f64 - (steps as f64 * strength).min(steps as f64)) as usize;
-        let walked: Vec<Step> = sigmas.windows(2).skip(skipped).map(|pair| self.step(pair[0], pair[1])).collect();
-        if walked.is_empty() {
-            return Err(Error::NothingLeft { strength, steps, least: 1.0 / steps as f64 });
-        }
-        Ok(walked)
-    }
-
-    fn step(&self, sigma: f32, next: f32) -> Step {
-        Step { timestep: sigma * self.timesteps / PIPELINE_TIMESTEPS, sigma, next }
+        evenly(steps).map(shift).chain([0.0]).collect()
     }
 }
 
-impl Step {
-    /// One Euler step along `velocity`, the transformer's prediction; shapes are equal, the result is f32.
-    pub fn advance(&self, latents: &Tensor, velocity: &Tensor) -> TensorResult<Tensor> {
-        // f32 because steps are small beside the latents: in bf16 the last ones would be lost.
-        latents.to_dtype(DType::F32)? + (velocity.to_dtype(DType::F32)? * f64::from(self.next - self.sigma))?
+/// The step (from 0) at which a picture that starts from another one begins: of `steps` steps, `strength` (rounded up) are
+/// walked. A `strength` of 1 walks all and keeps nothing.
+///
+/// Errors unless 0 < `strength` <= 1 and a step is left.
+pub fn first_step(steps: usize, strength: f64) -> Result<usize, Error> {
+    if !(strength > 0.0 && strength <= 1.0) {
+        return Err(Error::Strength { strength });
     }
+    // As diffusers has it: the product's rounding decides what happens on the edge.
+    let first = (steps as f64 - (steps as f64 * strength).min(steps as f64)) as usize;
+    if first >= steps {
+        return Err(Error::NothingLeft { strength, steps });
+    }
+    Ok(first)
 }
 
-/// Clean latents as they are at noise level `sigma`: `sigma * noise + (1 - sigma) * latents`. Shapes are equal, f32.
+/// One Euler step along `velocity`, the transformer's prediction, from noise level `sigma` to `next`.
+///
+/// `latents` and `velocity` have one shape, the result's; the result is f32.
+pub fn euler_step(latents: &Tensor, velocity: &Tensor, sigma: f32, next: f32) -> TensorResult<Tensor> {
+    // f32 because steps are small beside the latents: in bf16 much of the last ones would be lost.
+    latents.to_dtype(DType::F32)? + (velocity.to_dtype(DType::F32)? * f64::from(next - sigma))?
+}
+
+/// Clean latents as they are at noise level `sigma`: `sigma * noise + (1 - sigma) * latents`. One shape, f32.
 pub fn add_noise(latents: &Tensor, noise: &Tensor, sigma: f32) -> TensorResult<Tensor> {
     (noise * f64::from(sigma))? + (latents * f64::from(1.0 - sigma))?
 }
@@ -142,7 +128,7 @@ fn mu(base: Anchor, max: Anchor, image_tokens: usize) -> f64 {
 struct Config {
     #[serde(rename = "_class_name")]
     class_name: String,
-    num_train_timesteps: f32,
+    num_train_timesteps: f64,
     shift: f64,
     use_dynamic_shifting: bool,
     base_shift: f64,
@@ -186,7 +172,8 @@ impl Config {
     const CLASS: &str = "FlowMatchEulerDiscreteScheduler";
 
     fn check(&self) -> Result<(), Error> {
-        let refuse = |field, value: &dyn ToString, supported| Err(Error::Unsupported { field, value: value.to_string(), supported });
+        let refuse =
+            |field, value: &dyn ToString, supported| Err(Error::Unsupported { field, value: value.to_string(), supported });
         if self.class_name != Self::CLASS {
             return refuse("_class_name", &self.class_name, Self::CLASS);
         }
@@ -196,8 +183,9 @@ impl Config {
         if let Some(terminal) = self.shift_terminal.filter(|terminal| *terminal != 0.0) {
             return refuse("shift_terminal", &terminal, "null");
         }
-        if !(self.num_train_timesteps > 0.0) {
-            return refuse("num_train_timesteps", &self.num_train_timesteps, "a positive number, usually 1000");
+        // The pipelines divide by 1000 whatever this says.
+        if self.num_train_timesteps != 1000.0 {
+            return refuse("num_train_timesteps", &self.num_train_timesteps, "1000");
         }
         if !(self.shift > 0.0) {
             return refuse("shift", &self.shift, "a positive number");

@@ -47,7 +47,7 @@ fn ln(x: f32) -> f32 {
     }
     let square = x * x;
     let series = COEFFICIENTS.iter().fold(7.0376836292e-2f32, |y, coefficient| y.mul_add(x, *coefficient));
-    let y = exponent.mul_add(LN_2_LOW, series * x * square);
+    let y = (series * x).mul_add(square, exponent * LN_2_LOW);
     let y = square.mul_add(-0.5, y);
     exponent.mul_add(LN_2_HIGH, x + y)
 }
