@@ -5,7 +5,9 @@ use candle_core::{Result, Tensor};
 /// Classifier-free guidance: away from what the negative prompt predicts, `scale` times as far as the prompt does.
 ///
 /// `positive`, `negative` and the result have one shape and dtype; a scale of 1 is the positive prediction. "True" tells it
-/// from distilled guidance, a number that FLUX.1-dev is told in a single prediction. Follows diffusers 0.42.1 `pipelines/flux/pipeline_flux.py`.
+/// from distilled guidance, a number that FLUX.1-dev is told in a single prediction.
+///
+/// Follows diffusers 0.42.1 `pipelines/flux/pipeline_flux.py`.
 pub fn true_cfg(positive: &Tensor, negative: &Tensor, scale: f64) -> Result<Tensor> {
     negative + ((positive - negative)? * scale)?
 }
