@@ -187,7 +187,7 @@ impl Config {
         if self.num_train_timesteps != 1000.0 {
             return refuse("num_train_timesteps", &self.num_train_timesteps, "1000");
         }
-        if !(self.shift > 0.0) {
+        if self.shift.is_nan() || self.shift <= 0.0 {
             return refuse("shift", &self.shift, "a positive number");
         }
         if self.use_dynamic_shifting && self.base_image_seq_len == self.max_image_seq_len {

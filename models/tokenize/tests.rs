@@ -19,6 +19,7 @@ fn fixtures() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "callers make the paths on the spot")]
 fn tokenizers(clip: PathBuf, t5: PathBuf) -> Tokenizers {
     let file = |folder: &PathBuf, name| Blob::File(folder.join(name));
     let clip = ClipVocabulary::VocabMerges { vocab: file(&clip, "vocab.json"), merges: file(&clip, "merges.txt") };
@@ -68,6 +69,7 @@ fn ids_equal_transformers_on_tricky_prompts() {
 /// holds FLUX.1-dev's `tokenizer` as `clip` and `tokenizer_2` as `t5`.
 #[test]
 #[ignore = "needs the published tokenizers in $TOKENIZERS"]
+#[expect(clippy::disallowed_methods, reason = "the published tokenizers are not in the repository; a person says where they are")]
 fn real_tokenizers_equal_transformers() {
     let folder = PathBuf::from(std::env::var_os("TOKENIZERS").expect("TOKENIZERS is set"));
     assert!(compare(&tokenizers(folder.join("clip"), folder.join("t5")), "tokenize_real.json") > 20);

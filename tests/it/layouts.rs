@@ -180,7 +180,7 @@ fn gguf_kinds_stay_near_the_exact_velocity() {
     ] {
         let quantised = |name: &String| {
             let tensor = exact.tensor(name, exact.shape(name).unwrap().as_slice()).unwrap();
-            let blocks = tensor.rank() == 2 && tensor.dim(1).unwrap() % kind.block_size() == 0;
+            let blocks = tensor.rank() == 2 && tensor.dim(1).unwrap().is_multiple_of(kind.block_size());
             (name.clone(), QTensor::quantize(&tensor, if blocks { kind } else { GgmlDType::F32 }).unwrap())
         };
         let tensors: Vec<(String, QTensor)> = names.iter().map(quantised).collect();
