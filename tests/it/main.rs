@@ -15,4 +15,5 @@ mod hub;
 mod layouts;
 mod parity_encoders;
 mod parity_flux;
+mod pocket;
 mod tidy;
