@@ -63,14 +63,10 @@ fn strips(x: &Tensor, weight: &Tensor, bias: &Tensor, window: Window, budget: us
     if at_once == rows && window.before == window.after {
         return x.conv2d(weight, window.before, window.stride, 1, 1)?.broadcast_add(&bias);
     }
-    let x = x.pad_with_zeros(3, window.before, window.after)?;
+    let x = x.pad_with_zeros(2, window.before, window.after)?.pad_with_zeros(3, window.before, window.after)?;
     let strip = |first: usize| {
         let n = at_once.min(rows - first);
-        // The rows of the input under these rows of the output, zeros beyond its edges.
-        let (from, to) = (first * window.stride, (first + n - 1) * window.stride + side);
-        let (above, below) = (window.before.saturating_sub(from), to.saturating_sub(window.before + height));
-        let start = from.saturating_sub(window.before);
-        let x = x.narrow(2, start, to - from - above - below)?.contiguous()?.pad_with_zeros(2, above, below)?;
+        let x = x.narrow(2, first * window.stride, (n - 1) * window.stride + side)?.contiguous()?;
         x.conv2d(weight, 0, window.stride, 1, 1)?.broadcast_add(&bias)
     };
     let strips = (0..rows).step_by(at_once).map(strip).collect::<Result<Vec<_>>>()?;
