@@ -90,7 +90,7 @@ impl Vocabulary {
             // The first token that makes room for the end mark; byte-level tokens may begin inside a character.
             let start = encoding.get_offsets()[length - 1].0;
             let start = (0..=start).rev().find(|i| prompt.is_char_boundary(*i)).unwrap_or_default();
-            prompt[start..].to_string()
+            prompt[start..].trim_start().to_string()
         });
         if cut.is_some() {
             ids.truncate(length - 1);

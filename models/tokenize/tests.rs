@@ -88,14 +88,12 @@ fn what_is_cut_off_is_told() {
         let cut = short.cut.unwrap();
         assert!(prompt.ends_with(&cut) && !cut.is_empty(), "{cut:?}");
     }
-    // Seven tokens: a, cat, three of "sitting", "on" and the end mark.
     assert_eq!(tokenizers.t5("a cat", 2).unwrap().cut.as_deref(), Some("cat"));
 
+    // One word whose tokens begin and end inside characters.
     let emoji = "🐱".repeat(77);
     let cut = tokenizers.clip(&emoji).unwrap().cut.unwrap();
     assert!(emoji.ends_with(&cut) && cut.len() < emoji.len());
-    let kept = &emoji[..emoji.len() - cut.len()];
-    assert!(tokenizers.clip(kept).unwrap().cut.is_none() || tokenizers.clip(kept).unwrap().ids[75] != 0);
 }
 
 #[test]
