@@ -36,6 +36,9 @@ pub struct Traits {
 /// T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained with.
 const TEXT_TOKENS: [usize; 2] = [512, 256];
 
+/// What a picture may take on devices that do not tell their free memory.
+const HOST_PICTURE_BYTES: usize = 8 << 30;
+
 /// A loaded model.
 #[derive(Debug)]
 pub struct Pipeline {
@@ -214,7 +217,7 @@ impl Pipeline {
     /// The job's picture as packed latents, and its mask.
     fn origin(&self, job: &Job, start: &Start, generator: &mut Generator) -> Result<Origin, Error> {
         let image = pixels::from_image(&start.image, job.width, job.height, &self.device)?.to_dtype(self.dtype)?;
-        let posterior = self.vae.encode(&image)?;
+        let posterior = self.vae.encode_within(&image, Some(self.picture_memory()))?;
         let (mean, std) = (posterior.mean.to_dtype(DType::F32)?, posterior.std.to_dtype(DType::F32)?);
         let sample = (&mean + (std * generator.latents(mean.dims(), &self.device)?)?)?;
         let latents = sampler::pack(&self.vae.to_latents(&sample)?)?;
@@ -223,10 +226,16 @@ impl Pipeline {
         Ok(Origin { latents, mask })
     }
 
+    /// Bytes that the autoencoder's activations may take; a picture that needs more is worked on in tiles.
+    fn picture_memory(&self) -> usize {
+        let free = kernels::free_memory(&self.device).and_then(|bytes| usize::try_from(bytes).ok());
+        free.map_or(HOST_PICTURE_BYTES, |bytes| bytes / 10 * 9)
+    }
+
     /// latents `(1, 16, y, x)` f32 -> picture of 8 y by 8 x.
     fn decode(&self, latents: &Tensor) -> Result<image::RgbImage, Error> {
         let z = self.vae.from_latents(latents)?.to_dtype(self.dtype)?;
-        pixels::to_image(&self.vae.decode(&z)?)
+        pixels::to_image(&self.vae.decode_within(&z, Some(self.picture_memory()))?)
     }
 }
 
