@@ -2,10 +2,15 @@
 //!
 //! | op | what it does | reference |
 //! |---|---|---|
+//! | [`add_gated`] | x + gate * update in one pass | composed candle ops, in tests |
 //! | [`attention`] | softmax(q kᵀ / √e) v in chunks of queries | the same in one piece, in tests |
 //! | [`convolve`] | convolution, unfolding a part of the input at a time | candle's `conv2d`, in tests |
+//! | [`gelu`] | the tanh form | candle's, in tests |
 //! | [`group_norm`] | group norm, affine, SiLU in one pass | composed candle ops, in tests |
+//! | [`joint_heads`] | q, k, v of all streams from their projections: split, norm, rotate, join | composed ops, in its module |
 //! | [`layer_norm`] | layer norm without weights, f32 statistics | composed candle ops, in tests |
+//! | [`linear`] | x Wᵀ + b, added onto the bias on the CPU | composed candle ops, in tests |
+//! | [`modulated_norm`] | layer norm, scale and shift in one pass | composed candle ops, in tests |
 //! | [`rms_norm`] | root-mean-square norm with scale, f32 statistics | composed candle ops, in tests |
 //! | [`rotate`] | rotary embedding of interleaved pairs | composed candle ops, in tests |
 //!
@@ -15,8 +20,11 @@ mod memory;
 mod ops;
 
 pub use memory::free_memory;
+pub use ops::activation::gelu;
 pub use ops::attention::{Budget, attention};
 pub use ops::convolve::{Window, convolve};
 pub use ops::group_norm::{After, group_norm};
-pub use ops::norm::{layer_norm, rms_norm};
+pub use ops::heads::{Heads, Projection, joint_heads};
+pub use ops::linear::linear;
+pub use ops::norm::{add_gated, layer_norm, modulated_norm, rms_norm};
 pub use ops::rotary::rotate;

@@ -2,6 +2,8 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
+use super::activation::softmax;
+
 /// Largest score matrix, in bytes, that is held at once.
 #[derive(Debug, Clone, Copy)]
 pub struct Budget(pub usize);
@@ -33,7 +35,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&T
             Some(bias) => scores.broadcast_add(bias)?,
             None => scores,
         };
-        candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(product)?.matmul(&v)?.to_dtype(dtype)
+        softmax(&scores)?.to_dtype(product)?.matmul(&v)?.to_dtype(dtype)
     };
     if rows == l {
         return chunk(0);

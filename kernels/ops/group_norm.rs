@@ -7,6 +7,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use rayon::prelude::*;
 
+use super::cpu::{silu, sum};
+
 /// What follows the norm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum After {
@@ -100,45 +102,6 @@ fn statistics(x: &[f32], eps: f32) -> (f32, f32) {
     (mean, 1.0 / (variance + eps).sqrt())
 }
 
-/// The sum of `f` over x: in f32 within short stretches and side by side so that the compiler can use vectors, in f64 across.
-fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f64 {
-    const SIDE: usize = 16;
-    let stretch = |x: &[f32]| {
-        let (blocks, rest) = x.as_chunks::<SIDE>();
-        let mut sums = [0f32; SIDE];
-        for block in blocks {
-            sums.iter_mut().zip(block).for_each(|(sum, v)| *sum += f(*v));
-        }
-        f64::from(sums.iter().sum::<f32>()) + rest.iter().map(|v| f64::from(f(*v))).sum::<f64>()
-    };
-    x.chunks(4096).map(stretch).sum()
-}
-
-/// `x / (1 + e⁻ˣ)`.
-#[inline]
-fn silu(x: f32) -> f32 {
-    x / (1.0 + exp(-x))
-}
-
-/// eˣ to 2e-7, without branches or calls so that loops over it are vectorised (libm's takes four times as long).
-#[inline]
-fn exp(x: f32) -> f32 {
-    /// Adding it leaves the nearest whole number in the lowest bits.
-    const ROUND: f32 = 12_582_912.0;
-    /// ln 2 in two parts, the first with trailing zeros, so that n ln 2 is exact.
-    const LN2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
-    let x = x.clamp(-87.0, 88.0);
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = x - n * LN2[0] - n * LN2[1];
-    // Cephes' polynomial for |r| <= ln 2 / 2.
-    let p = 1.987_569_1e-4 * r + 1.398_199_9e-3;
-    let p = (((p * r + 8.333_452e-3) * r + 4.166_579_6e-2) * r + 0.166_666_65) * r + 0.5;
-    let p = p * r * r + r + 1.0;
-    let power = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32).wrapping_add(127) << 23;
-    p * f32::from_bits(power as u32)
-}
-
 impl CustomOp1 for GroupNorm {
     fn name(&self) -> &'static str {
         "group_norm"
@@ -191,16 +154,5 @@ mod tests {
         let x = Tensor::zeros((1, 6, 2, 2), DType::F32, &Device::Cpu).unwrap();
         let one = Tensor::ones(6, DType::F32, &Device::Cpu).unwrap();
         assert!(group_norm(&x, 4, &one, &one, 1e-6, After::Nothing).is_err());
-    }
-
-    #[test]
-    fn the_short_exp_is_within_two_ulp() {
-        for i in -8700..8800 {
-            let x = i as f32 * 0.01 + 0.003;
-            let truth = f64::from(x).exp();
-            assert!((f64::from(exp(x)) - truth).abs() < 2.4e-7 * truth, "{x}");
-        }
-        assert_eq!(silu(-1e30), -1e30 / (1.0 + exp(88.0)));
-        assert_eq!(silu(100.0), 100.0);
     }
 }

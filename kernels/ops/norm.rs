@@ -1,13 +1,13 @@
-//! Norms over the last dimension with statistics in f32, in one pass on the CPU.
+//! Norms over the last dimension with statistics in f32, and what FLUX.1 does around them.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Result, Shape, Tensor, WithDType};
-use rayon::prelude::*;
+use candle_core::{D, DType, Result, Tensor};
+
+use super::cpu;
 
 /// x `(.., d)` -> `(x - mean) / sqrt(variance + eps)` over d, same shape and dtype.
 pub fn layer_norm(x: &Tensor, eps: f32) -> Result<Tensor> {
     if x.device().is_cpu() {
-        return x.contiguous()?.apply_op1_no_bwd(&Rows { eps, norm: Norm::Layer });
+        return cpu::rows(x, |_, x, y| normalise(x, eps, y, |_, v| v));
     }
     let dtype = x.dtype();
     // bf16 has 8 bits of mantissa: a mean over thousands of channels needs f32.
@@ -17,10 +17,47 @@ pub fn layer_norm(x: &Tensor, eps: f32) -> Result<Tensor> {
     x.broadcast_div(&(variance + f64::from(eps))?.sqrt()?)?.to_dtype(dtype)
 }
 
+/// x `(b, l, d)`, scale and shift `(b, 1, d)` -> `layer_norm(x) * (1 + scale) + shift`, same shape and dtype as x.
+///
+/// Fused on the CPU, where composed ops would read and write x three times.
+pub fn modulated_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f32) -> Result<Tensor> {
+    let (_, l, d) = x.dims3()?;
+    if !x.device().is_cpu() {
+        return layer_norm(x, eps)?.broadcast_mul(&(scale + 1.)?)?.broadcast_add(shift);
+    }
+    cpu::read(scale, |scale| {
+        cpu::read(shift, |shift| {
+            cpu::rows(x, |row, x, y| {
+                let (scale, shift) = (item(scale, row / l, d), item(shift, row / l, d));
+                normalise(x, eps, y, |i, v| v * (1.0 + scale[i]) + shift[i]);
+            })
+        })?
+    })?
+}
+
+/// x and update `(b, l, d)`, gate `(b, 1, d)` -> `x + gate * update`, in x's dtype.
+pub fn add_gated(x: &Tensor, gate: &Tensor, update: &Tensor) -> Result<Tensor> {
+    let (_, l, d) = x.dims3()?;
+    if !x.device().is_cpu() {
+        return x + update.broadcast_mul(gate)?;
+    }
+    if update.dims() != x.dims() {
+        candle_core::bail!("an update of {:?} for {:?}", update.shape(), x.shape());
+    }
+    cpu::read(gate, |gate| {
+        cpu::read(update, |update| {
+            cpu::rows(x, |row, x, y| {
+                let (gate, update) = (item(gate, row / l, d), item(update, row, d));
+                y.iter_mut().zip(x).zip(gate).zip(update).for_each(|(((y, x), gate), update)| *y = x + gate * update);
+            })
+        })?
+    })?
+}
+
 /// x `(.., d)`, scale `(d)` f32 -> `x / sqrt(mean(x²) + eps) * scale`, same shape and dtype as x.
 pub fn rms_norm(x: &Tensor, scale: &Tensor, eps: f32) -> Result<Tensor> {
     if x.device().is_cpu() {
-        return x.contiguous()?.apply_op1_no_bwd(&Rows { eps, norm: Norm::RootMeanSquare(scale.to_vec1()?) });
+        return cpu::read(scale, |scale| cpu::rows(x, |_, x, y| root_mean_square(x, scale, eps, y)))?;
     }
     let dtype = x.dtype();
     let x = x.to_dtype(DType::F32)?;
@@ -28,60 +65,23 @@ pub fn rms_norm(x: &Tensor, scale: &Tensor, eps: f32) -> Result<Tensor> {
     x.broadcast_div(&(mean + f64::from(eps))?.sqrt()?)?.broadcast_mul(scale)?.to_dtype(dtype)
 }
 
-enum Norm {
-    Layer,
-    RootMeanSquare(Vec<f32>),
+/// The values of one item of width d.
+#[inline(always)]
+fn item(values: &[f32], index: usize, d: usize) -> &[f32] {
+    &values[index * d..(index + 1) * d]
 }
 
-/// The CPU kernel: each row is read once and written once.
-struct Rows {
-    eps: f32,
-    norm: Norm,
+/// `y[i] = then(i, (x[i] - mean) / sqrt(variance + eps))`.
+#[inline(always)]
+fn normalise(x: &[f32], eps: f32, y: &mut [f32], then: impl Fn(usize, f32) -> f32) {
+    let centre = cpu::mean(x, |v| v);
+    let factor = 1.0 / (cpu::mean(x, |v| (v - centre) * (v - centre)) + eps).sqrt();
+    y.iter_mut().zip(x).enumerate().for_each(|(i, (y, x))| *y = then(i, (x - centre) * factor));
 }
 
-impl Rows {
-    fn run<T: WithDType + Send + Sync>(&self, x: &[T], d: usize) -> Vec<T> {
-        let mut y = vec![T::zero(); x.len()];
-        let each = |(x, y): (&[T], &mut [T])| {
-            let x: Vec<f32> = x.iter().map(|v| v.to_f64() as f32).collect();
-            let mean = |values: &mut dyn Iterator<Item = f32>| (values.map(f64::from).sum::<f64>() / d as f64) as f32;
-            match &self.norm {
-                Norm::Layer => {
-                    let centre = mean(&mut x.iter().copied());
-                    let variance = mean(&mut x.iter().map(|v| (v - centre) * (v - centre)));
-                    let factor = 1.0 / (variance + self.eps).sqrt();
-                    y.iter_mut().zip(x).for_each(|(y, x)| *y = T::from_f64(f64::from((x - centre) * factor)));
-                }
-                Norm::RootMeanSquare(scale) => {
-                    let factor = 1.0 / (mean(&mut x.iter().map(|v| v * v)) + self.eps).sqrt();
-                    y.iter_mut()
-                        .zip(x.iter().zip(scale))
-                        .for_each(|(y, (x, scale))| *y = T::from_f64(f64::from(x * factor * scale)));
-                }
-            }
-        };
-        x.par_chunks(d).zip(y.par_chunks_mut(d)).with_min_len(8).for_each(each);
-        y
-    }
-}
-
-impl CustomOp1 for Rows {
-    fn name(&self) -> &'static str {
-        match self.norm {
-            Norm::Layer => "layer_norm",
-            Norm::RootMeanSquare(_) => "rms_norm",
-        }
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let Some((start, end)) = layout.contiguous_offsets() else { candle_core::bail!("{} needs contiguous rows", self.name()) };
-        let d = *layout.dims().last().unwrap_or(&1);
-        let storage = match storage {
-            CpuStorage::F32(x) => CpuStorage::F32(self.run(&x[start..end], d)),
-            CpuStorage::BF16(x) => CpuStorage::BF16(self.run(&x[start..end], d)),
-            CpuStorage::F16(x) => CpuStorage::F16(self.run(&x[start..end], d)),
-            other => candle_core::bail!("{} is not defined for {:?}", self.name(), other.dtype()),
-        };
-        Ok((storage, layout.shape().clone()))
-    }
+/// `y = x / sqrt(mean(x²) + eps) * scale`.
+#[inline(always)]
+pub(super) fn root_mean_square(x: &[f32], scale: &[f32], eps: f32, y: &mut [f32]) {
+    let factor = 1.0 / (cpu::mean(x, |v| v * v) + eps).sqrt();
+    y.iter_mut().zip(x.iter().zip(scale)).for_each(|(y, (x, scale))| *y = x * factor * scale);
 }

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use candle_core::{D, DType, Device, Result, Tensor};
-use kernels::{Budget, attention, layer_norm, rms_norm, rotate};
+use kernels::{Budget, add_gated, attention, gelu, layer_norm, linear, modulated_norm, rms_norm, rotate};
 
 fn devices() -> Vec<Device> {
     let mut devices = vec![Device::Cpu];
@@ -96,6 +96,41 @@ fn layer_norm_of_rows() {
             centred.broadcast_div(&(variance + 1e-6)?.sqrt()?)
         },
     );
+}
+
+#[test]
+fn modulated_norm_and_gate_of_rows() {
+    let (scale, shift) = (random(&[2, 1, 96]), random(&[2, 1, 96]));
+    check(
+        "modulated_norm",
+        &[random(&[2, 19, 96]), scale, shift],
+        |x| modulated_norm(&x[0], &x[1], &x[2], 1e-6),
+        |x| layer_norm(&x[0], 1e-6)?.broadcast_mul(&(&x[1] + 1.)?)?.broadcast_add(&x[2]),
+    );
+    check(
+        "add_gated",
+        &[random(&[2, 19, 96]), random(&[2, 1, 96]), random(&[2, 19, 96])],
+        |x| add_gated(&x[0], &x[1], &x[2]),
+        |x| &x[0] + x[1].broadcast_mul(&x[2])?,
+    );
+}
+
+#[test]
+fn gelu_of_any_shape() {
+    check("gelu", &[(random(&[3, 5, 301]) * 4.).unwrap()], |x| gelu(&x[0]), |x| x[0].gelu());
+    let far = Tensor::new(&[-200f32, -20., -0.0, 0., 20., 200.], &Device::Cpu).unwrap();
+    let got = gelu(&far).unwrap().to_vec1::<f32>().unwrap();
+    assert!(got.iter().zip([0f32, 0., 0., 0., 20., 200.]).all(|(got, want)| (got - want).abs() < 1e-12), "{got:?}");
+}
+
+#[test]
+fn linear_with_and_without_bias() {
+    let inputs = [random(&[13, 40]), random(&[27, 40]), random(&[27])];
+    let product = |x: &[Tensor]| x[0].matmul(&x[1].t()?);
+    check("linear", &inputs, |x| linear(&x[0], &x[1], None), product);
+    check("linear", &inputs, |x| linear(&x[0], &x[1], Some(&x[2])), |x| product(x)?.broadcast_add(&x[2]));
+    assert!(linear(&inputs[0], &inputs[1], Some(&random(&[26]))).is_err());
+    assert!(linear(&random(&[13, 41]), &inputs[1], None).is_err());
 }
 
 #[test]

@@ -1,13 +1,15 @@
 //! The two kinds of block. Each is an attention over text and image tokens together, and an MLP.
 
-use candle_core::{D, IndexOp, Tensor};
+use candle_core::{D, DType, Tensor};
+use kernels::{Heads, Projection};
 
 use super::{Config, Rope};
 use crate::Result;
-use crate::nn::{self, LayerNorm, Linear, RmsNorm};
+use crate::nn::{self, Linear};
 use crate::weights::{Error, Source};
 
-const EPS: f32 = 1e-6;
+/// Of every norm in FLUX.1.
+pub(super) const EPS: f32 = 1e-6;
 
 /// Scale, shift and gate of one half of a block, each `(b, 1, d)`.
 #[derive(Debug, Clone)]
@@ -24,60 +26,53 @@ impl Modulation {
         Self { shift: part(0), scale: part(1), gate: part(2) }
     }
 
-    /// norm(x) * (1 + scale) + shift.
-    fn apply(&self, norm: &LayerNorm, x: &Tensor) -> Result<Tensor> {
-        norm.forward(x)?.broadcast_mul(&(&self.scale + 1.)?)?.broadcast_add(&self.shift)
+    /// layer_norm(x) * (1 + scale) + shift.
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        kernels::modulated_norm(x, &self.scale, &self.shift, EPS)
     }
 
     /// x + gate * update.
     fn add_gated(&self, x: &Tensor, update: &Tensor) -> Result<Tensor> {
-        x + update.broadcast_mul(&self.gate)?
+        kernels::add_gated(x, &self.gate, update)
     }
 }
 
-/// Queries, keys and values, each `(b, h, l, e)`.
-struct Qkv {
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+/// The norms of the heads of q and of k.
+#[derive(Debug, Clone)]
+struct HeadNorms {
+    query: Tensor,
+    key: Tensor,
 }
 
-impl Qkv {
-    /// qkv `(b, l, 3 d)`: q and k are normalised head by head.
-    fn split(qkv: &Tensor, heads: usize, query_norm: &RmsNorm, key_norm: &RmsNorm) -> Result<Self> {
-        let (b, l, width) = qkv.dims3()?;
-        let qkv = qkv.reshape((b, l, 3, heads, width / (3 * heads)))?;
-        let part = |i: usize| qkv.i((.., .., i))?.transpose(1, 2)?.contiguous(); // (b, h, l, e)
-        Ok(Self { q: query_norm.forward(&part(0)?)?, k: key_norm.forward(&part(1)?)?, v: part(2)? })
+impl HeadNorms {
+    /// `norm.query_norm.scale` and `norm.key_norm.scale` of width `e`, in f32 as the norm is.
+    fn load(source: &Source, e: usize) -> Result<Self, Error> {
+        let scale = |name: &str| source.tensor_as(&format!("norm.{name}_norm.scale"), e, DType::F32);
+        Ok(Self { query: scale("query")?, key: scale("key")? })
     }
 
-    /// The tokens of `self` followed by those of `other`.
-    fn join(&self, other: &Self) -> Result<Self> {
-        let cat = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 2);
-        Ok(Self { q: cat(&self.q, &other.q)?, k: cat(&self.k, &other.k)?, v: cat(&self.v, &other.v)? })
+    /// qkv `(b, l, 3 d)`.
+    fn of<'a>(&'a self, qkv: &'a Tensor) -> Projection<'a> {
+        Projection { qkv, query_scale: &self.query, key_scale: &self.key }
     }
+}
 
-    /// -> `(b, l, d)`.
-    fn attend(&self, rope: &Rope) -> Result<Tensor> {
-        let turn = |x: &Tensor| kernels::rotate(x, &rope.cos, &rope.sin);
-        let scale = 1. / (self.q.dim(D::Minus1)? as f64).sqrt();
-        let attended = nn::attention(&turn(&self.q)?, &turn(&self.k)?, &self.v, scale, None, nn::Budget::default())?;
-        attended.transpose(1, 2)?.flatten_from(2)
-    }
+/// Attention over the tokens of all streams -> `(b, l, d)`.
+fn attend(streams: &[Projection<'_>], heads: usize, rope: &Rope) -> Result<Tensor> {
+    let Heads { q, k, v } = kernels::joint_heads(streams, heads, &rope.cos, &rope.sin, EPS)?; // (b, h, l, e)
+    let scale = 1. / (q.dim(D::Minus1)? as f64).sqrt();
+    nn::attention(&q, &k, &v, scale, None, nn::Budget::default())?.transpose(1, 2)?.flatten_from(2)
 }
 
 /// The layers that one stream (image or text) owns inside a double block.
 #[derive(Debug, Clone)]
 struct Stream {
     modulation: Linear,
-    norm: LayerNorm, // without weights, so one instance serves attention and MLP
     qkv: Linear,
-    query_norm: RmsNorm,
-    key_norm: RmsNorm,
+    head_norms: HeadNorms,
     proj: Linear,
     mlp_in: Linear,
     mlp_out: Linear,
-    heads: usize,
 }
 
 impl Stream {
@@ -87,14 +82,11 @@ impl Stream {
         let attention = source.at(format_args!("{name}_attn"));
         Ok(Self {
             modulation: source.linear(&format!("{name}_mod.lin"), 6 * d, d)?,
-            norm: LayerNorm::plain(EPS),
             qkv: attention.linear("qkv", 3 * d, d)?,
-            query_norm: RmsNorm::load(&attention, "norm.query_norm.scale", e, EPS)?,
-            key_norm: RmsNorm::load(&attention, "norm.key_norm.scale", e, EPS)?,
+            head_norms: HeadNorms::load(&attention, e)?,
             proj: attention.linear("proj", d, d)?,
             mlp_in: source.linear(&format!("{name}_mlp.0"), mlp, d)?,
             mlp_out: source.linear(&format!("{name}_mlp.2"), d, mlp)?,
-            heads: config.heads,
         })
     }
 
@@ -104,14 +96,10 @@ impl Stream {
         Ok([Modulation::at(&parts, 0), Modulation::at(&parts, 1)])
     }
 
-    fn project(&self, x: &Tensor, modulation: &Modulation) -> Result<Qkv> {
-        Qkv::split(&self.qkv.forward(&modulation.apply(&self.norm, x)?)?, self.heads, &self.query_norm, &self.key_norm)
-    }
-
     /// Adds what attention found, then the MLP, each through its gate.
     fn finish(&self, x: &Tensor, attended: &Tensor, [attention, mlp]: &[Modulation; 2]) -> Result<Tensor> {
         let x = attention.add_gated(x, &self.proj.forward(attended)?)?;
-        let y = self.mlp_in.forward(&mlp.apply(&self.norm, &x)?)?.gelu()?; // the tanh form
+        let y = kernels::gelu(&self.mlp_in.forward(&mlp.apply(&x)?)?)?;
         mlp.add_gated(&x, &self.mlp_out.forward(&y)?)
     }
 }
@@ -121,19 +109,22 @@ impl Stream {
 pub struct DoubleBlock {
     img: Stream,
     txt: Stream,
+    heads: usize,
 }
 
 impl DoubleBlock {
     pub fn load(source: &Source, config: &Config) -> Result<Self, Error> {
-        Ok(Self { img: Stream::load(source, "img", config)?, txt: Stream::load(source, "txt", config)? })
+        Ok(Self { img: Stream::load(source, "img", config)?, txt: Stream::load(source, "txt", config)?, heads: config.heads })
     }
 
     /// img `(b, l_img, d)`, txt `(b, l_txt, d)`, vec `(b, d)` after SiLU -> img and txt of the same shapes.
     pub fn forward(&self, img: &Tensor, txt: &Tensor, vec: &Tensor, rope: &Rope) -> Result<(Tensor, Tensor)> {
         let (img_mods, txt_mods) = (self.img.modulations(vec)?, self.txt.modulations(vec)?);
-        let (img_qkv, txt_qkv) = (self.img.project(img, &img_mods[0])?, self.txt.project(txt, &txt_mods[0])?);
+        let img_qkv = self.img.qkv.forward(&img_mods[0].apply(img)?)?;
+        let txt_qkv = self.txt.qkv.forward(&txt_mods[0].apply(txt)?)?;
 
-        let attended = txt_qkv.join(&img_qkv)?.attend(rope)?; // (b, l_txt + l_img, d)
+        let streams = [self.txt.head_norms.of(&txt_qkv), self.img.head_norms.of(&img_qkv)];
+        let attended = attend(&streams, self.heads, rope)?; // (b, l_txt + l_img, d)
         let (l_txt, l_img) = (txt.dim(1)?, img.dim(1)?);
 
         let img = self.img.finish(img, &attended.narrow(1, l_txt, l_img)?, &img_mods)?;
@@ -146,10 +137,8 @@ impl DoubleBlock {
 #[derive(Debug, Clone)]
 pub struct SingleBlock {
     modulation: Linear,
-    norm: LayerNorm,
     linear1: Linear,
-    query_norm: RmsNorm,
-    key_norm: RmsNorm,
+    head_norms: HeadNorms,
     linear2: Linear,
     heads: usize,
     hidden: usize,
@@ -161,10 +150,8 @@ impl SingleBlock {
         let (d, mlp, e) = (config.hidden, config.mlp, config.head_width);
         Ok(Self {
             modulation: source.linear("modulation.lin", 3 * d, d)?,
-            norm: LayerNorm::plain(EPS),
             linear1: source.linear("linear1", 3 * d + mlp, d)?,
-            query_norm: RmsNorm::load(source, "norm.query_norm.scale", e, EPS)?,
-            key_norm: RmsNorm::load(source, "norm.key_norm.scale", e, EPS)?,
+            head_norms: HeadNorms::load(source, e)?,
             linear2: source.linear("linear2", d, d + mlp)?,
             heads: config.heads,
             hidden: d,
@@ -175,11 +162,11 @@ impl SingleBlock {
     /// x `(b, l, d)`, vec `(b, d)` after SiLU -> x of the same shape.
     pub fn forward(&self, x: &Tensor, vec: &Tensor, rope: &Rope) -> Result<Tensor> {
         let modulation = Modulation::at(&self.modulation.forward(vec)?.unsqueeze(1)?.chunk(3, D::Minus1)?, 0);
-        let y = self.linear1.forward(&modulation.apply(&self.norm, x)?)?; // (b, l, 3 d + mlp)
+        let y = self.linear1.forward(&modulation.apply(x)?)?; // (b, l, 3 d + mlp)
         let qkv = y.narrow(D::Minus1, 0, 3 * self.hidden)?;
-        let mlp = y.narrow(D::Minus1, 3 * self.hidden, self.mlp)?.gelu()?; // the tanh form
+        let mlp = kernels::gelu(&y.narrow(D::Minus1, 3 * self.hidden, self.mlp)?)?;
 
-        let attended = Qkv::split(&qkv, self.heads, &self.query_norm, &self.key_norm)?.attend(rope)?;
+        let attended = attend(&[self.head_norms.of(&qkv)], self.heads, rope)?;
         let update = self.linear2.forward(&Tensor::cat(&[attended, mlp], D::Minus1)?)?;
         modulation.add_gated(x, &update)
     }

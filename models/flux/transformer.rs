@@ -3,10 +3,11 @@
 use candle_core::{D, Tensor};
 use serde_json::Value;
 
+use super::blocks::EPS;
 use super::embed::Embedding;
 use super::{Config, DoubleBlock, Rope, SingleBlock};
 use crate::Result;
-use crate::nn::{LayerNorm, Linear};
+use crate::nn::Linear;
 use crate::weights::{Error, Source};
 
 /// What a prompt becomes, and where the tokens stand: the same for every step.
@@ -30,7 +31,6 @@ pub struct Flux {
     double_blocks: Vec<DoubleBlock>,
     single_blocks: Vec<SingleBlock>,
     final_modulation: Linear,
-    final_norm: LayerNorm,
     final_linear: Linear,
 }
 
@@ -52,7 +52,6 @@ impl Flux {
             double_blocks: (0..config.double_blocks).map(double).collect::<Result<_, _>>()?,
             single_blocks: (0..config.single_blocks).map(single).collect::<Result<_, _>>()?,
             final_modulation: source.linear("final_layer.adaLN_modulation.1", 2 * d, d)?,
-            final_norm: LayerNorm::plain(1e-6),
             final_linear: source.linear("final_layer.linear", channels, d)?,
             config,
         })
@@ -85,7 +84,6 @@ impl Flux {
     pub fn finish(&self, img: &Tensor, vec: &Tensor) -> Result<Tensor> {
         let parts = self.final_modulation.forward(vec)?.unsqueeze(1)?.chunk(2, D::Minus1)?;
         let (shift, scale) = (&parts[0], &parts[1]);
-        let img = self.final_norm.forward(img)?.broadcast_mul(&(scale + 1.)?)?.broadcast_add(shift)?;
-        self.final_linear.forward(&img)
+        self.final_linear.forward(&kernels::modulated_norm(img, scale, shift, EPS)?)
     }
 }

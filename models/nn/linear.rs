@@ -48,19 +48,11 @@ impl Linear {
     /// little next to the product and the activations keep their precision.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let weight = self.weight.dense(x.dtype())?;
-        let (output, input) = weight.dims2()?;
         let mut shape = x.dims().to_vec();
-        let flat = x.reshape(((), x.dim(D::Minus1)?))?;
-        if flat.dim(1)? != input {
-            candle_core::bail!("a linear layer of width {input} was given {:?}", x.shape());
-        }
-        let y = flat.matmul(&weight.t()?)?;
+        let y = kernels::linear(&x.reshape(((), x.dim(D::Minus1)?))?, &weight, self.bias.as_ref())?;
         if let Some(last) = shape.last_mut() {
-            *last = output;
+            *last = y.dim(1)?;
         }
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?.reshape(shape),
-            None => y.reshape(shape),
-        }
+        y.reshape(shape)
     }
 }

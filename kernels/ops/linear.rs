@@ -1,0 +1,56 @@
+//! A matrix product with its bias.
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+use super::cpu;
+
+/// x `(n, input)`, weight `(output, input)`, bias `(output)` -> `x Wᵀ + b` `(n, output)`, in x's dtype, which is also the weight's.
+///
+/// On the CPU in f32 the product is added onto the bias, which saves a pass over the output. Errors if the shapes do not fit.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let ((n, input), (output, width)) = (x.dims2()?, weight.dims2()?);
+    if width != input || bias.is_some_and(|bias| bias.dims() != [output]) {
+        bail!("a linear layer of weight {:?} was given {:?}", weight.shape(), x.shape());
+    }
+    match bias {
+        None => x.matmul(&weight.t()?),
+        Some(bias) if x.device().is_cpu() && x.dtype() == DType::F32 => onto_bias(x, weight, bias, [n, input, output]),
+        Some(bias) => x.matmul(&weight.t()?)?.broadcast_add(bias),
+    }
+}
+
+#[expect(unsafe_code, reason = "gemm takes pointers")]
+fn onto_bias(x: &Tensor, weight: &Tensor, bias: &Tensor, [n, input, output]: [usize; 3]) -> Result<Tensor> {
+    let mut y = cpu::read(bias, |bias| bias.repeat(n))?;
+    cpu::read(x, |x| {
+        cpu::read(weight, |weight| {
+            assert!(y.len() == n * output && x.len() == n * input && weight.len() == output * input);
+            let (one_row_x, one_row_weight, one_row_y) = (input as isize, input as isize, output as isize);
+            // SAFETY: all three are row-major and, as asserted, as long as their shapes say.
+            unsafe {
+                gemm::gemm(
+                    n,
+                    output,
+                    input,
+                    y.as_mut_ptr(),
+                    1,
+                    one_row_y,
+                    true,
+                    x.as_ptr(),
+                    1,
+                    one_row_x,
+                    weight.as_ptr(),
+                    one_row_weight,
+                    1,
+                    1.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
+                    gemm::Parallelism::Rayon(rayon::current_num_threads()),
+                );
+            }
+        })
+    })??;
+    Tensor::from_vec(y, (n, output), &Device::Cpu)
+}
