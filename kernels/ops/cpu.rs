@@ -8,16 +8,18 @@ const TASK: usize = 1 << 14;
 
 /// `f(row, x's row, y's row)` for all rows of x's last dimension, in f32 -> y, in x's dtype.
 ///
-/// Runs with the widest vectors of the processor at hand, whatever the program was built for.
+/// Runs with the widest vectors of the processor at hand, whatever the program was built for; for that `f` must be
+/// `#[inline(always)]`.
 pub(super) fn rows(x: &Tensor, f: impl Fn(usize, &[f32], &mut [f32]) + Sync) -> Result<Tensor> {
     let Some(d) = x.dims().last().copied().filter(|d| *d > 0) else { return Ok(x.clone()) };
     let y = read(x, |x| {
         let mut y = vec![0f32; x.len()];
-        let at_once = (TASK / d).max(1);
+        let (at_once, f) = ((TASK / d).max(1), &f);
         let task = |(i, (x, y)): (usize, (&[f32], &mut [f32]))| {
             pulp::Arch::new().dispatch(
                 #[inline(always)]
-                || {
+                move || {
+                    let y = y; // moved, so that the closure is called directly and not through a shim without wide vectors
                     for (j, (x, y)) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).enumerate() {
                         f(i * at_once + j, x, y);
                     }

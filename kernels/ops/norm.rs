@@ -7,7 +7,11 @@ use super::cpu;
 /// x `(.., d)` -> `(x - mean) / sqrt(variance + eps)` over d, same shape and dtype.
 pub fn layer_norm(x: &Tensor, eps: f32) -> Result<Tensor> {
     if x.device().is_cpu() {
-        return cpu::rows(x, |_, x, y| normalise(x, eps, y, |_, v| v));
+        return cpu::rows(
+            x,
+            #[inline(always)]
+            |_, x, y| normalise(x, eps, y, |_, v| v),
+        );
     }
     let dtype = x.dtype();
     // bf16 has 8 bits of mantissa: a mean over thousands of channels needs f32.
@@ -27,10 +31,14 @@ pub fn modulated_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f32) -> R
     }
     cpu::read(scale, |scale| {
         cpu::read(shift, |shift| {
-            cpu::rows(x, |row, x, y| {
-                let (scale, shift) = (item(scale, row / l, d), item(shift, row / l, d));
-                normalise(x, eps, y, |i, v| v * (1.0 + scale[i]) + shift[i]);
-            })
+            cpu::rows(
+                x,
+                #[inline(always)]
+                |row, x, y| {
+                    let (scale, shift) = (item(scale, row / l, d), item(shift, row / l, d));
+                    normalise(x, eps, y, |i, v| v * (1.0 + scale[i]) + shift[i]);
+                },
+            )
         })?
     })?
 }
@@ -46,10 +54,14 @@ pub fn add_gated(x: &Tensor, gate: &Tensor, update: &Tensor) -> Result<Tensor> {
     }
     cpu::read(gate, |gate| {
         cpu::read(update, |update| {
-            cpu::rows(x, |row, x, y| {
-                let (gate, update) = (item(gate, row / l, d), item(update, row, d));
-                y.iter_mut().zip(x).zip(gate).zip(update).for_each(|(((y, x), gate), update)| *y = x + gate * update);
-            })
+            cpu::rows(
+                x,
+                #[inline(always)]
+                |row, x, y| {
+                    let (gate, update) = (item(gate, row / l, d), item(update, row, d));
+                    y.iter_mut().zip(x).zip(gate).zip(update).for_each(|(((y, x), gate), update)| *y = x + gate * update);
+                },
+            )
         })?
     })?
 }
@@ -57,7 +69,13 @@ pub fn add_gated(x: &Tensor, gate: &Tensor, update: &Tensor) -> Result<Tensor> {
 /// x `(.., d)`, scale `(d)` f32 -> `x / sqrt(mean(x²) + eps) * scale`, same shape and dtype as x.
 pub fn rms_norm(x: &Tensor, scale: &Tensor, eps: f32) -> Result<Tensor> {
     if x.device().is_cpu() {
-        return cpu::read(scale, |scale| cpu::rows(x, |_, x, y| root_mean_square(x, scale, eps, y)))?;
+        return cpu::read(scale, |scale| {
+            cpu::rows(
+                x,
+                #[inline(always)]
+                |_, x, y| root_mean_square(x, scale, eps, y),
+            )
+        })?;
     }
     let dtype = x.dtype();
     let x = x.to_dtype(DType::F32)?;
