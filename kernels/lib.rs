@@ -10,6 +10,7 @@
 //! | [`joint_heads`] | q, k, v of all streams from their projections: split, norm, rotate, join | composed ops, in its module |
 //! | [`layer_norm`] | layer norm without weights, f32 statistics | composed candle ops, in tests |
 //! | [`linear`] | x Wᵀ + b, added onto the bias on the CPU | composed candle ops, in tests |
+//! | [`merge`] | W + Σ B A, one pass over W | composed ops, in its module |
 //! | [`modulated_norm`] | layer norm, scale and shift in one pass | composed candle ops, in tests |
 //! | [`rms_norm`] | root-mean-square norm with scale, f32 statistics | composed candle ops, in tests |
 //! | [`rotate`] | rotary embedding of interleaved pairs | composed candle ops, in tests |
@@ -26,5 +27,6 @@ pub use ops::convolve::{Window, convolve};
 pub use ops::group_norm::{After, group_norm};
 pub use ops::heads::{Heads, Projection, joint_heads};
 pub use ops::linear::linear;
+pub use ops::merge::{Addend, Delta, merge};
 pub use ops::norm::{add_gated, layer_norm, modulated_norm, rms_norm};
 pub use ops::rotary::rotate;

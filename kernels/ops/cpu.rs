@@ -1,6 +1,6 @@
 //! What the CPU kernels share: rows in parallel, and arithmetic that the compiler can turn into vectors.
 
-use candle_core::{DType, Device, Result, Shape, Storage, Tensor, bail};
+use candle_core::{DType, Device, Result, Shape, Storage, Tensor, WithDType, bail};
 use rayon::prelude::*;
 
 /// Values that one task should work on: smaller tasks cost more to hand out than to do.
@@ -34,12 +34,17 @@ pub(super) fn rows(x: &Tensor, f: impl Fn(usize, &[f32], &mut [f32]) + Sync) -> 
 
 /// Calls `f` with the values of `x` in f32, row-major. CPUs compute in f32; other dtypes are widened.
 pub(super) fn read<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    let x = x.to_dtype(DType::F32)?.contiguous()?;
+    read_as(&x.to_dtype(DType::F32)?, f)
+}
+
+/// Calls `f` with the values of `x`, row-major. Errors unless `x` is of dtype `T`.
+pub(super) fn read_as<T: WithDType, R>(x: &Tensor, f: impl FnOnce(&[T]) -> R) -> Result<R> {
+    let x = x.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
     let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
         bail!("a CPU kernel was given a tensor on another device");
     };
-    Ok(f(&storage.as_slice::<f32>()?[start..end]))
+    Ok(f(&storage.as_slice::<T>()?[start..end]))
 }
 
 /// Rows of a matrix by their number.

@@ -5,5 +5,6 @@ mod cpu;
 pub(crate) mod group_norm;
 pub(crate) mod heads;
 pub(crate) mod linear;
+pub(crate) mod merge;
 pub(crate) mod norm;
 pub(crate) mod rotary;

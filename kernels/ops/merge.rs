@@ -1,0 +1,220 @@
+//! A LoRA merged into a weight matrix: W' = W + Σ Bᵢ Aᵢ, out of place.
+//!
+//! Bound by memory: on the CPU, W is read once and W' written once, a few rows at a time, with the sum of those rows kept in cache.
+
+use std::ops::Range;
+
+use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::cpu;
+
+/// What is added to some rows of a weight.
+#[derive(Debug, Clone)]
+pub struct Addend {
+    pub rows: Range<usize>,
+    pub delta: Delta,
+}
+
+#[derive(Debug, Clone)]
+pub enum Delta {
+    /// up `(rows, r)`, down `(r, input)`, both f32, every scale already in `up`.
+    LowRank { up: Tensor, down: Tensor },
+    /// `(rows, input)` f32.
+    Dense(Tensor),
+}
+
+impl Addend {
+    /// The sum that is added, `(rows, input)` f32.
+    fn dense(&self) -> Result<Tensor> {
+        match &self.delta {
+            Delta::LowRank { up, down } => up.matmul(down),
+            Delta::Dense(delta) => Ok(delta.clone()),
+        }
+    }
+
+    fn fits(&self, output: usize, input: usize) -> bool {
+        let (from, to) = (self.rows.start, self.rows.end);
+        from <= to
+            && to <= output
+            && match &self.delta {
+                Delta::Dense(delta) => delta.dims() == [to - from, input],
+                Delta::LowRank { up, down } => {
+                    matches!((up.dims(), down.dims()), ([rows, r], [rank, columns]) if *rows == to - from && r == rank && *columns == input)
+                }
+            }
+    }
+}
+
+/// weight `(output, input)` -> a new tensor of the same shape and dtype: the weight and all addends, summed in f32 in the order
+/// given and rounded once. Errors if an addend does not fit.
+pub fn merge(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
+    let (output, input) = weight.dims2()?;
+    if let Some(addend) = addends.iter().find(|addend| !addend.fits(output, input)) {
+        bail!("rows {:?} of {:?} cannot take {:?}", addend.rows, weight.shape(), addend.delta);
+    }
+    match (weight.device(), weight.dtype()) {
+        (Device::Cpu, DType::F32) => in_rows::<f32>(weight, addends, |x| x),
+        (Device::Cpu, DType::BF16) => in_rows::<bf16>(weight, addends, bf16::from_f32),
+        (Device::Cpu, DType::F16) => in_rows::<f16>(weight, addends, f16::from_f32),
+        _ => composed(weight, addends),
+    }
+}
+
+/// By candle's own operations, on any device.
+fn composed(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
+    let mut sum = weight.to_dtype(DType::F32)?;
+    for addend in addends {
+        let rows = (sum.narrow(0, addend.rows.start, addend.rows.len())? + addend.dense()?)?;
+        let after = weight.dim(0)? - addend.rows.end;
+        sum = match (addend.rows.start, after) {
+            (0, 0) => rows,
+            (0, _) => Tensor::cat(&[&rows, &sum.narrow(0, addend.rows.end, after)?], 0)?,
+            (before, 0) => Tensor::cat(&[&sum.narrow(0, 0, before)?, &rows], 0)?,
+            (before, _) => Tensor::cat(&[&sum.narrow(0, 0, before)?, &rows, &sum.narrow(0, addend.rows.end, after)?], 0)?,
+        };
+    }
+    sum.to_dtype(weight.dtype())
+}
+
+/// Values of a weight that one task sums up: they stay in the second-level cache.
+const TASK: usize = 1 << 17;
+
+fn in_rows<T: WithDType + Send + Sync>(weight: &Tensor, addends: &[Addend], round: fn(f32) -> T) -> Result<Tensor> {
+    let (output, input) = weight.dims2()?;
+    let addends = addends.iter().map(Rows::new).collect::<Result<Vec<_>>>()?;
+    let at_once = (TASK / input.max(1)).max(1);
+    let merged = cpu::read_as::<T, _>(weight, |weight| {
+        let mut merged = vec![T::zero(); output * input];
+        let tasks = weight.par_chunks(at_once * input).zip(merged.par_chunks_mut(at_once * input)).enumerate();
+        tasks.for_each_init(Vec::new, |sum, (i, (weight, merged))| {
+            let rows = i * at_once..(i * at_once + weight.len() / input);
+            sum.clear();
+            sum.extend(weight.iter().map(|v| v.to_f64() as f32));
+            addends.iter().for_each(|addend| addend.add(sum, &rows, input));
+            merged.iter_mut().zip(sum.iter()).for_each(|(merged, sum)| *merged = round(*sum));
+        });
+        merged
+    })?;
+    Tensor::from_vec(merged, (output, input), &Device::Cpu)
+}
+
+/// An addend with its values at hand.
+struct Rows {
+    rows: Range<usize>,
+    /// `(rows, r)` and `(r, input)`, or `(rows, input)` alone.
+    up: Vec<f32>,
+    down: Option<Vec<f32>>,
+}
+
+impl Rows {
+    fn new(addend: &Addend) -> Result<Self> {
+        let values = |x: &Tensor| cpu::read(x, <[f32]>::to_vec);
+        let (up, down) = match &addend.delta {
+            Delta::LowRank { up, down } => (values(up)?, Some(values(down)?)),
+            Delta::Dense(delta) => (values(delta)?, None),
+        };
+        Ok(Self { rows: addend.rows.clone(), up, down })
+    }
+
+    /// Adds what concerns `rows` to `sum`, which holds those rows.
+    fn add(&self, sum: &mut [f32], rows: &Range<usize>, input: usize) {
+        let (from, to) = (self.rows.start.max(rows.start), self.rows.end.min(rows.end));
+        if from >= to {
+            return;
+        }
+        let sum = &mut sum[(from - rows.start) * input..(to - rows.start) * input];
+        let first = from - self.rows.start;
+        match &self.down {
+            None => sum.iter_mut().zip(&self.up[first * input..]).for_each(|(sum, delta)| *sum += delta),
+            Some(down) => {
+                let rank = down.len() / input;
+                product_onto(sum, &self.up[first * rank..(first + to - from) * rank], down, [to - from, rank, input]);
+            }
+        }
+    }
+}
+
+/// y `(n, m)` += a `(n, k)` b `(k, m)`.
+#[expect(unsafe_code, reason = "gemm takes pointers")]
+fn product_onto(y: &mut [f32], a: &[f32], b: &[f32], [n, k, m]: [usize; 3]) {
+    assert!(y.len() == n * m && a.len() == n * k && b.len() == k * m);
+    // SAFETY: all three are row-major and, as asserted, as long as their shapes say.
+    unsafe {
+        gemm::gemm(
+            n,
+            m,
+            k,
+            y.as_mut_ptr(),
+            1,
+            m as isize,
+            true,
+            a.as_ptr(),
+            1,
+            k as isize,
+            b.as_ptr(),
+            1,
+            m as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(shape: &[usize]) -> Tensor {
+        Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
+    }
+
+    fn low_rank(rows: Range<usize>, rank: usize, input: usize) -> Addend {
+        let delta = Delta::LowRank { up: random(&[rows.len(), rank]), down: random(&[rank, input]) };
+        Addend { rows, delta }
+    }
+
+    #[test]
+    fn the_fused_merge_equals_the_composed_one() {
+        // More rows than one task takes.
+        let (output, input) = (701, 512);
+        let dense = Addend { rows: 300..420, delta: Delta::Dense(random(&[120, input])) };
+        let addends = [low_rank(0..output, 4, input), low_rank(233..500, 7, input), dense, low_rank(700..701, 1, input)];
+        for (dtype, bound) in [(DType::F32, 2e-5), (DType::F16, 2e-2), (DType::BF16, 0.13)] {
+            let weight = random(&[output, input]).to_dtype(dtype).unwrap();
+            for addends in [&addends[..], &addends[1..2], &[]] {
+                let (fast, plain) = (merge(&weight, addends).unwrap(), composed(&weight, addends).unwrap());
+                assert_eq!(fast.dtype(), dtype);
+                let apart = (fast.to_dtype(DType::F32).unwrap() - plain.to_dtype(DType::F32).unwrap()).unwrap();
+                let apart = apart.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                assert!(apart <= bound, "{dtype:?}: {apart}"); // one unit in the last place of values up to 20
+            }
+        }
+    }
+
+    #[test]
+    fn a_merge_is_the_same_every_time_and_leaves_the_weight() {
+        let weight = random(&[900, 300]).to_dtype(DType::BF16).unwrap();
+        let before = weight.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+        let addends = [low_rank(0..900, 8, 300), low_rank(10..20, 3, 300)];
+        let bits = || merge(&weight, &addends).unwrap().to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+        let first = bits();
+        assert!((0..5).all(|_| bits() == first));
+        assert_eq!(weight.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap(), before);
+        assert_ne!(first, before);
+    }
+
+    #[test]
+    fn addends_that_do_not_fit_are_errors() {
+        let weight = random(&[10, 6]);
+        for addend in [low_rank(5..11, 2, 6), low_rank(0..10, 2, 7), Addend { rows: 0..3, delta: Delta::Dense(random(&[4, 6])) }]
+        {
+            assert!(merge(&weight, &[addend]).is_err());
+        }
+    }
+}
