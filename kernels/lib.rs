@@ -20,7 +20,7 @@
 mod memory;
 mod ops;
 
-pub use memory::free_memory;
+pub use memory::{free_memory, zeros};
 pub use ops::activation::gelu;
 pub use ops::attention::{Budget, attention};
 pub use ops::convolve::{Window, convolve};

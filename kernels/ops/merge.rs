@@ -81,12 +81,16 @@ fn composed(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
 /// Values of a weight that one task sums up: they stay in the second-level cache.
 const TASK: usize = 1 << 17;
 
-fn in_rows<T: WithDType + Send + Sync>(weight: &Tensor, addends: &[Addend], round: fn(f32) -> T) -> Result<Tensor> {
+fn in_rows<T: WithDType + bytemuck::Zeroable + Send + Sync>(
+    weight: &Tensor,
+    addends: &[Addend],
+    round: fn(f32) -> T,
+) -> Result<Tensor> {
     let (output, input) = weight.dims2()?;
     let addends = addends.iter().map(Rows::new).collect::<Result<Vec<_>>>()?;
     let at_once = (TASK / input.max(1)).max(1);
     let merged = cpu::read_as::<T, _>(weight, |weight| {
-        let mut merged = vec![T::zero(); output * input];
+        let mut merged = crate::zeros(output * input);
         let tasks = weight.par_chunks(at_once * input).zip(merged.par_chunks_mut(at_once * input)).enumerate();
         tasks.for_each_init(Vec::new, |sum, (i, (weight, merged))| {
             let rows = i * at_once..(i * at_once + weight.len() / input);

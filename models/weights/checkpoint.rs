@@ -51,6 +51,7 @@ impl Opened {
 pub struct Checkpoint {
     files: Arc<Vec<Opened>>,
     tensors: Arc<BTreeMap<String, Stored>>,
+    metadata: Arc<BTreeMap<String, String>>,
 }
 
 impl fmt::Debug for Checkpoint {
@@ -81,14 +82,16 @@ impl Checkpoint {
                 }
             }
         }
-        Ok(Self { files: Arc::new(files), tensors: Arc::new(tensors) })
+        let metadata = files.first().map(|file| metadata(file.bytes())).unwrap_or_default();
+        Ok(Self { files: Arc::new(files), tensors: Arc::new(tensors), metadata: Arc::new(metadata) })
     }
 
     /// The tensors whose keys begin with `prefix`, under the rest of their keys (all-in-one files).
     #[must_use]
     pub fn under(&self, prefix: &str) -> Self {
         let inside = |(key, stored): (&String, &Stored)| Some((key.strip_prefix(prefix)?.to_string(), stored.clone()));
-        Self { files: self.files.clone(), tensors: Arc::new(self.tensors.iter().filter_map(inside).collect()) }
+        let tensors = Arc::new(self.tensors.iter().filter_map(inside).collect());
+        Self { tensors, ..self.clone() }
     }
 
     pub fn keys(&self) -> impl Iterator<Item = &str> {
@@ -106,6 +109,17 @@ impl Checkpoint {
         &self.files[stored.file].bytes()[stored.start..stored.end]
     }
 
+    /// The texts that the first file's header carries.
+    #[must_use]
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.tensors.is_empty()
@@ -115,6 +129,12 @@ impl Checkpoint {
     pub fn paths(&self) -> Vec<&Path> {
         self.files.iter().map(|file| file.path.as_path()).collect()
     }
+}
+
+/// `__metadata__` of a safetensors file.
+fn metadata(bytes: &[u8]) -> BTreeMap<String, String> {
+    let header = safetensors::SafeTensors::read_metadata(bytes).ok();
+    header.and_then(|(_, header)| header.metadata().clone()).map(|texts| texts.into_iter().collect()).unwrap_or_default()
 }
 
 #[expect(unsafe_code, reason = "memory-mapping a file is unsafe because another process may truncate it while it is read")]

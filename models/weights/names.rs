@@ -9,7 +9,7 @@ use std::fmt;
 use super::Checkpoint;
 
 mod encoders;
-mod transformer;
+pub(crate) mod transformer;
 mod vae;
 
 /// The four parts of a FLUX.1 model.

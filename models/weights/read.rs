@@ -1,5 +1,7 @@
 //! From stored bytes to tensors: one copy, straight into the type and place where the tensor will live.
 
+use std::borrow::Cow;
+
 use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use half::{bf16, f16};
@@ -36,10 +38,20 @@ impl Rows {
     }
 }
 
+impl Checkpoint {
+    /// One stored tensor in `dtype` (f32, bf16 or f16), on the host.
+    pub fn tensor(&self, stored: &Stored, dtype: DType) -> Result<Tensor> {
+        let rows = Rows { stored: stored.clone(), half: None };
+        dense(self, &[rows], &stored.shape, dtype, &Device::Cpu)
+    }
+}
+
 /// The rows as one tensor of `dtype`.
 pub(super) fn dense(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    // Straight from the file to a GPU; in main memory all cores copy.
     if let [one] = rows
         && one.stored.kind == plain(dtype)
+        && !device.is_cpu()
     {
         return Tensor::from_raw_buffer(one.bytes(checkpoint), dtype, shape, device);
     }
@@ -56,8 +68,10 @@ pub(super) fn dense(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], dty
 
 /// Weights stored as fp8 e4m3, kept so.
 pub(super) fn fp8(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], device: &Device) -> Result<Tensor> {
-    let bytes: Vec<u8> = rows.iter().flat_map(|part| part.bytes(checkpoint)).copied().collect();
-    Tensor::from_raw_buffer(&bytes, DType::F8E4M3, shape, device)
+    if let [one] = rows {
+        return Tensor::from_raw_buffer(one.bytes(checkpoint), DType::F8E4M3, shape, device);
+    }
+    Tensor::from_raw_buffer(&joined(checkpoint, rows), DType::F8E4M3, shape, device)
 }
 
 /// GGUF blocks, kept so. Rows are whole numbers of blocks, so parts are put together by their bytes.
@@ -66,8 +80,15 @@ pub(super) fn quantised(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize],
     if rows.iter().any(|part| part.stored.kind != Kind::Gguf(kind)) {
         bail!("the parts of this weight are quantised differently");
     }
-    let bytes: Vec<u8> = rows.iter().flat_map(|part| part.bytes(checkpoint)).copied().collect();
-    QTensor::new(QStorage::from_data(bytes.into(), device, kind)?, shape)
+    let bytes = match rows {
+        [one] => Cow::Borrowed(one.bytes(checkpoint)),
+        rows => Cow::Owned(joined(checkpoint, rows)),
+    };
+    QTensor::new(QStorage::from_data(bytes, device, kind)?, shape)
+}
+
+fn joined(checkpoint: &Checkpoint, rows: &[Rows]) -> Vec<u8> {
+    rows.iter().map(|part| part.bytes(checkpoint)).collect::<Vec<_>>().concat()
 }
 
 fn plain(dtype: DType) -> Kind {
@@ -80,8 +101,14 @@ fn plain(dtype: DType) -> Kind {
 }
 
 /// A type that weights are computed in.
-trait Element: Copy + Send + Sync + Default + candle_core::WithDType {
+trait Element: bytemuck::Zeroable + Send + Sync + candle_core::WithDType {
     fn from_f32(value: f32) -> Self;
+    fn from_f16(value: f16) -> Self {
+        Self::from_f32(value.to_f32())
+    }
+    fn from_bf16(value: bf16) -> Self {
+        Self::from_f32(value.to_f32())
+    }
 }
 
 impl Element for f32 {
@@ -94,11 +121,17 @@ impl Element for bf16 {
     fn from_f32(value: f32) -> Self {
         Self::from_f32(value)
     }
+    fn from_bf16(value: bf16) -> Self {
+        value
+    }
 }
 
 impl Element for f16 {
     fn from_f32(value: f32) -> Self {
         Self::from_f32(value)
+    }
+    fn from_f16(value: f16) -> Self {
+        value
     }
 }
 
@@ -107,7 +140,7 @@ const CHUNK: usize = 1 << 18;
 
 fn gather<T: Element>(checkpoint: &Checkpoint, rows: &[Rows]) -> Result<Vec<T>> {
     let counts: Vec<usize> = rows.iter().map(|part| part.shape().iter().product()).collect();
-    let mut all = vec![T::default(); counts.iter().sum()];
+    let mut all = kernels::zeros(counts.iter().sum());
     let mut rest = all.as_mut_slice();
     for (part, count) in rows.iter().zip(counts) {
         let (out, after) = rest.split_at_mut(count);
@@ -119,27 +152,29 @@ fn gather<T: Element>(checkpoint: &Checkpoint, rows: &[Rows]) -> Result<Vec<T>> 
 }
 
 fn convert<T: Element>(dtype: Dtype, bytes: &[u8], out: &mut [T]) -> Result<()> {
-    fn each<const N: usize, T: Element>(bytes: &[u8], out: &mut [T], decode: impl Fn([u8; N]) -> f32 + Sync) {
+    fn each<const N: usize, T: Element>(bytes: &[u8], out: &mut [T], decode: impl Fn([u8; N]) -> T + Sync) -> Result<()> {
+        if bytes.len() != out.len() * N {
+            bail!("{} bytes for {} elements", bytes.len(), out.len());
+        }
         out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(CHUNK * N)).for_each(|(out, bytes)| {
             for (value, raw) in out.iter_mut().zip(bytes.as_chunks().0) {
-                *value = T::from_f32(decode(*raw));
+                *value = decode(*raw);
             }
         });
+        Ok(())
     }
     match dtype {
-        Dtype::F32 => each(bytes, out, f32::from_le_bytes),
-        Dtype::F16 => each(bytes, out, |raw| f16::from_le_bytes(raw).to_f32()),
-        Dtype::BF16 => each(bytes, out, |raw| bf16::from_le_bytes(raw).to_f32()),
-        Dtype::F64 => each(bytes, out, |raw| f64::from_le_bytes(raw) as f32),
+        Dtype::F32 => each(bytes, out, |raw| T::from_f32(f32::from_le_bytes(raw))),
+        // A type to itself keeps every bit.
+        Dtype::F16 => each(bytes, out, |raw| T::from_f16(f16::from_le_bytes(raw))),
+        Dtype::BF16 => each(bytes, out, |raw| T::from_bf16(bf16::from_le_bytes(raw))),
+        Dtype::F64 => each(bytes, out, |raw| T::from_f32(f64::from_le_bytes(raw) as f32)),
         Dtype::F8_E4M3 => {
-            let table: Vec<f32> = (0..=u8::MAX).map(|byte| float8::F8E4M3::from_bits(byte).to_f32()).collect();
-            each(bytes, out, |[byte]| table[byte as usize]);
+            let table: Vec<T> = (0..=u8::MAX).map(|byte| T::from_f32(float8::F8E4M3::from_bits(byte).to_f32())).collect();
+            each(bytes, out, |[byte]| table[byte as usize])
         }
-        Dtype::F8_E5M2 => {
-            // e5m2 is the upper byte of an f16.
-            each(bytes, out, |[byte]| f16::from_le_bytes([0, byte]).to_f32());
-        }
+        // e5m2 is the upper byte of an f16.
+        Dtype::F8_E5M2 => each(bytes, out, |[byte]| T::from_f16(f16::from_le_bytes([0, byte]))),
         other => bail!("stored as {other:?}, which is not a number type of weights"),
     }
-    Ok(())
 }

@@ -1,10 +1,12 @@
-//! The one EXIF block that pictures carry: `Software` and `UserComment`, where A1111 and its readers keep the settings.
+//! The one EXIF block that pictures carry: `UserComment`, where A1111 and its readers keep the settings; `ImageDescription`, with
+//! our JSON behind its name, as ComfyUI keeps its graphs in files that have no text chunks; and `Software`.
 //!
 //! Big-endian throughout. The comment's text is UTF-16 in the order of the block, as the standard asks; the readers that
 //! ignore the block's order assume big-endian, so both agree.
 
-use super::Metadata;
+use super::{JSON_KEY, Metadata};
 
+const DESCRIPTION: u16 = 0x010e;
 const SOFTWARE: u16 = 0x0131;
 const EXIF_FOLDER: u16 = 0x8769;
 const USER_COMMENT: u16 = 0x9286;
@@ -21,23 +23,26 @@ const ENTRY_BYTES: u32 = 12;
 
 /// A TIFF block, without the `Exif\0\0` that a JPEG puts before it.
 pub(super) fn write(metadata: &Metadata) -> Vec<u8> {
+    let description = format!("{JSON_KEY}:{}\0", metadata.json);
     let software = format!("{}\0", metadata.software);
     let mut comment = UNICODE.to_vec();
     comment.extend(metadata.parameters.encode_utf16().flat_map(u16::to_be_bytes));
 
-    // Header; folder 0 with two entries and the software's text; the EXIF folder with one entry and the comment.
-    let software_at = HEADER_BYTES + folder_bytes(2);
+    // Header; folder 0 with three entries and its two texts; the EXIF folder with one entry and the comment.
+    let description_at = HEADER_BYTES + folder_bytes(3);
+    let software_at = description_at + description.len() as u32;
     // Folders begin at even offsets.
-    let software_bytes = software.len().next_multiple_of(2) as u32;
-    let exif_at = software_at + software_bytes;
+    let exif_at = (software_at + software.len() as u32).next_multiple_of(2);
     let comment_at = exif_at + folder_bytes(1);
 
     let mut block = b"MM\0*".to_vec();
     block.extend(HEADER_BYTES.to_be_bytes());
-    block.extend(2u16.to_be_bytes());
+    block.extend(3u16.to_be_bytes());
+    push_entry(&mut block, DESCRIPTION, ASCII, description.len() as u32, description_at);
     push_entry(&mut block, SOFTWARE, ASCII, software.len() as u32, software_at);
     push_entry(&mut block, EXIF_FOLDER, LONG, 1, exif_at);
     block.extend(0u32.to_be_bytes());
+    block.extend(description.bytes());
     block.extend(software.bytes());
     block.resize(exif_at as usize, 0);
     block.extend(1u16.to_be_bytes());

@@ -6,7 +6,7 @@ pub const PARAMETERS_KEY: &str = "parameters";
 /// Our own chunk: JSON with the exact settings.
 pub const JSON_KEY: &str = "darkroom";
 
-/// Settings in the two forms that are written: PNG gets both, JPEG and WebP the first (in EXIF).
+/// Settings in the two forms that are written: as text chunks of a PNG, in the EXIF block of JPEG and WebP.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Metadata {
     /// Program and version.

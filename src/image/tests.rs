@@ -18,8 +18,8 @@ fn distance(a: &RgbImage, b: &RgbImage) -> f64 {
     sum / a.as_raw().len() as f64
 }
 
-/// The text of the comment, found by walking the block as a reader does.
-fn user_comment(block: &[u8]) -> String {
+/// The comment and the description, found by walking the block as a reader does.
+fn texts(block: &[u8]) -> (String, String) {
     assert_eq!(&block[..4], b"MM\0*");
     let short = |at: usize| u16::from_be_bytes([block[at], block[at + 1]]);
     let long = |at: usize| u32::from_be_bytes(block[at..at + 4].try_into().unwrap()) as usize;
@@ -34,7 +34,11 @@ fn user_comment(block: &[u8]) -> String {
     let comment = &block[at..at + count];
     assert_eq!(&comment[..8], b"UNICODE\0");
     let units: Vec<u16> = comment[8..].chunks(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]])).collect();
-    String::from_utf16(&units).unwrap()
+    let entry = find(long(4), 0x010e);
+    let (count, at) = (long(entry + 4), long(entry + 8));
+    let description = String::from_utf8(block[at..at + count - 1].to_vec()).unwrap();
+    assert_eq!(block[at + count - 1], 0);
+    (String::from_utf16(&units).unwrap(), description)
 }
 
 #[test]
@@ -52,10 +56,11 @@ fn lossy_formats_come_back_close_and_carry_the_settings() {
         let bytes = encode(&picture(), format, 95, Some(&metadata())).unwrap();
         assert!(distance(&decode_picture(&bytes, Limits::default()).unwrap(), &picture()) < 6.0, "{format}");
         let at = bytes.windows(4).position(|window| window == b"MM\0*").unwrap();
-        assert_eq!(user_comment(&bytes[at..]), metadata().parameters, "{format}");
+        let expected = (metadata().parameters, format!("{JSON_KEY}:{}", metadata().json));
+        assert_eq!(texts(&bytes[at..]), expected, "{format}");
         let mut decoder = image::ImageReader::new(Cursor::new(&bytes)).with_guessed_format().unwrap().into_decoder().unwrap();
         let exif = image::ImageDecoder::exif_metadata(&mut decoder).unwrap().expect("the decoder finds the block");
-        assert_eq!(user_comment(&exif), metadata().parameters, "{format}");
+        assert_eq!(texts(&exif), expected, "{format}");
     }
 }
 

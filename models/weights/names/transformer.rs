@@ -49,6 +49,42 @@ const OUTSIDE: &[(&str, &str)] = &[
     ("proj_out", "final_layer.linear"),
 ];
 
+/// One module under both namings.
+pub(crate) struct Module {
+    pub(crate) diffusers: String,
+    pub(crate) bfl: String,
+    /// Place of the diffusers module among the parts of BFL's.
+    pub(crate) place: usize,
+    pub(crate) swap_halves: bool,
+}
+
+/// Every module of a transformer of so many blocks that has weights.
+pub(crate) fn modules(double: usize, single: usize) -> Vec<Module> {
+    let block = |table: &'static [(&str, &str, usize)], theirs: &'static str, ours: &'static str, count: usize| {
+        (0..count).flat_map(move |i| {
+            table.iter().map(move |(from, to, place)| Module {
+                diffusers: format!("{theirs}{i}.{from}"),
+                bfl: format!("{ours}{i}.{to}"),
+                place: *place,
+                swap_halves: false,
+            })
+        })
+    };
+    let outside = OUTSIDE.iter().map(|(from, to)| Module {
+        diffusers: (*from).into(),
+        bfl: (*to).into(),
+        place: 0,
+        swap_halves: *from == SWAPPED,
+    });
+    block(DOUBLE, "transformer_blocks.", "double_blocks.", double)
+        .chain(block(SINGLE, "single_transformer_blocks.", "single_blocks.", single))
+        .chain(outside)
+        .collect()
+}
+
+/// diffusers orders the final modulation (scale, shift), BFL (shift, scale).
+const SWAPPED: &str = "norm_out.linear";
+
 pub(super) fn target(key: &str) -> Target {
     let Some((module, suffix)) = key.rsplit_once('.') else { return Target::whole(key) };
     // RMS norms are called `scale` by BFL and `weight` by diffusers.
@@ -65,8 +101,7 @@ pub(super) fn target(key: &str) -> Target {
         }
     }
     match OUTSIDE.iter().find(|(from, _)| *from == module) {
-        // diffusers orders the final modulation (scale, shift), BFL (shift, scale).
-        Some((from, name)) => Target { name: suffixed((*name).into()), place: 0, swap_halves: *from == "norm_out.linear" },
+        Some((from, name)) => Target { name: suffixed((*name).into()), place: 0, swap_halves: *from == SWAPPED },
         None => Target::whole(suffixed(module.into())),
     }
 }

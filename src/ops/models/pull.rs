@@ -88,11 +88,8 @@ fn check_disk(folder: &Path, need: u64) -> Result<(), Error> {
     let there = folder.ancestors().find(|ancestor| ancestor.is_dir()).unwrap_or(Path::new("."));
     let unknown = |source| Error::Read { path: there.into(), source };
     let have = fs4::available_space(there).map_err(unknown)?;
-    if need + SPARE_BYTES > have {
-        Err(Error::DiskFull { folder: folder.into(), need: need + SPARE_BYTES, have })
-    } else {
-        Ok(())
-    }
+    let need = need.saturating_add(SPARE_BYTES);
+    if need > have { Err(Error::DiskFull { folder: folder.into(), need, have }) } else { Ok(()) }
 }
 
 fn client(hub: &Hub) -> Result<HFClientSync, Error> {
@@ -229,5 +226,23 @@ impl ProgressHandler for Arrivals {
             }
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_without_room_is_refused_before_anything_is_fetched() {
+        let folder = tempfile::tempdir().unwrap();
+        // Where the cache will be need not exist yet.
+        let cache = folder.path().join("not/yet/there");
+        check_disk(&cache, 1).unwrap();
+        for need in [1 << 60, u64::MAX] {
+            let error = check_disk(&cache, need).unwrap_err();
+            assert!(matches!(error, Error::DiskFull { need: stated, have, .. } if stated >= need && have < stated), "{error}");
+        }
+        assert!(!cache.exists());
     }
 }
