@@ -8,6 +8,7 @@
 pub mod bundle;
 pub mod clip;
 pub mod flux;
+pub mod lora;
 pub mod nn;
 #[cfg(feature = "pocket")]
 pub mod pocket;

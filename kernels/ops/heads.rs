@@ -7,14 +7,14 @@ use super::norm::{rms_norm, root_mean_square};
 use super::{cpu, rotary::rotate};
 
 /// The projection of one stream of tokens, and the norms of its heads.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Projection<'a> {
     /// `(b, l, 3 d)`: all heads of q, then of k, then of v. It may be a view.
     pub qkv: &'a Tensor,
     /// `(e)` f32.
-    pub query_scale: &'a Tensor,
+    pub query_scale: Tensor,
     /// `(e)` f32.
-    pub key_scale: &'a Tensor,
+    pub key_scale: Tensor,
 }
 
 /// Queries, keys and values, each `(b, h, l, e)`.
@@ -43,8 +43,8 @@ fn composed(streams: &[Projection<'_>], heads: usize, cos: &Tensor, sin: &Tensor
         };
         Tensor::cat(&streams.iter().map(of).collect::<Result<Vec<_>>>()?, D::Minus2)
     };
-    let q = part(0, &|stream, q| rms_norm(&q, stream.query_scale, eps))?;
-    let k = part(1, &|stream, k| rms_norm(&k, stream.key_scale, eps))?;
+    let q = part(0, &|stream, q| rms_norm(&q, &stream.query_scale, eps))?;
+    let k = part(1, &|stream, k| rms_norm(&k, &stream.key_scale, eps))?;
     Ok(Heads { q: rotate(&q, cos, sin)?, k: rotate(&k, cos, sin)?, v: part(2, &|_, v| Ok(v))? })
 }
 
@@ -137,8 +137,8 @@ mod tests {
         let img = wide.narrow(2, 4, 3 * h * e).unwrap();
         let scales: Vec<_> = (0..4).map(|_| random(&[e])).collect();
         let streams = [
-            Projection { qkv: &txt, query_scale: &scales[0], key_scale: &scales[1] },
-            Projection { qkv: &img, query_scale: &scales[2], key_scale: &scales[3] },
+            Projection { qkv: &txt, query_scale: scales[0].clone(), key_scale: scales[1].clone() },
+            Projection { qkv: &img, query_scale: scales[2].clone(), key_scale: scales[3].clone() },
         ];
         let angles = random(&[12, e / 2]);
         let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());

@@ -26,6 +26,15 @@ pub enum Delta {
 }
 
 impl Addend {
+    /// The same with its tensors in `dtype`.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        let delta = match &self.delta {
+            Delta::LowRank { up, down } => Delta::LowRank { up: up.to_dtype(dtype)?, down: down.to_dtype(dtype)? },
+            Delta::Dense(delta) => Delta::Dense(delta.to_dtype(dtype)?),
+        };
+        Ok(Self { rows: self.rows.clone(), delta })
+    }
+
     /// The sum that is added, `(rows, input)` f32.
     fn dense(&self) -> Result<Tensor> {
         match &self.delta {

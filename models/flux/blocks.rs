@@ -5,7 +5,7 @@ use kernels::{Heads, Projection};
 
 use super::{Config, Rope};
 use crate::Result;
-use crate::nn::{self, Linear};
+use crate::nn::{self, Linear, Parameter};
 use crate::weights::{Error, Source};
 
 /// Of every norm in FLUX.1.
@@ -40,20 +40,20 @@ impl Modulation {
 /// The norms of the heads of q and of k.
 #[derive(Debug, Clone)]
 struct HeadNorms {
-    query: Tensor,
-    key: Tensor,
+    query: Parameter,
+    key: Parameter,
 }
 
 impl HeadNorms {
     /// `norm.query_norm.scale` and `norm.key_norm.scale` of width `e`, in f32 as the norm is.
     fn load(source: &Source, e: usize) -> Result<Self, Error> {
-        let scale = |name: &str| source.tensor_as(&format!("norm.{name}_norm.scale"), e, DType::F32);
+        let scale = |name: &str| source.vector_as(&format!("norm.{name}_norm.scale"), e, DType::F32);
         Ok(Self { query: scale("query")?, key: scale("key")? })
     }
 
     /// qkv `(b, l, 3 d)`.
-    fn of<'a>(&'a self, qkv: &'a Tensor) -> Projection<'a> {
-        Projection { qkv, query_scale: &self.query, key_scale: &self.key }
+    fn of<'a>(&self, qkv: &'a Tensor) -> Result<Projection<'a>> {
+        Ok(Projection { qkv, query_scale: self.query.tensor()?, key_scale: self.key.tensor()? })
     }
 }
 
@@ -123,7 +123,7 @@ impl DoubleBlock {
         let img_qkv = self.img.qkv.forward(&img_mods[0].apply(img)?)?;
         let txt_qkv = self.txt.qkv.forward(&txt_mods[0].apply(txt)?)?;
 
-        let streams = [self.txt.head_norms.of(&txt_qkv), self.img.head_norms.of(&img_qkv)];
+        let streams = [self.txt.head_norms.of(&txt_qkv)?, self.img.head_norms.of(&img_qkv)?];
         let attended = attend(&streams, self.heads, rope)?; // (b, l_txt + l_img, d)
         let (l_txt, l_img) = (txt.dim(1)?, img.dim(1)?);
 
@@ -166,7 +166,7 @@ impl SingleBlock {
         let qkv = y.narrow(D::Minus1, 0, 3 * self.hidden)?;
         let mlp = kernels::gelu(&y.narrow(D::Minus1, 3 * self.hidden, self.mlp)?)?;
 
-        let attended = attend(&[self.head_norms.of(&qkv)], self.heads, rope)?;
+        let attended = attend(&[self.head_norms.of(&qkv)?], self.heads, rope)?;
         let update = self.linear2.forward(&Tensor::cat(&[attended, mlp], D::Minus1)?)?;
         modulation.add_gated(x, &update)
     }

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use candle_core::quantized::QTensor;
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
+use kernels::{Addend, Delta};
+
+use super::Parameter;
 
 /// A weight matrix `(output, input)` as it is kept in memory.
 #[derive(Debug, Clone)]
@@ -27,18 +30,30 @@ impl Weight {
             Self::Quantised(blocks) => blocks.dequantize(&blocks.device())?.to_dtype(dtype),
         }
     }
+
+    /// The same on another device. GGUF blocks stay where they are.
+    pub(super) fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(match self {
+            Self::Dense(weight) => Self::Dense(weight.to_device(device)?),
+            Self::Fp8 { data, scale } => Self::Fp8 {
+                data: data.to_device(device)?,
+                scale: scale.as_ref().map(|scale| scale.to_device(device)).transpose()?,
+            },
+            Self::Quantised(blocks) => Self::Quantised(blocks.clone()),
+        })
+    }
 }
 
-/// `y = x Wᵀ + b`.
+/// `y = x Wᵀ + b`, and what a LoRA adds to it.
 #[derive(Debug, Clone)]
 pub struct Linear {
-    weight: Weight,
-    bias: Option<Tensor>,
+    weight: Parameter,
+    bias: Option<Parameter>,
 }
 
 impl Linear {
     #[must_use]
-    pub fn new(weight: Weight, bias: Option<Tensor>) -> Self {
+    pub fn new(weight: Parameter, bias: Option<Parameter>) -> Self {
         Self { weight, bias }
     }
 
@@ -47,12 +62,28 @@ impl Linear {
     /// fp8 and GGUF matrices are widened before the product: FLUX multiplies hundreds of tokens at once, so widening costs
     /// little next to the product and the activations keep their precision.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let weight = self.weight.dense(x.dtype())?;
+        let (weight, branch) = self.weight.current()?;
+        let weight = weight.dense(x.dtype())?;
+        let bias = self.bias.as_ref().map(Parameter::tensor).transpose()?;
         let mut shape = x.dims().to_vec();
-        let y = kernels::linear(&x.reshape(((), x.dim(D::Minus1)?))?, &weight, self.bias.as_ref())?;
+        let x = x.reshape(((), x.dim(D::Minus1)?))?;
+        let mut y = kernels::linear(&x, &weight, bias.as_ref())?;
+        for addend in branch.iter() {
+            y = add_branch(y, &x, addend)?;
+        }
         if let Some(last) = shape.last_mut() {
             *last = y.dim(1)?;
         }
         y.reshape(shape)
     }
+}
+
+/// y `(n, output)` plus x `(n, input)` through a low-rank (or dense) branch of some of the output's columns.
+fn add_branch(y: Tensor, x: &Tensor, addend: &Addend) -> Result<Tensor> {
+    let update = match &addend.delta {
+        Delta::LowRank { up, down } => x.matmul(&down.t()?)?.matmul(&up.t()?)?,
+        Delta::Dense(delta) => x.matmul(&delta.t()?)?,
+    };
+    let after = y.dim(1)? - addend.rows.end;
+    y + update.pad_with_zeros(1, addend.rows.start, after)?
 }

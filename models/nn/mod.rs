@@ -4,8 +4,11 @@
 mod embedding;
 mod linear;
 mod norm;
+mod parameter;
 
 pub use embedding::Embedding;
 pub use kernels::{Budget, attention};
 pub use linear::{Linear, Weight};
 pub use norm::{LayerNorm, RmsNorm};
+pub(crate) use parameter::Reread;
+pub use parameter::{Home, Parameter};

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
+use super::Parameter;
 use crate::Result;
 use crate::weights::{Error, Source};
 
@@ -9,7 +10,7 @@ use crate::weights::{Error, Source};
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
     eps: f32,
-    affine: Option<(Tensor, Tensor)>,
+    affine: Option<(Parameter, Parameter)>,
 }
 
 impl LayerNorm {
@@ -20,14 +21,14 @@ impl LayerNorm {
 
     /// With `weight` and `bias` of width `d`.
     pub fn load(source: &Source, d: usize, eps: f32) -> Result<Self, Error> {
-        Ok(Self { eps, affine: Some((source.tensor("weight", d)?, source.tensor("bias", d)?)) })
+        Ok(Self { eps, affine: Some((source.vector("weight", d)?, source.vector("bias", d)?)) })
     }
 
     /// x `(.., d)` -> the same shape and dtype.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = kernels::layer_norm(x, self.eps)?;
         match &self.affine {
-            Some((weight, bias)) => y.broadcast_mul(weight)?.broadcast_add(bias),
+            Some((weight, bias)) => y.broadcast_mul(&weight.tensor()?)?.broadcast_add(&bias.tensor()?),
             None => Ok(y),
         }
     }
@@ -36,18 +37,18 @@ impl LayerNorm {
 /// Root-mean-square norm: `x / sqrt(mean(x²) + eps) * scale`.
 #[derive(Debug, Clone)]
 pub struct RmsNorm {
-    scale: Tensor,
+    scale: Parameter,
     eps: f32,
 }
 
 impl RmsNorm {
     /// The tensor `name` of width `d`.
     pub fn load(source: &Source, name: &str, d: usize, eps: f32) -> Result<Self, Error> {
-        Ok(Self { scale: source.tensor_as(name, d, DType::F32)?, eps })
+        Ok(Self { scale: source.vector_as(name, d, DType::F32)?, eps })
     }
 
     /// x `(.., d)` -> the same shape and dtype.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::rms_norm(x, &self.scale, self.eps)
+        kernels::rms_norm(x, &self.scale.tensor()?, self.eps)
     }
 }

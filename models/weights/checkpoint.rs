@@ -115,6 +115,12 @@ impl Checkpoint {
         &self.metadata
     }
 
+    /// Everything in each file.
+    #[must_use]
+    pub fn file_bytes(&self) -> Vec<&[u8]> {
+        self.files.iter().map(Opened::bytes).collect()
+    }
+
     #[must_use]
     pub fn len(&self) -> usize {
         self.tensors.len()

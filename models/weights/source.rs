@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Shape, Tensor};
 use super::names::{self, Component, Part};
 use super::read::{self, Rows};
 use super::{Checkpoint, Error, Kind};
-use crate::nn::{Linear, Weight};
+use crate::nn::{Linear, Parameter, Reread, Weight};
 
 /// Keys that real files carry and no model uses.
 const IGNORED: &[&str] = &[
@@ -83,6 +83,7 @@ pub struct Source {
     checkpoint: Checkpoint,
     names: Arc<BTreeMap<String, Vec<Part>>>,
     seen: Arc<Mutex<Seen>>,
+    parameters: Arc<Mutex<BTreeMap<String, Parameter>>>,
     prefix: String,
     dtype: DType,
     device: Device,
@@ -105,6 +106,7 @@ impl Source {
             checkpoint,
             names,
             seen: Arc::default(),
+            parameters: Arc::default(),
             prefix: String::new(),
             dtype,
             device: device.clone(),
@@ -171,15 +173,48 @@ impl Source {
         }
     }
 
+    /// A vector that a LoRA may change, in the dtype of computation.
+    pub fn vector(&self, name: &str, width: usize) -> Result<Parameter, Error> {
+        self.vector_as(name, width, self.dtype)
+    }
+
+    /// As [`Self::vector`], in `dtype`.
+    pub fn vector_as(&self, name: &str, width: usize, dtype: DType) -> Result<Parameter, Error> {
+        let tensor = self.tensor_as(name, width, dtype)?;
+        Ok(self.register(name, Weight::Dense(tensor), &[width], dtype))
+    }
+
     /// A linear layer with bias: weight `(output, input)`, bias `(output)`.
     pub fn linear(&self, name: &str, output: usize, input: usize) -> Result<Linear, Error> {
         let layer = self.at(name);
-        Ok(Linear::new(layer.weight(output, input)?, Some(layer.tensor("bias", output)?)))
+        Ok(Linear::new(layer.matrix(output, input)?, Some(layer.vector("bias", output)?)))
     }
 
     /// A linear layer without bias: weight `(output, input)`.
     pub fn linear_no_bias(&self, name: &str, output: usize, input: usize) -> Result<Linear, Error> {
-        Ok(Linear::new(self.at(name).weight(output, input)?, None))
+        Ok(Linear::new(self.at(name).matrix(output, input)?, None))
+    }
+
+    /// Everything that a LoRA may change and that was asked for so far, by canonical name.
+    #[must_use]
+    pub fn parameters(&self) -> BTreeMap<String, Parameter> {
+        self.parameters.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn matrix(&self, output: usize, input: usize) -> Result<Parameter, Error> {
+        Ok(self.register("weight", self.weight(output, input)?, &[output, input], self.dtype))
+    }
+
+    fn register(&self, name: &str, weight: Weight, shape: &[usize], dtype: DType) -> Parameter {
+        let path = self.path(name);
+        // Quantised weights stay in place (a LoRA is a branch beside them), so only dense ones are ever read again.
+        let reread = matches!(weight, Weight::Dense(_)).then(|| self.rows(&path)).flatten().map(|rows| -> Reread {
+            let (checkpoint, shape, device) = (self.checkpoint.clone(), shape.to_vec(), self.device.clone());
+            Arc::new(move || read::dense(&checkpoint, &rows, &shape, dtype, &device).map(Weight::Dense))
+        });
+        let parameter = Parameter::new(weight, shape, &self.device, reread);
+        self.parameters.lock().unwrap_or_else(PoisonError::into_inner).insert(path, parameter.clone());
+        parameter
     }
 
     fn weight(&self, output: usize, input: usize) -> Result<Weight, Error> {

@@ -1,0 +1,254 @@
+//! An adapter file, read and checked: what it changes, and a report on it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use rayon::prelude::*;
+use safetensors::Dtype;
+use sha2::{Digest, Sha256};
+
+use super::assemble::{self, Parts};
+use super::keys::{self, Parsed, Role};
+use super::modules::{Module, Naming};
+use super::{Base, Change, Error, Report, foreign, metadata, precheck};
+use crate::weights::{self, Checkpoint, Component, Kind as Storage, Stored};
+
+/// One change of one tensor of the model.
+#[derive(Debug, Clone)]
+pub struct Update {
+    pub module: Module,
+    /// The module's bias, not its weight.
+    pub bias: bool,
+    pub change: Change,
+}
+
+impl Update {
+    /// The canonical name of the tensor that is changed.
+    #[must_use]
+    pub fn tensor(&self) -> String {
+        if self.bias { self.module.bias() } else { self.module.weight() }
+    }
+}
+
+/// A file that can be applied. Its tensors are on the host, as stored; the file is not needed any more.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    pub updates: Vec<Update>,
+    pub report: Report,
+}
+
+impl Adapter {
+    /// Reads and checks a file. Errors name what it is instead, or what is wrong with it.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let (report, updates) = Self::examine(path);
+        Ok(Self { updates: updates?, report })
+    }
+
+    /// The report alone, with the refusal in it if there is one.
+    #[must_use]
+    pub fn inspect(path: &Path) -> Report {
+        Self::examine(path).0
+    }
+
+    /// SHA-256 of the file, in hexadecimal.
+    #[must_use]
+    pub fn digest(&self) -> &str {
+        &self.report.digest
+    }
+
+    fn examine(path: &Path) -> (Report, Result<Vec<Update>, Error>) {
+        let mut report = Report::default();
+        let updates = read(path, &mut report);
+        if let Err(error) = &updates {
+            report.refuse(error);
+        }
+        (report, updates)
+    }
+}
+
+fn read(path: &Path, report: &mut Report) -> Result<Vec<Update>, Error> {
+    let foreign = |looks_like| Error::Foreign { path: path.into(), looks_like };
+    let checkpoint = open(path)?;
+    if checkpoint.keys().any(|key| matches!(checkpoint.get(key).map(|s| s.kind), Some(Storage::Gguf(_)))) {
+        return Err(foreign("a GGUF file; LoRAs are safetensors files".into()));
+    }
+    report.bytes = checkpoint.file_bytes().iter().map(|bytes| bytes.len() as u64).sum();
+    report.tensors = checkpoint.len();
+    let (digest, checked) = rayon::join(|| digest(&checkpoint), || check_values(&checkpoint));
+    report.digest = digest;
+    for key in checkpoint.keys() {
+        if let Some(Stored { kind: Storage::Plain(dtype), .. }) = checkpoint.get(key) {
+            *report.dtypes.entry(format!("{dtype:?}").to_lowercase()).or_default() += 1;
+        }
+    }
+    let header = checkpoint.metadata();
+    report.trigger_words = metadata::trigger_words(header);
+    report.trainer = metadata::trainer(header);
+
+    let (modules, unmatched_modules) = sort(&checkpoint, report)?;
+    let guidance = modules.keys().any(|module| module.name.starts_with("guidance_in"));
+    report.base = Some(match metadata::base(header) {
+        Base::Unknown if guidance => Base::Dev,
+        stated => stated,
+    });
+    foreign::refuse(&checkpoint)?;
+    let keys = report.unmatched_keys.clone();
+    if modules.is_empty() && foreign::whole_checkpoint(&checkpoint) {
+        let what = "a base model or a part of one, not an adapter; give it with --model".into();
+        return Err(Error::Unsupported { what, keys: Vec::new() });
+    }
+    if modules.is_empty() {
+        return Err(Error::NothingMatched { tensors: checkpoint.len(), keys });
+    }
+    if unmatched_modules > modules.len() {
+        return Err(Error::MostlyUnmatched { unmatched: unmatched_modules, modules: modules.len() + unmatched_modules, keys });
+    }
+    report.modules_matched = modules.len();
+    checked?;
+    assemble::updates(&checkpoint, path, modules, report)
+}
+
+fn open(path: &Path) -> Result<Checkpoint, Error> {
+    use std::io::Read;
+    let io = |source| Error::Io { path: path.into(), source };
+    let mut file = std::fs::File::open(path).map_err(io)?;
+    let mut head = vec![0; 9];
+    let n = file.read(&mut head).map_err(io)?;
+    // A header is checked before the parser allocates for it; what is no safetensors file gets its own message from the sniffer.
+    if n == 9 && head[8] == b'{' {
+        let length = u64::from_le_bytes([head[0], head[1], head[2], head[3], head[4], head[5], head[6], head[7]]);
+        let mut header = head;
+        file.take(length.min(16 << 20).saturating_sub(1)).read_to_end(&mut header).map_err(io)?;
+        precheck(&header).map_err(|reason| Error::Limit { path: path.into(), reason })?;
+    }
+    Checkpoint::open(&[path.to_path_buf()]).map_err(|error| match error {
+        weights::Error::Foreign { path, looks_like } => Error::Foreign { path, looks_like },
+        weights::Error::Damaged { path, reason } => Error::Damaged { path, reason },
+        other => other.into(),
+    })
+}
+
+fn digest(checkpoint: &Checkpoint) -> String {
+    let mut hasher = Sha256::new();
+    checkpoint.file_bytes().iter().for_each(|bytes| hasher.update(bytes));
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Sorts the keys by module. Returns the modules and the number of modules that are none of FLUX.1's.
+fn sort<'a>(checkpoint: &'a Checkpoint, report: &mut Report) -> Result<(BTreeMap<Module, Parts<'a>>, usize), Error> {
+    let mut modules: BTreeMap<Module, Parts<'a>> = BTreeMap::new();
+    let (mut prefixes, mut namings, mut separators) = (BTreeSet::new(), BTreeSet::<Naming>::new(), BTreeSet::new());
+    let (mut unknown, mut ignored) = (BTreeSet::new(), 0);
+    for key in checkpoint.keys() {
+        match keys::parse(key) {
+            Parsed::Known(found) => {
+                prefixes.insert(found.prefix);
+                namings.insert(found.naming);
+                separators.insert(if found.dotted { "dotted" } else { "flattened" });
+                let parts = modules.entry(found.module).or_default();
+                parts.body = found.body;
+                if let Some(before) = parts.keys.insert(found.role, key)
+                    && !same(checkpoint, before, key)
+                {
+                    let reason = format!("{before} and {key} say different things about it");
+                    return Err(Error::Module { module: parts.body.clone(), reason });
+                }
+            }
+            Parsed::Ignored => ignored += 1,
+            // ComfyUI's extraction stores differences of tensors that it did not change.
+            Parsed::Unknown if key.ends_with(".diff") && zero(checkpoint, key) => ignored += 1,
+            Parsed::Unknown => {
+                unknown.insert(keys::split_role(key).map_or(key, |(stem, _)| stem));
+                report.unmatched_keys.push(key.into());
+            }
+        }
+    }
+    if ignored > 0 {
+        report.notes.push(format!("{ignored} tensors of the trainer's own bookkeeping, or zero, are not applied"));
+    }
+    report.prefix = prefixes.into_iter().collect();
+    report.naming = namings.into_iter().collect();
+    report.separators = separators.into_iter().collect();
+    let encoders = [(Component::Clip, "clip_l"), (Component::T5, "t5")];
+    let has = |component: Component| modules.keys().any(|module| module.component == component);
+    report.text_encoders = encoders.into_iter().filter(|(component, _)| has(*component)).map(|(_, name)| name).collect();
+    Ok((modules, unknown.len()))
+}
+
+fn same(checkpoint: &Checkpoint, one: &str, other: &str) -> bool {
+    let (Some(one), Some(other)) = (checkpoint.get(one), checkpoint.get(other)) else { return false };
+    one.kind == other.kind && one.shape == other.shape && checkpoint.bytes(one) == checkpoint.bytes(other)
+}
+
+/// All values are (positive or negative) zero.
+pub(super) fn zero(checkpoint: &Checkpoint, key: &str) -> bool {
+    let Some(stored) = checkpoint.get(key) else { return false };
+    let size = match stored.kind {
+        Storage::Plain(dtype) => dtype.bitsize() / 8,
+        Storage::Gguf(_) => return false,
+    };
+    // The sign is the upper bit of the last byte.
+    let value =
+        |bytes: &[u8]| bytes.split_last().is_none_or(|(last, rest)| last & 0x7f == 0 && rest.iter().all(|byte| *byte == 0));
+    size > 0 && checkpoint.bytes(stored).chunks(size).all(value)
+}
+
+/// Every value is a number. Alphas may be infinite: ai-toolkit's full LoKr overflows f16, and no one multiplies with it.
+fn check_values(checkpoint: &Checkpoint) -> Result<(), Error> {
+    let keys: Vec<&str> = checkpoint.keys().filter(|key| !matches!(keys::split_role(key), Some((_, Role::Alpha)))).collect();
+    let bad = keys.par_iter().find_map_first(|key| {
+        let stored = checkpoint.get(key)?;
+        let Storage::Plain(dtype) = stored.kind else { return None };
+        (!finite(dtype, checkpoint.bytes(stored))).then(|| (*key).to_owned())
+    });
+    bad.map_or(Ok(()), |key| Err(Error::NotFinite { key }))
+}
+
+/// Whether no element has all bits of its exponent set (for e4m3: of exponent and mantissa).
+fn finite(dtype: Dtype, bytes: &[u8]) -> bool {
+    const STRETCH: usize = 1 << 16;
+    // A count without early exit, so that the compiler can use vectors.
+    fn none<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool + Sync) -> bool {
+        let clean = |stretch: &[u8]| stretch.as_chunks::<N>().0.iter().map(|raw| u64::from(bad(*raw))).sum::<u64>() == 0;
+        bytes.par_chunks(STRETCH * N).all(clean)
+    }
+    match dtype {
+        Dtype::F32 => none(bytes, |raw| u32::from_le_bytes(raw) & 0x7f80_0000 == 0x7f80_0000),
+        Dtype::BF16 => none(bytes, |raw| u16::from_le_bytes(raw) & 0x7f80 == 0x7f80),
+        Dtype::F16 => none(bytes, |raw| u16::from_le_bytes(raw) & 0x7c00 == 0x7c00),
+        Dtype::F64 => none(bytes, |raw| u64::from_le_bytes(raw) & 0x7ff0_0000_0000_0000 == 0x7ff0_0000_0000_0000),
+        Dtype::F8_E4M3 => none(bytes, |[byte]| byte & 0x7f == 0x7f),
+        Dtype::F8_E5M2 => none(bytes, |[byte]| byte & 0x7c == 0x7c),
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+
+    #[test]
+    fn numbers_that_are_none_are_found_in_every_type() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for at in [0, 70_000, 99_999] {
+                let mut values = vec![1.5f32; 100_000];
+                let check = |values: &[f32]| {
+                    let bytes = |f: &dyn Fn(f32) -> Vec<u8>| values.iter().flat_map(|v| f(*v)).collect::<Vec<u8>>();
+                    [
+                        finite(Dtype::F32, &bytes(&|v| v.to_le_bytes().to_vec())),
+                        finite(Dtype::F16, &bytes(&|v| f16::from_f32(v).to_le_bytes().to_vec())),
+                        finite(Dtype::BF16, &bytes(&|v| bf16::from_f32(v).to_le_bytes().to_vec())),
+                        finite(Dtype::F64, &bytes(&|v| f64::from(v).to_le_bytes().to_vec())),
+                    ]
+                };
+                assert_eq!(check(&values), [true; 4]);
+                values[at] = bad;
+                assert_eq!(check(&values), [false; 4], "{bad} at {at}");
+            }
+        }
+        assert!(finite(Dtype::F8_E4M3, &[0x7e, 0xfe, 0]) && !finite(Dtype::F8_E4M3, &[0, 0xff]));
+        assert!(finite(Dtype::F8_E5M2, &[0x7b, 0]) && !finite(Dtype::F8_E5M2, &[0x7c]));
+    }
+}

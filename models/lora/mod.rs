@@ -1,0 +1,28 @@
+//! LoRA and its relatives: every published file format, read on independent axes and merged into a base from its pristine weights.
+//!
+//! [`Adapter::open`] reads a file: [`keys`] takes each key apart, [`modules`] knows every module's names, [`Change`] is the arithmetic of
+//! the algorithms, [`Report`] says what was found. [`Patches`] puts a set of adapters on a model's weights and takes them off again, bit
+//! for bit. Formats and formulas: the papers named in `change.rs`, and the writers' own sources.
+
+mod adapter;
+mod assemble;
+mod change;
+mod error;
+mod foreign;
+mod keys;
+mod metadata;
+mod modules;
+mod patch;
+mod precheck;
+mod report;
+mod scales;
+
+pub use adapter::{Adapter, Update};
+pub use change::{Change, Factor, Kind, Magnitude};
+pub use error::Error;
+pub use metadata::Base;
+pub use modules::{Module, Naming, Place};
+pub use patch::{Home, Mode, Patches, Selected, Switch};
+pub use precheck::precheck;
+pub use report::{Refused, Report};
+pub use scales::{Scales, parse_blocks};

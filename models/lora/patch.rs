@@ -1,0 +1,215 @@
+//! Adapters on a model's weights: always from the pristine weights, never by subtracting.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use kernels::{Addend, Delta};
+use serde::Serialize;
+
+use super::adapter::Update;
+use super::assemble::covered;
+use super::modules::Place;
+use super::{Adapter, Error, Scales};
+use crate::nn::{Parameter, Weight};
+use crate::weights::Component;
+
+pub use crate::nn::Home;
+
+/// How an adapter acts on a weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// Merged into dense weights; beside fp8 and GGUF weights, whose steps would swallow it.
+    #[default]
+    Auto,
+    /// Merged everywhere; fp8 and GGUF weights that are touched become dense.
+    Merge,
+    /// Beside every weight.
+    Branch,
+}
+
+/// An adapter with its strength.
+#[derive(Debug, Clone)]
+pub struct Selected {
+    pub adapter: Arc<Adapter>,
+    pub scales: Scales,
+}
+
+impl Selected {
+    fn is(&self, other: &Self) -> bool {
+        self.adapter.digest() == other.adapter.digest() && self.scales == other.scales
+    }
+}
+
+/// What a switch did.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Switch {
+    /// Tensors that were written, or put back.
+    pub changed: usize,
+    pub restored: usize,
+    /// What the user should know, such as modules that this base does not have.
+    pub notes: Vec<String>,
+}
+
+type Name = (Component, String);
+
+/// One change of a tensor that the next state has.
+struct Planned<'a> {
+    update: &'a Update,
+    scale: f64,
+    rows: Range<usize>,
+}
+
+/// The adapters on a model. What is computed with is a function of the pristine weights, the adapters in their order and their
+/// scales alone, bit for bit, whatever was there before.
+#[derive(Debug)]
+pub struct Patches {
+    parameters: BTreeMap<Name, Parameter>,
+    device: Device,
+    dtype: DType,
+    pub home: Home,
+    mode: Mode,
+    live: Vec<Selected>,
+    touched: BTreeSet<Name>,
+}
+
+impl Patches {
+    /// For a model's parameters by component and canonical name, computed with in `dtype` on `device`.
+    #[must_use]
+    pub fn new(parameters: BTreeMap<Name, Parameter>, device: &Device, dtype: DType) -> Self {
+        let (home, mode) = (Home::default(), Mode::default());
+        Self { parameters, device: device.clone(), dtype, home, mode, live: Vec::new(), touched: BTreeSet::new() }
+    }
+
+    /// The adapters that are on the weights.
+    #[must_use]
+    pub fn live(&self) -> &[Selected] {
+        &self.live
+    }
+
+    /// The parameter of that name.
+    #[must_use]
+    pub fn parameter(&self, component: Component, name: &str) -> Option<&Parameter> {
+        self.parameters.get(&(component, name.to_owned()))
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = (Component, &str)> {
+        self.parameters.keys().map(|(component, name)| (*component, name.as_str()))
+    }
+
+    /// Puts exactly `set` on the weights, in this order, in one pass over the tensors that it or the set before it touches.
+    ///
+    /// Everything is checked before the first tensor changes. If a tensor cannot be made (memory), the set before is put back.
+    pub fn apply(&mut self, set: &[Selected], mode: Mode) -> Result<Switch, Error> {
+        if mode == self.mode && set.len() == self.live.len() && set.iter().zip(&self.live).all(|(a, b)| a.is(b)) {
+            return Ok(Switch::default());
+        }
+        let mut switch = Switch::default();
+        let plan = self.plan(set, &mut switch.notes)?;
+        let mut before = self.touched.clone();
+        before.extend(plan.keys().cloned());
+        let next: BTreeSet<Name> = plan.keys().cloned().collect();
+        for name in &before {
+            let result = match plan.get(name) {
+                Some(planned) => self.change(name, planned, mode).map(|()| switch.changed += 1),
+                None => self.parameters[name].restore().map(|()| switch.restored += 1).map_err(Error::from),
+            };
+            if let Err(error) = result {
+                self.fall_back(&before);
+                return Err(error);
+            }
+        }
+        (self.live, self.touched, self.mode) = (set.to_vec(), next, mode);
+        Ok(switch)
+    }
+
+    /// What each tensor gets, in the order of the set; an error that lists every misfit.
+    fn plan<'a>(&self, set: &'a [Selected], notes: &mut Vec<String>) -> Result<BTreeMap<Name, Vec<Planned<'a>>>, Error> {
+        let mut plan: BTreeMap<Name, Vec<Planned<'a>>> = BTreeMap::new();
+        let mut misfits = Vec::new();
+        for selected in set {
+            let mut absent = 0;
+            for update in &selected.adapter.updates {
+                let name = (update.module.component, update.tensor());
+                let Some(parameter) = self.parameters.get(&name) else {
+                    // schnell was distilled without guidance and has no such layer.
+                    if update.module.name.starts_with("guidance_in") {
+                        absent += 1;
+                    } else {
+                        misfits.push(format!("it has no {}", update.module));
+                    }
+                    continue;
+                };
+                let shape = parameter.shape();
+                let weight = self.parameters.get(&(update.module.component, update.module.weight())).map(Parameter::shape);
+                let d = weight.and_then(|shape| shape.get(1).copied()).unwrap_or(0);
+                match covered(&update.module, update.bias, &update.change, &shape, d) {
+                    Err(misfit) => misfits.push(misfit),
+                    Ok(rows) => {
+                        let scale = selected.scales.of(&update.module);
+                        if scale != 0. || update.change.replaces() {
+                            plan.entry(name).or_default().push(Planned { update, scale, rows });
+                        }
+                    }
+                }
+            }
+            if absent > 0 {
+                notes.push(format!("{absent} changes of the guidance embedding have no effect: this base has none"));
+            }
+        }
+        if misfits.is_empty() { Ok(plan) } else { Err(Error::Misfit { misfits }) }
+    }
+
+    fn change(&self, name: &Name, planned: &[Planned<'_>], mode: Mode) -> Result<(), Error> {
+        let parameter = &self.parameters[name];
+        let pristine = parameter.pristine()?;
+        let addends = planned.iter().map(|planned| self.addend(planned, &pristine)).collect::<Result<Vec<_>, Error>>()?;
+        let vector = parameter.shape().len() == 1;
+        let merge = match mode {
+            Mode::Auto => matches!(pristine, Weight::Dense(_)),
+            Mode::Merge => true,
+            Mode::Branch => vector,
+        };
+        if !merge {
+            return Ok(parameter.branch(addends, self.dtype)?);
+        }
+        let dense = match pristine {
+            Weight::Dense(dense) => dense,
+            other => other.dense(self.dtype)?,
+        };
+        let merged =
+            if vector { kernels::merge(&dense.unsqueeze(1)?, &addends)?.squeeze(1)? } else { kernels::merge(&dense, &addends)? };
+        Ok(parameter.replace(merged, self.home)?)
+    }
+
+    fn addend(&self, planned: &Planned<'_>, pristine: &Weight) -> Result<Addend, Error> {
+        let rows = planned.rows.clone();
+        let base = || -> candle_core::Result<Tensor> { pristine.dense(DType::F32)?.narrow(0, rows.start, rows.len()) };
+        let Update { module, bias, change } = planned.update;
+        let place = if module.place == Place::SwappedHalves { Place::SwappedHalves } else { Place::Whole };
+        let delta = change.delta(planned.scale, place, &self.device, base)?;
+        let vector = *bias || module.is_norm();
+        let delta = match delta {
+            Delta::Dense(delta) if vector => Delta::Dense(delta.unsqueeze(1)?),
+            other => other,
+        };
+        Ok(Addend { rows: planned.rows.clone(), delta })
+    }
+
+    /// Makes the live set anew on every tensor that may have changed. If that fails too the tensor is given up, and computing
+    /// with it is an error until the next switch succeeds.
+    fn fall_back(&mut self, changed: &BTreeSet<Name>) {
+        let live = std::mem::take(&mut self.live);
+        let failed = match self.plan(&live, &mut Vec::new()) {
+            Err(_) => true,
+            Ok(plan) => changed.iter().any(|name| match plan.get(name) {
+                Some(planned) => self.change(name, planned, self.mode).is_err(),
+                None => self.parameters[name].restore().is_err(),
+            }),
+        };
+        self.touched.extend(changed.iter().cloned());
+        // A set that is not on the weights any more must not look as if it were.
+        self.live = if failed { Vec::new() } else { live };
+    }
+}

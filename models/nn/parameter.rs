@@ -1,0 +1,151 @@
+//! A stored tensor of a model, and what is computed with in its place at present.
+
+use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+use kernels::Addend;
+
+use super::Weight;
+
+/// Reads the stored tensor again from where it came.
+pub(crate) type Reread = Arc<dyn Fn() -> Result<Weight> + Send + Sync>;
+
+/// Where the pristine tensor is kept while another one is in its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Home {
+    /// Beside it, on the device: restoring costs nothing.
+    #[default]
+    Device,
+    /// In main memory.
+    Host,
+    /// In the file it came from.
+    File,
+}
+
+/// A weight that a LoRA may change while the model stands. Clones are the same parameter.
+#[derive(Clone)]
+pub struct Parameter(Arc<RwLock<State>>);
+
+struct State {
+    pristine: Pristine,
+    /// In the pristine tensor's place.
+    merged: Option<Tensor>,
+    /// Beside it, in the dtype of computation.
+    branch: Arc<[Addend]>,
+    reread: Option<Reread>,
+    shape: Vec<usize>,
+    device: Device,
+}
+
+enum Pristine {
+    Here(Weight),
+    Host(Weight),
+    File,
+}
+
+impl fmt::Debug for Parameter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.read(|state| {
+            f.debug_struct("Parameter").field("shape", &state.shape).field("merged", &state.merged.is_some()).finish()
+        })
+    }
+}
+
+impl Parameter {
+    pub(crate) fn new(weight: Weight, shape: &[usize], device: &Device, reread: Option<Reread>) -> Self {
+        let (merged, branch) = (None, Arc::from([]));
+        let (shape, device) = (shape.to_vec(), device.clone());
+        Self(Arc::new(RwLock::new(State { pristine: Pristine::Here(weight), merged, branch, reread, shape, device })))
+    }
+
+    fn read<R>(&self, f: impl FnOnce(&State) -> R) -> R {
+        f(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn write<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
+        f(&mut self.0.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    #[must_use]
+    pub fn shape(&self) -> Vec<usize> {
+        self.read(|state| state.shape.clone())
+    }
+
+    /// What is computed with, and what is added to its product.
+    pub fn current(&self) -> Result<(Weight, Arc<[Addend]>)> {
+        self.read(|state| {
+            let weight = match (&state.merged, &state.pristine) {
+                (Some(merged), _) => Weight::Dense(merged.clone()),
+                (None, Pristine::Here(weight)) => weight.clone(),
+                // Only between a failed switch and the next one.
+                (None, _) => bail!("a weight was given up in a switch of LoRAs that failed; switch again or load the model anew"),
+            };
+            Ok((weight, state.branch.clone()))
+        })
+    }
+
+    /// What is computed with, if it is dense: norms and biases always are.
+    pub fn tensor(&self) -> Result<Tensor> {
+        match self.current()?.0 {
+            Weight::Dense(tensor) => Ok(tensor),
+            other => bail!("a vector is stored as {other:?}"),
+        }
+    }
+
+    /// As it was stored, on the device.
+    pub fn pristine(&self) -> Result<Weight> {
+        let (kept, reread, device) = self.read(|state| {
+            let kept = match &state.pristine {
+                Pristine::Here(weight) => Some((weight.clone(), false)),
+                Pristine::Host(weight) => Some((weight.clone(), true)),
+                Pristine::File => None,
+            };
+            (kept, state.reread.clone(), state.device.clone())
+        });
+        match (kept, reread) {
+            (Some((weight, false)), _) => Ok(weight),
+            (Some((weight, true)), _) => weight.to_device(&device),
+            (None, Some(reread)) => reread(),
+            (None, None) => bail!("a weight has no file to be read from again"),
+        }
+    }
+
+    /// Puts `merged` in the pristine tensor's place, which moves to `home`. Errors if that fails, and then nothing has changed.
+    pub(crate) fn replace(&self, merged: Tensor, home: Home) -> Result<()> {
+        let keep = self.read(|state| match (&state.pristine, home) {
+            (Pristine::Here(weight), Home::Host) => Some(weight.clone()),
+            _ => None,
+        });
+        let host = keep.map(|weight| weight.to_device(&Device::Cpu)).transpose()?;
+        self.write(|state| {
+            match (host, home) {
+                (Some(host), _) => state.pristine = Pristine::Host(host),
+                (None, Home::File) if state.reread.is_some() => state.pristine = Pristine::File,
+                _ => {}
+            }
+            state.merged = Some(merged);
+            state.branch = Arc::from([]);
+        });
+        Ok(())
+    }
+
+    /// Leaves the pristine tensor in place and adds `addends` to its products.
+    pub(crate) fn branch(&self, addends: Vec<Addend>, dtype: DType) -> Result<()> {
+        let narrow = addends.into_iter().map(|addend| addend.to_dtype(dtype)).collect::<Result<Vec<_>>>()?;
+        self.restore()?;
+        self.write(|state| state.branch = narrow.into());
+        Ok(())
+    }
+
+    /// Back to the tensor as it was stored.
+    pub(crate) fn restore(&self) -> Result<()> {
+        let weight = self.pristine()?;
+        self.write(|state| {
+            state.pristine = Pristine::Here(weight);
+            state.merged = None;
+            state.branch = Arc::from([]);
+        });
+        Ok(())
+    }
+}
