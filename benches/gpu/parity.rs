@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use darkroom::engine::{Job, NoiseKind, Pipeline};
+use darkroom::engine::{Job, LoraMode, NoiseKind, Pipeline};
 use models::bundle::Bundle;
 
 /// One comparison.
@@ -77,6 +77,8 @@ fn job(case: &serde_json::Value) -> Job {
         outputs: number("num_outputs") as usize,
         noise: NoiseKind::Cpu,
         start: None,
+        loras: Vec::new(),
+        lora_mode: LoraMode::Auto,
     }
 }
 

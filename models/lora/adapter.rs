@@ -91,7 +91,7 @@ fn read(path: &Path, report: &mut Report) -> Result<Vec<Update>, Error> {
         Base::Unknown if guidance => Base::Dev,
         stated => stated,
     });
-    foreign::refuse(&checkpoint)?;
+    foreign::refuse(&checkpoint, &report.unmatched_keys)?;
     let keys = report.unmatched_keys.clone();
     if modules.is_empty() && foreign::whole_checkpoint(&checkpoint) {
         let what = "a base model or a part of one, not an adapter; give it with --model".into();

@@ -3,9 +3,10 @@
 use super::Error;
 use crate::weights::Checkpoint;
 
-/// What the file is if it is not a FLUX.1 adapter that can be applied.
-pub(super) fn refuse(checkpoint: &Checkpoint) -> Result<(), Error> {
-    let any = |parts: &[&str]| checkpoint.keys().any(|key| parts.iter().any(|part| key.contains(part)));
+/// What the file is if it is not a FLUX.1 adapter that can be applied. `unmatched` are the keys that name no module of FLUX.1: only
+/// they can tell.
+pub(super) fn refuse(checkpoint: &Checkpoint, unmatched: &[String]) -> Result<(), Error> {
+    let any = |parts: &[&str]| unmatched.iter().any(|key| parts.iter().any(|part| key.contains(part)));
     let wrong = |what| Err(Error::WrongBase { what });
     if any(&["distilled_guidance_layer"]) {
         return wrong("a Chroma adapter");

@@ -8,10 +8,11 @@ use anyhow::Context;
 use super::progress::JobBar;
 use super::signal::Interrupt;
 use crate::config::Config;
-use crate::engine::{DeviceChoice, NoiseKind};
+use crate::engine::{DeviceChoice, LoraMode, NoiseKind};
 use crate::image::Format;
 use crate::ops::generate::{self, Order, Output, Picture, Precision, Report, Request, Stage};
-use crate::ops::{self, AspectRatio, Megapixels};
+use crate::ops::{self, AspectRatio, Megapixels, lora};
+use crate::prompt::Policy;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -23,6 +24,8 @@ Examples:
     darkroom generate \"a lighthouse in a storm\" --model flux1-dev --aspect-ratio 16:9
   From a picture, half of it kept:
     darkroom generate \"the same house in winter\" --image house.jpg --prompt-strength 0.5
+  With a person's LoRA, as trained elsewhere:
+    darkroom generate \"confident woman, street fashion\" --model flux1-dev --lora trained_model.tar@0.9 --trigger-word user42
   For scripts, one JSON object:
     darkroom generate \"a cat\" --json --quiet | jq -r '.files[]'
 
@@ -45,6 +48,37 @@ pub(super) struct Args {
     /// t5xxl file, and the folders tokenizer and tokenizer_2 of the model's repository.
     #[arg(long, value_name = "MODEL", default_value = "pocket", help_heading = "Model")]
     model: String,
+
+    /// A LoRA and its scale: me.safetensors@0.9; a trainer's .tar or .tar.gz too; may be repeated [scale: 1]
+    ///
+    /// Any published format: kohya, diffusers and PEFT, BFL and ComfyUI names, XLabs, LyCORIS (LoHa, LoKr), DoRA, full differences.
+    /// It is on the weights for this run only. `darkroom lora inspect FILE` says what is in a file.
+    #[arg(long = "lora", value_name = "FILE[@SCALE]", help_heading = "LoRA")]
+    loras: Vec<String>,
+
+    /// The scale for the LoRAs' text encoder parts [default: each LoRA's own scale]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "LoRA")]
+    lora_text_scale: Option<f64>,
+
+    /// A factor for each block: 57 numbers, or ranges such as double:0-18=1,single:20-37=0.5
+    #[arg(long, value_name = "FACTORS", help_heading = "LoRA")]
+    lora_blocks: Option<String>,
+
+    /// auto (merged into dense weights, beside fp8 and GGUF ones), merge or branch
+    #[arg(long, value_name = "MODE", value_parser = mode, default_value = "auto", help_heading = "LoRA")]
+    lora_mode: LoraMode,
+
+    /// The word that calls the LoRA's subject; it is put into the prompt
+    #[arg(long, value_name = "WORD", help_heading = "LoRA")]
+    trigger_word: Option<String>,
+
+    /// Where it goes: prepend (unless it is there), start-and-middle, or none
+    #[arg(long, value_name = "POLICY", default_value = "prepend", help_heading = "LoRA")]
+    trigger_policy: Policy,
+
+    /// Strip markdown and an assistant's leading chatter from the prompt
+    #[arg(long, help_heading = "Guidance")]
+    clean_prompt: bool,
 
     /// What to keep out of the picture; needs --true-cfg above 1
     #[arg(long, value_name = "TEXT", help_heading = "Guidance")]
@@ -202,6 +236,11 @@ fn order(args: Args) -> anyhow::Result<Order> {
         image: picture("image", args.image)?,
         mask: picture("mask", args.mask)?,
         prompt_strength: args.prompt_strength,
+        loras: lora::parse(&args.loras, args.lora_text_scale, args.lora_blocks.as_deref())?,
+        lora_mode: args.lora_mode,
+        trigger_word: args.trigger_word,
+        trigger_policy: args.trigger_policy,
+        clean_prompt: args.clean_prompt,
     };
     let output = Output {
         path: args.output,
@@ -221,6 +260,15 @@ fn read(field: &'static str, path: PathBuf) -> Result<Picture, ops::Error> {
     }
 }
 
+pub(super) fn mode(text: &str) -> Result<LoraMode, String> {
+    match text {
+        "auto" => Ok(LoraMode::Auto),
+        "merge" => Ok(LoraMode::Merge),
+        "branch" => Ok(LoraMode::Branch),
+        _ => Err("must be auto, merge or branch".into()),
+    }
+}
+
 fn noise(text: &str) -> Result<NoiseKind, String> {
     match text {
         "cpu" => Ok(NoiseKind::Cpu),
@@ -233,7 +281,7 @@ fn format(text: &str) -> Result<Format, String> {
     text.parse().map_err(|()| "must be one of png, jpg, webp".into())
 }
 
-fn device(text: &str) -> anyhow::Result<DeviceChoice> {
+pub(super) fn device(text: &str) -> anyhow::Result<DeviceChoice> {
     match (text, text.strip_prefix("cuda:")) {
         ("auto", _) => Ok(DeviceChoice::Auto),
         ("cpu", _) => Ok(DeviceChoice::Cpu),

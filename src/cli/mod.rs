@@ -4,6 +4,7 @@
 
 mod completions;
 mod generate;
+mod lora;
 mod models;
 mod progress;
 mod signal;
@@ -34,6 +35,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Generate(Box<generate::Args>),
+    Lora(lora::Args),
     Models(models::Args),
     Completions(completions::Args),
 }
@@ -53,6 +55,7 @@ pub fn main() -> ExitCode {
     log(&config);
     let result = match cli.verb {
         Verb::Generate(args) => generate::run(*args, &config),
+        Verb::Lora(args) => lora::run(args, &config),
         Verb::Models(args) => models::run(args, &config),
         Verb::Completions(args) => completions::run(&args),
     };

@@ -7,6 +7,8 @@ pub enum Error {
     NoDevice { name: &'static str, hint: String },
     #[error(transparent)]
     Weights(#[from] models::weights::Error),
+    #[error("the LoRA is refused")]
+    Lora(#[source] Box<models::lora::Error>),
     #[error(transparent)]
     Schedule(#[from] models::sampler::Error),
     #[error("{path} is not a usable configuration")]
@@ -19,4 +21,10 @@ pub enum Error {
     NotANumber { count: usize },
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+impl From<models::lora::Error> for Error {
+    fn from(error: models::lora::Error) -> Self {
+        Self::Lora(Box::new(error))
+    }
 }

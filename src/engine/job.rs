@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use candle_core::Tensor;
 use image::{GrayImage, RgbImage};
+pub use models::lora::{Adapter, Mode as LoraMode, Scales, Selected, Switch};
 pub use models::sampler::NoiseKind;
 
 /// One request, complete: the same job on the same device and build gives the same bytes.
@@ -27,6 +28,9 @@ pub struct Job {
     pub outputs: usize,
     pub noise: NoiseKind,
     pub start: Option<Start>,
+    /// On the weights for this job alone, in this order.
+    pub loras: Vec<Selected>,
+    pub lora_mode: LoraMode,
 }
 
 impl Job {
@@ -67,6 +71,8 @@ pub enum Event {
 /// Wall time of each stage of one job.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Timings {
+    /// Putting the job's LoRAs on the weights, and those of the job before off.
+    pub switch: Duration,
     pub encode: Duration,
     pub denoise: Duration,
     pub decode: Duration,
@@ -93,4 +99,5 @@ pub struct Finished {
     pub latents: Tensor,
     pub timings: Timings,
     pub truncated: Vec<Truncation>,
+    pub switch: Switch,
 }

@@ -9,5 +9,5 @@ mod resize;
 
 pub use device::{DeviceChoice, default_dtype, device};
 pub use error::Error;
-pub use job::{Event, Finished, Job, NoiseKind, Start, Timings, Truncation};
+pub use job::{Adapter, Event, Finished, Job, LoraMode, NoiseKind, Scales, Selected, Start, Switch, Timings, Truncation};
 pub use pipeline::{LoadEvent, Pipeline, Traits};

@@ -1,12 +1,15 @@
 //! One job, start to end: prompt → conditioning → noise → latents → pictures.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use models::bundle::{Blob, Bundle, Files};
 use models::clip::ClipText;
 use models::flux::{Conditioning, Flux, Rope};
+use models::lora::Patches;
 use models::sampler::{self, Generator, Schedule};
 use models::t5::T5Encoder;
 use models::tokenize::Tokenizers;
@@ -51,6 +54,8 @@ pub struct Pipeline {
     text_tokens: usize,
     device: Device,
     dtype: DType,
+    /// Locked while a job runs: its weights are its own.
+    patches: Mutex<Patches>,
 }
 
 /// A prompt encoded for one picture.
@@ -78,16 +83,23 @@ impl Pipeline {
             told(LoadEvent { component, bytes });
             Ok((Source::new(component, &checkpoint, dtype, device), json(files.config.as_ref())?))
         };
+        let mut parameters = BTreeMap::new();
+        // A load counts when every tensor was found; what it loaded can then be patched.
+        let mut finish = |component, source: Source| -> Result<(), Error> {
+            parameters.extend(source.parameters().into_iter().map(|(name, parameter)| ((component, name), parameter)));
+            source.finish()?;
+            Ok(())
+        };
         let (source, config) = open(Component::Clip, &bundle.clip, dtype)?;
         let clip = ClipText::load(&source, config.as_ref())?;
-        source.finish()?;
+        finish(Component::Clip, source)?;
         // T5's activations overflow f16.
         let (source, config) = open(Component::T5, &bundle.t5, if dtype == DType::F16 { DType::F32 } else { dtype })?;
         let t5 = T5Encoder::load(&source, config.as_ref())?;
-        source.finish()?;
+        finish(Component::T5, source)?;
         let (source, config) = open(Component::Transformer, &bundle.transformer, dtype)?;
         let flux = Flux::load(&source, config.as_ref())?;
-        source.finish()?;
+        finish(Component::Transformer, source)?;
         let (source, config) = open(Component::Vae, &bundle.vae, dtype)?;
         let vae = Autoencoder::load(&source, config.as_ref())?;
         source.finish()?;
@@ -97,12 +109,19 @@ impl Pipeline {
         let [dev, schnell] = TEXT_TOKENS;
         let trained = if guidance { dev } else { schnell };
         let text_tokens = tokenizers.t5_limit().map_or(trained, |limit| limit.min(trained));
-        Ok(Self { tokenizers, t5, clip, flux, vae, schedule, text_tokens, device: device.clone(), dtype })
+        let patches = Mutex::new(Patches::new(parameters, device, dtype));
+        Ok(Self { tokenizers, t5, clip, flux, vae, schedule, text_tokens, device: device.clone(), dtype, patches })
     }
 
     #[must_use]
     pub fn traits(&self) -> Traits {
         Traits { guidance: self.flux.config().guidance, text_tokens: self.text_tokens }
+    }
+
+    /// The adapters on the weights. Held by a job while it runs.
+    pub fn patches(&self) -> MutexGuard<'_, Patches> {
+        // A panic in a job leaves either its set or the one before: both are known to the next switch.
+        self.patches.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs a job. `told` hears of progress and may cancel between two steps.
@@ -111,6 +130,8 @@ impl Pipeline {
         let mut truncated = Vec::new();
         let (mut latents, mut pictures) = (Vec::new(), Vec::new());
 
+        let mut patches = self.patches();
+        let switch = self.timed(&mut timings.switch, || Ok(patches.apply(&job.loras, job.lora_mode)?))?;
         tell(told, Event::Encoding)?;
         let prompts = self.timed(&mut timings.encode, || self.encode(job, &mut truncated))?;
         let (rows, columns) = (job.height / 16, job.width / 16);
@@ -128,7 +149,7 @@ impl Pipeline {
             pictures.push(self.timed(&mut timings.decode, || self.decode(&unpacked))?);
             latents.push(unpacked.to_device(&Device::Cpu)?);
         }
-        Ok(Finished { pictures, latents: Tensor::cat(&latents, 0)?, timings, truncated })
+        Ok(Finished { pictures, latents: Tensor::cat(&latents, 0)?, timings, truncated, switch })
     }
 
     /// Adds the wall time of `work`, device work included, to `total`.

@@ -53,6 +53,20 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    #[error("lora {reference} is refused")]
+    Lora {
+        reference: String,
+        #[source]
+        source: Box<models::lora::Error>,
+    },
+    #[error("lora {reference} cannot be had")]
+    Fetch {
+        reference: String,
+        #[source]
+        source: Box<crate::fetch::Error>,
+    },
+    #[error("{0}")]
+    Unequal(String),
     #[error(transparent)]
     Picture(#[from] image::Error),
     #[error(transparent)]

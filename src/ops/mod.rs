@@ -1,10 +1,11 @@
 //! What a user can ask for. The command line and any server are two faces of this: neither can do what the other cannot.
 //!
 //! [`generate`] turns a [`generate::Request`] (as sent) into a valid [`Job`](crate::engine::Job), runs it and writes pictures;
-//! [`models`] knows the named base models, fetches and checks them.
+//! [`lora`] finds and reads adapters; [`models`] knows the named base models, fetches and checks them.
 
 mod error;
 pub mod generate;
+pub mod lora;
 pub mod models;
 mod sizes;
 

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::LazyLock;
 
 use candle_core::{DType, Device, IndexOp, Tensor};
-use darkroom::engine::{Event, Job, NoiseKind, Pipeline, Start};
+use darkroom::engine::{Event, Job, LoraMode, NoiseKind, Pipeline, Start};
 use models::bundle::Bundle;
 use serde::Deserialize;
 
@@ -65,6 +65,8 @@ impl Case {
             outputs: self.num_outputs,
             noise: NoiseKind::Cpu,
             start,
+            loras: Vec::new(),
+            lora_mode: LoraMode::Auto,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{DType, Device, Tensor};
-use darkroom::engine::{Job, NoiseKind, Pipeline};
+use darkroom::engine::{Job, LoraMode, NoiseKind, Pipeline};
 use models::bundle::{Blob, Bundle};
 use models::flux::{Conditioning, Config, Flux, Rope};
 use models::t5::T5Encoder;
@@ -113,6 +113,8 @@ fn latents(mut bundle: Bundle) -> Tensor {
         outputs: 1,
         noise: NoiseKind::Cpu,
         start: None,
+        loras: Vec::new(),
+        lora_mode: LoraMode::Auto,
     };
     pipeline.run(&job, &mut |_| ControlFlow::Continue(())).unwrap().latents
 }

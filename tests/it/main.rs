@@ -13,6 +13,7 @@ mod e2e;
 mod fixtures;
 mod hub;
 mod layouts;
+mod lora;
 mod parity_encoders;
 mod parity_flux;
 mod pocket;

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use candle_core::{DType, Device};
-use darkroom::engine::{Job, NoiseKind, Pipeline};
+use darkroom::engine::{Job, LoraMode, NoiseKind, Pipeline};
 
 use crate::fixtures::{Fixture, relative_l2};
 
@@ -25,6 +25,8 @@ fn latents_equal_those_of_diffusers() {
         outputs: 2,
         noise: NoiseKind::Cpu,
         start: None,
+        loras: Vec::new(),
+        lora_mode: LoraMode::Auto,
     };
     let finished = pipeline.run(&job, &mut |_| ControlFlow::Continue(())).unwrap();
     let error = relative_l2(&finished.latents, &Fixture::open("pocket/pocket.safetensors").get("latents"));
@@ -75,6 +77,8 @@ fn pictures_have_the_colours_of_the_prompt() {
             outputs: 1,
             noise: NoiseKind::Cpu,
             start: None,
+            loras: Vec::new(),
+            lora_mode: LoraMode::Auto,
         };
         let picture = &pipeline.run(&job, &mut |_| ControlFlow::Continue(())).unwrap().pictures[0];
         for (i, name) in ["background", "shirt", "hair"].into_iter().enumerate() {

@@ -14,6 +14,8 @@ const WALLS: &[(&str, &[&str])] = &[
         &["crate::ops", "crate::cli", "crate::api", "crate::config", "crate::image", "hf_hub", "reqwest", "axum", "sqlx", "clap"],
     ),
     ("src/image", &["crate::ops", "crate::cli", "crate::engine", "crate::config", "clap"]),
+    ("src/fetch", &["crate::ops", "crate::cli", "crate::engine", "crate::image", "crate::prompt", "models::", "clap"]),
+    ("src/prompt", &["crate::", "models::", "clap"]),
     ("src/ops", &["crate::cli", "crate::api", "clap::", "indicatif", "axum"]),
     ("src/cli", &["use models::", "sqlx", "hf_hub", "candle_core"]),
 ];

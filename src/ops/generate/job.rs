@@ -6,7 +6,8 @@ use super::{Picture, Request, memory};
 use crate::engine::{Job, NoiseKind, Start};
 use crate::image::{self, Limits};
 use crate::ops::models::Model;
-use crate::ops::{Error, sizes};
+use crate::ops::{Error, lora, sizes};
+use crate::prompt;
 
 const MOST_STEPS: usize = 1000;
 const MOST_OUTPUTS: usize = 1000;
@@ -24,6 +25,7 @@ pub fn prepare(request: &Request, model: &Model) -> Result<(Job, Vec<String>), E
     let guidance = number("guidance", request.guidance.unwrap_or(model.defaults.guidance), 0.0, MOST_GUIDANCE)?;
     let true_cfg = number("true-cfg", request.true_cfg.unwrap_or(1.0), 1.0, MOST_GUIDANCE)?;
     let start = start(request)?;
+    let loras = lora::open(&request.loras)?;
     memory::check(model, width, height, outputs)?;
 
     let negative_prompt = request.negative_prompt.clone().unwrap_or_default();
@@ -33,8 +35,9 @@ pub fn prepare(request: &Request, model: &Model) -> Result<(Job, Vec<String>), E
     if request.guidance.is_some() && !model.shape.guidance {
         remarks.push(format!("guidance has no effect: {} has no guidance embedding", model.name));
     }
+    remarks.extend(loras.iter().flat_map(|selected| selected.adapter.report.warnings()));
     let job = Job {
-        prompt: request.prompt.clone(),
+        prompt: prompt(request, &mut remarks),
         negative_prompt,
         width,
         height,
@@ -45,8 +48,23 @@ pub fn prepare(request: &Request, model: &Model) -> Result<(Job, Vec<String>), E
         outputs,
         noise: request.noise.unwrap_or(NoiseKind::Cpu),
         start,
+        loras,
+        lora_mode: request.lora_mode,
     };
     Ok((job, remarks))
+}
+
+/// The prompt as the encoders read it.
+fn prompt(request: &Request, remarks: &mut Vec<String>) -> String {
+    let text = if request.clean_prompt { prompt::clean(&request.prompt) } else { request.prompt.clone() };
+    match &request.trigger_word {
+        Some(_) if request.loras.is_empty() => {
+            remarks.push("trigger-word has no effect without a lora".into());
+            text
+        }
+        Some(word) => request.trigger_policy.apply(&text, word),
+        None => text,
+    }
 }
 
 fn size(request: &Request, model: &Model) -> Result<(usize, usize), Error> {

@@ -9,4 +9,4 @@ mod target;
 
 pub use job::prepare;
 pub use request::{Output, Picture, Precision, Request};
-pub use run::{Cut, ModelReport, Order, Report, Seconds, Stage, run};
+pub use run::{Cut, LoraReport, ModelReport, Order, Report, Seconds, Stage, run};

@@ -6,9 +6,11 @@ use std::str::FromStr;
 
 use candle_core::DType;
 
-use crate::engine::NoiseKind;
+use crate::engine::{LoraMode, NoiseKind};
 use crate::image::Format;
+use crate::ops::lora::Lora;
 use crate::ops::{AspectRatio, Megapixels};
+use crate::prompt::Policy;
 
 /// A wish for pictures, unchecked.
 #[derive(Debug, Clone, Default)]
@@ -29,6 +31,14 @@ pub struct Request {
     pub image: Option<Picture>,
     pub mask: Option<Picture>,
     pub prompt_strength: Option<f64>,
+    /// In this order.
+    pub loras: Vec<Lora>,
+    pub lora_mode: LoraMode,
+    /// Of the LoRAs, where the prompt should name their subject.
+    pub trigger_word: Option<String>,
+    pub trigger_policy: Policy,
+    /// Strip markdown and an assistant's chatter from the prompt.
+    pub clean_prompt: bool,
 }
 
 /// An encoded picture and what to call it in messages.

@@ -12,9 +12,10 @@ use super::settings::{self, Setting};
 use super::target::Targets;
 use super::{Output, Precision, Request, prepare};
 use crate::config::Config;
-use crate::engine::{self, DeviceChoice, Event, Finished, Job, Pipeline};
+use crate::engine::{self, DeviceChoice, Event, Finished, Job, Pipeline, Selected};
 use crate::image;
 use crate::ops::Error;
+use crate::ops::lora::Lora;
 use crate::ops::models::{self, Model};
 
 /// Everything that a run needs to know.
@@ -43,6 +44,8 @@ pub enum Stage {
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
     pub files: Vec<PathBuf>,
+    /// As the encoders read it.
+    pub prompt: String,
     /// One for each file.
     pub seeds: Vec<u64>,
     pub width: usize,
@@ -52,6 +55,7 @@ pub struct Report {
     pub true_cfg: f64,
     pub noise: &'static str,
     pub model: ModelReport,
+    pub loras: Vec<LoraReport>,
     pub device: String,
     pub dtype: &'static str,
     pub timings: Seconds,
@@ -68,10 +72,25 @@ pub struct ModelReport {
     pub sha256: Option<String>,
 }
 
+/// A LoRA that was on the weights.
+#[derive(Debug, Clone, Serialize)]
+pub struct LoraReport {
+    pub reference: String,
+    /// SHA-256 of the file.
+    pub digest: String,
+    pub scale: f64,
+    pub text_scale: f64,
+    pub modules: usize,
+    pub unmatched_keys: Vec<String>,
+    pub trigger_words: Vec<String>,
+}
+
 /// Wall time of each stage in seconds.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Seconds {
     pub load: f64,
+    /// Putting the LoRAs on the weights.
+    pub switch: f64,
     pub encode: f64,
     pub denoise: f64,
     pub decode: f64,
@@ -90,7 +109,7 @@ pub struct Cut {
 /// Checks everything that can be checked, then loads the model, runs the job and writes the pictures.
 pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage) -> ControlFlow<()>) -> Result<Report, Error> {
     let model = models::resolve(&order.model, config)?;
-    let (job, remarks) = prepare(&order.request, &model)?;
+    let (job, mut remarks) = prepare(&order.request, &model)?;
     let seeds: Vec<u64> = job.seeds().collect();
     let targets = Targets::plan(&order.output, &seeds)?;
     let device = engine::device(order.device)?;
@@ -105,6 +124,7 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage) -> Contro
     let load = begun.elapsed();
     tracing::info!(model = %model.name, seconds = load.as_secs_f64(), "loaded");
     let finished = pipeline.run(&job, &mut |event| told(Stage::Engine(event)))?;
+    remarks.extend(finished.switch.notes.iter().cloned());
 
     tell(told, Stage::Writing)?;
     let digest = digest.and_then(|thread| thread.join().ok().flatten());
@@ -117,6 +137,8 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage) -> Contro
 
     Ok(Report {
         files,
+        loras: order.request.loras.iter().zip(&job.loras).map(|(lora, selected)| report(lora, selected)).collect(),
+        prompt: job.prompt,
         seeds,
         width: job.width,
         height: job.height,
@@ -170,9 +192,23 @@ fn tell(told: &mut dyn FnMut(Stage) -> ControlFlow<()>, stage: Stage) -> Result<
 
 fn seconds(load: Duration, finished: &Finished, write: Duration) -> Seconds {
     let timings = finished.timings;
-    let [load, encode, denoise, decode, write] =
-        [load, timings.encode, timings.denoise, timings.decode, write].map(|time| (time.as_secs_f64() * 1e6).round() / 1e6);
-    Seconds { load, encode, denoise, decode, write }
+    let [load, switch, encode, denoise, decode, write] =
+        [load, timings.switch, timings.encode, timings.denoise, timings.decode, write]
+            .map(|time| (time.as_secs_f64() * 1e6).round() / 1e6);
+    Seconds { load, switch, encode, denoise, decode, write }
+}
+
+fn report(lora: &Lora, selected: &Selected) -> LoraReport {
+    let found = &selected.adapter.report;
+    LoraReport {
+        reference: lora.reference.clone(),
+        digest: found.digest.clone(),
+        scale: selected.scales.model,
+        text_scale: selected.scales.text,
+        modules: found.modules_matched,
+        unmatched_keys: found.unmatched_keys.clone(),
+        trigger_words: found.trigger_words.clone(),
+    }
 }
 
 fn cut(truncation: engine::Truncation) -> Cut {

@@ -1,8 +1,8 @@
 //! What a picture says about how it was made.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::engine::{Job, NoiseKind};
+use crate::engine::{Job, NoiseKind, Selected};
 use crate::image::Metadata;
 
 /// Hexadecimal digits of a digest in the A1111 text.
@@ -38,6 +38,11 @@ pub(super) fn metadata(job: &Job, seed: u64, setting: Setting<'_>) -> Metadata {
         pairs.push(("Denoising strength", start.strength.to_string()));
     }
     pairs.push(("RNG", if job.noise == NoiseKind::Cpu { "CPU" } else { "GPU" }.into()));
+    if !job.loras.is_empty() {
+        let short = |digest: &str| digest.chars().take(SHORT_DIGEST).collect::<String>();
+        let hashes = job.loras.iter().map(|lora| format!("{0}: {0}", short(lora.adapter.digest())));
+        pairs.push(("Lora hashes", hashes.collect::<Vec<_>>().join(", ")));
+    }
     pairs.push(("Version", SOFTWARE.into()));
 
     let exact = json!({
@@ -54,11 +59,24 @@ pub(super) fn metadata(job: &Job, seed: u64, setting: Setting<'_>) -> Metadata {
         "noise": noise(job.noise),
         "prompt_strength": job.start.as_ref().map(|start| start.strength),
         "mask": job.start.as_ref().is_some_and(|start| start.mask.is_some()),
+        "loras": job.loras.iter().map(lora).collect::<Vec<_>>(),
         "device": setting.device,
         "dtype": setting.dtype,
     });
     let negative = (job.true_cfg > 1.0).then_some(job.negative_prompt.as_str());
-    Metadata::new(SOFTWARE, &job.prompt, negative, &pairs, exact.to_string())
+    // As A1111 writes them, which others read.
+    let tag = |lora: &Selected| format!(" <lora:{:.10}:{}>", lora.adapter.digest(), lora.scales.model);
+    let prompt = job.prompt.clone() + &job.loras.iter().map(tag).collect::<String>();
+    Metadata::new(SOFTWARE, &prompt, negative, &pairs, exact.to_string())
+}
+
+fn lora(selected: &Selected) -> Value {
+    json!({
+        "sha256": selected.adapter.digest(),
+        "scale": selected.scales.model,
+        "text_scale": selected.scales.text,
+        "blocks": selected.scales.blocks.iter().any(|factor| *factor != 1.0).then(|| selected.scales.blocks.to_vec()),
+    })
 }
 
 pub(super) fn noise(kind: NoiseKind) -> &'static str {

@@ -1,0 +1,39 @@
+//! The adapter out of a trainer's archive.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::fetch;
+use crate::ops::Error;
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Extracted {
+    pub path: PathBuf,
+    /// As the archive calls it.
+    pub member: String,
+    pub bytes: u64,
+}
+
+/// Writes the one `.safetensors` file of `archive` to `out`, which is there either whole or not at all.
+pub fn extract(archive: &Path, out: &Path, force: bool) -> Result<Extracted, Error> {
+    let failed = |source| Error::Fetch { reference: archive.display().to_string(), source: Box::new(source) };
+    let write = |source| Error::Write { path: out.into(), source };
+    if out.exists() && !force {
+        return Err(Error::Exists { path: out.into() });
+    }
+    let folder = match out.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    if !folder.is_dir() {
+        return Err(Error::NoFolder { field: "out", folder: folder.into() });
+    }
+    let from = File::open(archive).map_err(|source| failed(fetch::Error::Read { path: archive.into(), source }))?;
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(write)?;
+    let member = fetch::extract(from, &mut file).map_err(failed)?;
+    file.as_file().sync_all().map_err(write)?;
+    file.persist(out).map_err(|e| write(e.error))?;
+    Ok(Extracted { path: out.into(), member: member.name, bytes: member.bytes })
+}

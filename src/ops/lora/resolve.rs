@@ -1,0 +1,135 @@
+//! From what a user calls an adapter to the adapter.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+
+use models::lora::{Adapter, Report, Scales, parse_blocks};
+
+use crate::engine::Selected;
+use crate::fetch::{self, Reference};
+use crate::ops::Error;
+
+/// An adapter as asked for, with its strength.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Lora {
+    pub reference: String,
+    pub scales: Scales,
+}
+
+/// `FILE` or `FILE@SCALE` for each, with one scale for all text encoder parts and one set of block factors, if given.
+pub fn parse(texts: &[String], text_scale: Option<f64>, blocks: Option<&str>) -> Result<Vec<Lora>, Error> {
+    let needs = |field, given: bool| {
+        if given && texts.is_empty() {
+            let hint = "add a LoRA with lora".into();
+            return Err(Error::Combination { field, problem: "was given without lora".into(), hint });
+        }
+        Ok(())
+    };
+    needs("lora-text-scale", text_scale.is_some())?;
+    needs("lora-blocks", blocks.is_some())?;
+    let blocks = blocks.map(|text| {
+        parse_blocks(text).map_err(|reason| Error::invalid("lora-blocks", &text, format!("57 numbers or ranges ({reason})")))
+    });
+    let blocks = blocks.transpose()?;
+    texts.iter().map(|text| one(text, text_scale, blocks.as_deref())).collect()
+}
+
+fn one(text: &str, text_scale: Option<f64>, blocks: Option<&[f64; 57]>) -> Result<Lora, Error> {
+    // A file's name may have an @ itself: only a number behind the last one is a scale.
+    let (reference, scale) = match text.rsplit_once('@').map(|(reference, scale)| (reference, scale.trim().parse::<f64>())) {
+        Some((reference, Ok(scale))) => (reference, scale),
+        _ => (text, 1.0),
+    };
+    let mut scales = Scales::uniform(scale);
+    scales.text = text_scale.unwrap_or(scale);
+    if let Some(blocks) = blocks {
+        *scales.blocks = *blocks;
+    }
+    if !scales.is_finite() {
+        let field = if scale.is_finite() { "lora-text-scale" } else { "lora" };
+        return Err(Error::invalid(field, &text, "a finite scale, such as 0.9"));
+    }
+    Ok(Lora { reference: reference.into(), scales })
+}
+
+/// Reads and checks all adapters, each file once.
+pub fn open(loras: &[Lora]) -> Result<Vec<Selected>, Error> {
+    let mut opened: Vec<(&str, Arc<Adapter>)> = Vec::new();
+    let mut selected = Vec::new();
+    for Lora { reference, scales } in loras {
+        let known = opened.iter().find(|(name, _)| name == reference).map(|(_, adapter)| adapter.clone());
+        let adapter = match known {
+            Some(adapter) => adapter,
+            None => {
+                let read = |path: &Path| {
+                    Adapter::open(path).map_err(|source| Error::Lora { reference: reference.clone(), source: Box::new(source) })
+                };
+                let adapter = Arc::new(with_file(reference, read)??);
+                opened.push((reference, adapter.clone()));
+                adapter
+            }
+        };
+        selected.push(Selected { adapter, scales: scales.clone() });
+    }
+    Ok(selected)
+}
+
+/// What is in an adapter's file, also if it cannot be used.
+pub fn inspect(reference: &str) -> Result<Report, Error> {
+    with_file(reference, Adapter::inspect)
+}
+
+/// Calls `use_it` with the adapter's safetensors file, which for archives is a temporary one.
+fn with_file<R>(reference: &str, use_it: impl FnOnce(&Path) -> R) -> Result<R, Error> {
+    let failed = |source| Error::Fetch { reference: reference.into(), source: Box::new(source) };
+    match Reference::parse(reference).map_err(failed)? {
+        Reference::File(path) => {
+            // The message names the file as the user wrote it.
+            File::open(&path).map_err(|source| failed(fetch::Error::Read { path: path.clone(), source }))?;
+            Ok(use_it(&path))
+        }
+        Reference::Archive(path) => {
+            let archive = File::open(&path).map_err(|source| failed(fetch::Error::Read { path, source }))?;
+            let mut file =
+                tempfile::Builder::new().suffix(".safetensors").tempfile().map_err(|e| failed(fetch::Error::Write(e)))?;
+            let member = fetch::extract(archive, &mut file).map_err(failed)?;
+            file.flush().map_err(|e| failed(fetch::Error::Write(e)))?;
+            tracing::debug!(member = member.name, bytes = member.bytes, "extracted");
+            Ok(use_it(file.path()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> (String, f64) {
+        let lora = parse(&[text.into()], None, None).unwrap().remove(0);
+        (lora.reference, lora.scales.model)
+    }
+
+    #[test]
+    fn a_scale_is_a_number_behind_the_last_at() {
+        assert_eq!(parsed("me.safetensors"), ("me.safetensors".into(), 1.0));
+        assert_eq!(parsed("me.safetensors@0.9"), ("me.safetensors".into(), 0.9));
+        assert_eq!(parsed("a@b/me.safetensors@-1.5"), ("a@b/me.safetensors".into(), -1.5));
+        assert_eq!(parsed("a@b/me.safetensors"), ("a@b/me.safetensors".into(), 1.0));
+        let text = |scale, blocks| parse(&["x@2".into()], scale, blocks).map(|loras| loras[0].scales.clone());
+        assert_eq!(text(Some(0.5), None).unwrap().text, 0.5);
+        assert_eq!(text(None, Some("double=0")).unwrap().blocks[18..20], [0.0, 1.0]);
+        for (result, part) in [
+            (parse(&["x@nan".into()], None, None), "finite"),
+            (parse(&["x@inf".into()], None, None), "finite"),
+            (parse(&["x".into()], Some(f64::NAN), None), "lora-text-scale"),
+            (parse(&["x".into()], None, Some("1,2")), "57"),
+            (parse(&[], Some(1.0), None), "without lora"),
+            (parse(&[], None, Some("double=1")), "without lora"),
+        ] {
+            let error = result.unwrap_err();
+            assert!(error.to_string().contains(part) && error.is_usage(), "{error}");
+        }
+    }
+}
