@@ -46,8 +46,9 @@ fn marks(line: &str) -> String {
 fn without_opening(line: &str) -> &str {
     let Some((before, after)) = line.split_once(':') else { return line };
     let before = before.trim().to_lowercase();
-    let opening =
-        OPENINGS.iter().any(|opening| before.strip_prefix(opening).is_some_and(|rest| !rest.starts_with(char::is_alphanumeric)));
+    let opening = OPENINGS.iter().any(|opening| {
+        before.strip_prefix(opening).is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', ',', '!', '.']))
+    });
     // A colon after a weight or deep in a sentence is the prompt's own.
     if opening && before.split_whitespace().count() <= 12 { after.trim() } else { line }
 }

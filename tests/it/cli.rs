@@ -116,6 +116,9 @@ fn help_is_what_was_agreed() {
     for (name, arguments) in [
         ("darkroom", &["--help"][..]),
         ("generate", &["generate", "--help"]),
+        ("lora", &["lora", "--help"]),
+        ("lora-inspect", &["lora", "inspect", "--help"]),
+        ("lora-verify", &["lora", "verify", "--help"]),
         ("models", &["models", "--help"]),
         ("models-pull", &["models", "pull", "--help"]),
     ] {

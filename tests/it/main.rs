@@ -8,12 +8,14 @@
 )]
 
 mod cli;
+mod cli_lora;
 mod cli_models;
 mod e2e;
 mod fixtures;
 mod hub;
 mod layouts;
 mod lora;
+mod lora_files;
 mod parity_encoders;
 mod parity_flux;
 mod pocket;

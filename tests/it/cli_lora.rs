@@ -1,0 +1,129 @@
+//! LoRAs through the real binary.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+
+use sha2::{Digest, Sha256};
+
+use crate::cli::Place;
+use crate::fixtures;
+
+fn file(name: &str) -> String {
+    fixtures::path("lora").join(format!("{name}.safetensors")).display().to_string()
+}
+
+fn tiny() -> String {
+    fixtures::path("tiny-dev").display().to_string()
+}
+
+/// An archive as Replicate's trainer gives it.
+fn trained_model(place: &Place) -> PathBuf {
+    let path = place.path("trained_model.tar");
+    let mut builder = tar::Builder::new(File::create(&path).unwrap());
+    let folder = "output/flux_train_replicate";
+    let mut add = |name: &str, bytes: &[u8]| {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, format!("{folder}/{name}"), bytes).unwrap();
+    };
+    add("config.yaml", b"job: extension\n");
+    add("captions/a_photo_of_me.txt", b"me");
+    add("lora.safetensors", &fs::read(file("diffusers")).unwrap());
+    builder.finish().unwrap();
+    path
+}
+
+#[test]
+fn a_lora_changes_the_picture_and_is_told() {
+    let place = Place::new();
+    let json =
+        |arguments: &[&str]| place.generate(&[&["--seed", "5", "--json", "--quiet"], arguments].concat()).succeeds().json();
+    let base = json(&["-o", "base.png"]);
+    assert_eq!(base["loras"], serde_json::json!([]));
+    let reference = format!("{}@0.5", file("diffusers"));
+    let with = json(&["-o", "with.png", "--lora", &reference, "--trigger-word", "user42"]);
+    let digest: String = Sha256::digest(fs::read(file("diffusers")).unwrap()).iter().map(|b| format!("{b:02x}")).collect();
+    assert_eq!(with["loras"][0]["digest"], digest);
+    assert_eq!(with["loras"][0]["scale"], 0.5);
+    assert_eq!(with["prompt"], "user42, a cat");
+    assert!(with["timings"]["switch"].as_f64().unwrap() > 0.0);
+    assert_ne!(fs::read(place.path("base.png")).unwrap(), fs::read(place.path("with.png")).unwrap());
+
+    // The archive of the trainer is the same LoRA; a scale of 0 is none.
+    let archive = trained_model(&place);
+    let again =
+        json(&["-o", "tar.png", "--no-metadata", "--lora", &format!("{}@0.5", archive.display()), "--trigger-word", "user42"]);
+    assert_eq!(again["loras"][0]["digest"], digest);
+    json(&["-o", "plain.png", "--no-metadata", "--lora", &reference, "--trigger-word", "user42"]);
+    assert_eq!(fs::read(place.path("tar.png")).unwrap(), fs::read(place.path("plain.png")).unwrap());
+    json(&["-o", "zero.png", "--no-metadata", "--lora", &format!("{}@0", file("diffusers"))]);
+    json(&["-o", "none.png", "--no-metadata"]);
+    assert_eq!(fs::read(place.path("zero.png")).unwrap(), fs::read(place.path("none.png")).unwrap());
+    // Two at once; the pictures carry them.
+    json(&["-o", "two.png", "--lora", &reference, "--lora", &format!("{}@-0.3", file("kohya")), "--lora-blocks", "double:0=0.5"]);
+    let two = fs::read(place.path("two.png")).unwrap();
+    let has = |needle: &str| two.windows(needle.len()).any(|window| window == needle.as_bytes());
+    assert!(has(&format!("<lora:{}:0.5>", &digest[..10])) && has("Lora hashes") && has(&digest));
+}
+
+#[test]
+fn wrong_loras_are_refused_before_anything_is_written() {
+    let place = Place::new();
+    fs::write(place.path("page.safetensors"), "<!doctype html><html></html>").unwrap();
+    fs::write(place.path("x.tar"), "no archive").unwrap();
+    let before = place.files();
+    for (arguments, code, part) in [
+        (&["--lora", "absent.safetensors"][..], 1, "absent.safetensors cannot be read"),
+        (&["--lora", "page.safetensors"], 1, "web page"),
+        (&["--lora", "x.tar"], 1, "damaged or not a tar"),
+        (&["--lora", "https://example.org/me.safetensors"], 1, "download the file"),
+        (&["--lora", "x@nan"], 2, "finite"),
+        (&["--lora-blocks", "double:0=1"], 2, "without lora"),
+        (&["--lora", "page.safetensors", "--lora-blocks", "double:99=1"], 2, "0 to 18"),
+        (&["--lora", "page.safetensors", "--lora-mode", "both"], 2, "auto, merge or branch"),
+        (&["--lora", &file("diffusers"), "--model", "pocket"], 1, "does not fit this base model"),
+    ] {
+        place.generate(arguments).fails(code, &[part]);
+        assert_eq!(place.files(), before, "{arguments:?}");
+    }
+    let ran = place.generate(&["--trigger-word", "me", "-o", "a.png"]).succeeds();
+    assert!(ran.err().contains("no effect without a lora"), "{}", ran.err());
+}
+
+#[test]
+fn inspect_extract_and_verify() {
+    let place = Place::new();
+    let report = place.run(&["lora", "inspect", &file("lokr"), "--json"]).succeeds().json();
+    assert_eq!(report["algorithms"], serde_json::json!({ "lokr": 3 }));
+    assert_eq!(report["prefix"], serde_json::json!(["lycoris_"]));
+    let shown = place.run(&["lora", "inspect", &file("kohya")]).succeeds().out();
+    assert!(shown.contains("kohya sd-scripts") && shown.contains("lora x 7"), "{shown}");
+    fs::write(place.path("me.bin"), b"PK\x03\x04....").unwrap();
+    // A refused file has a report as well.
+    let ran = place.run(&["lora", "inspect", "me.bin", "--json"]);
+    assert!(!ran.is_success() && ran.err().contains("pickle"), "{}", ran.err());
+    assert_eq!(ran.json()["refused"]["code"], "not_safetensors");
+
+    let archive = trained_model(&place).display().to_string();
+    place.run(&["lora", "extract", &archive, "me.safetensors"]).succeeds();
+    assert_eq!(fs::read(place.path("me.safetensors")).unwrap(), fs::read(file("diffusers")).unwrap());
+    place.run(&["lora", "extract", &archive, "me.safetensors"]).fails(1, &["--force"]);
+    place.run(&["lora", "extract", &archive, "me.safetensors", "--force"]).succeeds();
+    place.run(&["lora", "extract", &archive, "no/where.safetensors"]).fails(1, &["mkdir"]);
+    let left = place.files();
+    assert_eq!(left, ["me.bin", "me.safetensors", "trained_model.tar"]);
+
+    let (one, two) = (format!("{}@0.7", file("kohya")), file("dora_in"));
+    for mode in ["merge", "branch"] {
+        let arguments = ["lora", "verify", &one, &two, "--model", &tiny(), "--switches", "30", "--lora-mode", mode, "--json"];
+        let verified = place.run(&arguments).succeeds().json();
+        assert_eq!(verified["switches"], 31);
+        let states = verified["states"].as_array().unwrap();
+        assert_eq!(states.len(), 3);
+        assert_eq!(states[0]["weights"], verified["base"]);
+        assert!(states[1..].iter().all(|state| state["weights"] != verified["base"]));
+    }
+    let shown = place.run(&["lora", "verify", &one, "--model", &tiny()]).succeeds().out();
+    assert!(shown.contains("equal bit for bit"), "{shown}");
+}
