@@ -16,12 +16,6 @@ pub(super) fn refuse(checkpoint: &Checkpoint, unmatched: &[String]) -> Result<()
     {
         return wrong("a FLUX.2 adapter, whose blocks are of other shapes");
     }
-    if any(&["wscales", ".qweight", "mlp_fc1", "mlp_context_fc1", "qkv_proj_context"]) {
-        return Err(Error::Unsupported {
-            what: "an adapter packed for Nunchaku; use the file it was converted from".into(),
-            keys: Vec::new(),
-        });
-    }
     if any(&[
         "lora_te2_text_model",
         "text_encoder_2.text_model",
@@ -41,6 +35,12 @@ pub(super) fn refuse(checkpoint: &Checkpoint, unmatched: &[String]) -> Result<()
     }
     if any(&["blocks.0.self_attn", "blocks_0_self_attn", "blocks.0.cross_attn"]) {
         return wrong("a Wan adapter");
+    }
+    if any(&["wscales", ".qweight", "mlp_fc1", "mlp_context_fc1", "qkv_proj_context"]) {
+        return Err(Error::Unsupported {
+            what: "an adapter packed for Nunchaku (use the file it was converted from)".into(),
+            keys: Vec::new(),
+        });
     }
     if any(&["ip_adapter", "controlnet", "input_hint_block"]) {
         return Err(Error::Unsupported { what: "an IP-Adapter or ControlNet, not a LoRA".into(), keys: Vec::new() });
