@@ -1,14 +1,16 @@
 //! The layouts that weights are published in: BFL and ComfyUI single files, all-in-one files, shards, fp8, GGUF.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{DType, Device, Tensor};
 use darkroom::engine::{Job, LoraMode, NoiseKind, Pipeline};
 use models::bundle::{Blob, Bundle};
 use models::flux::{Conditioning, Config, Flux, Rope};
+use models::lora::{Adapter, Mode, Patches, Scales, Selected};
 use models::t5::T5Encoder;
 use models::weights::{Checkpoint, Component, Error, Source, names};
 
@@ -53,6 +55,48 @@ fn transformers_in_every_storage_equal_their_dequantised_reference() {
         let got = if name.contains("cut") { velocity(&flux, &modules, "flux.in") } else { velocity(&flux, &layouts, "mini.in") };
         // Guidance 3.5 is an angle of 3500 rad: the last bit of a frequency is 1e-4 there (`flux::sinusoid`).
         assert_close(name, &got, &layouts.get(&format!("{name}.out")), 2. * MODULE);
+    }
+}
+
+/// A weak LoRA, whose deltas are far below a step of 4-bit numbers, on every storage: beside a quantised weight it has all of its
+/// effect, merged into the dequantised weight it is the same.
+#[test]
+fn a_lora_has_its_full_effect_on_every_storage() {
+    let layouts = Fixture::open("layouts/layouts.safetensors");
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["flux1-mini.safetensors", "flux1-mini-fp8-scaled.safetensors", "flux1-mini-Q8_0.gguf", "flux1-mini-Q4_0.gguf"] {
+        let path = fixtures::path(&format!("layouts/{name}"));
+        let source = Source::new(Component::Transformer, &open(&path), DType::F32, &Device::Cpu);
+        let flux = Flux::load(&source, None).unwrap();
+        let parameters: BTreeMap<_, _> =
+            source.parameters().into_iter().map(|(name, p)| ((Component::Transformer, name), p)).collect();
+        let mut lora = HashMap::new();
+        for ((_, name), parameter) in
+            parameters.iter().filter(|((_, name), _)| name.contains("blocks") && name.ends_with(".weight"))
+        {
+            let [output, input] = parameter.shape()[..] else { continue };
+            let random = |shape: (usize, usize), deviation: f32| Tensor::randn(0f32, deviation, shape, &Device::Cpu).unwrap();
+            let stem = name.trim_end_matches(".weight");
+            lora.insert(format!("{stem}.lora_A.weight"), random((2, input), 0.02));
+            lora.insert(format!("{stem}.lora_B.weight"), random((output, 2), 0.02));
+        }
+        let file = folder.path().join("lora.safetensors");
+        save(&lora, &file);
+        let set = [Selected { adapter: Arc::new(Adapter::open(&file).unwrap()), scales: Scales::uniform(0.8) }];
+        let mut patches = Patches::new(parameters, &Device::Cpu, DType::F32);
+        let mut with = |set: &[Selected], mode| {
+            patches.apply(set, mode).unwrap();
+            velocity(&flux, &layouts, "mini.in")
+        };
+        let base = with(&[], Mode::Auto);
+        let moved = |velocity: Tensor| (velocity - &base).unwrap();
+        let merged = moved(with(&set, Mode::Merge));
+        assert!(relative_l2(&base, &(&base + &merged).unwrap()) > 1e-5, "{name}: the LoRA moves nothing");
+        for mode in [Mode::Auto, Mode::Branch] {
+            let error = relative_l2(&moved(with(&set, mode)), &merged);
+            assert!(error < 0.01, "{name} {mode:?}: {error}");
+        }
+        assert!(with(&[], Mode::Auto).to_vec3::<f32>().unwrap() == base.to_vec3::<f32>().unwrap(), "{name}");
     }
 }
 
