@@ -8,7 +8,7 @@ use safetensors::Dtype;
 
 use super::adapter::{Update, zero};
 use super::change::{Change, Factor, Kind, Magnitude};
-use super::keys::Role;
+use super::keys::{self, Role};
 use super::metadata::{self, Scaling};
 use super::modules::{Module, Place};
 use super::{Error, Report};
@@ -19,6 +19,15 @@ use crate::weights::{Checkpoint, Component, Kind as Storage};
 pub(super) struct Parts<'a> {
     pub(super) body: String,
     pub(super) keys: BTreeMap<Role, &'a str>,
+}
+
+impl Parts<'_> {
+    /// The module's name without prefix, with dots where the file has dots.
+    fn dotted(&self) -> String {
+        let stem = self.keys.values().find_map(|key| keys::split_role(key)).map_or("", |(stem, _)| stem.trim_end_matches('_'));
+        let start = stem.len().saturating_sub(self.body.len());
+        stem.get(start..).unwrap_or(&self.body).into()
+    }
 }
 
 /// The changes of all modules; those that change nothing are counted and left out.
@@ -188,11 +197,11 @@ impl Assembly<'_> {
         if let Some(key) = self.key(Role::Multiplier) {
             return self.number(key);
         }
-        // Both sides of a LoKr are whole: its alpha is bookkeeping.
-        let Some(rank) = rank else { return Ok(1.) };
+        // Both sides of a LoKr are whole: its alpha is bookkeeping, except PEFT's.
+        let Some(rank) = rank else { return Ok(self.scaling.and_then(|scaling| scaling.whole_kronecker).unwrap_or(1.)) };
         let stored = self.key(Role::Alpha).map(|key| self.number(key)).transpose()?;
         // A stored 0 means what an absent alpha means.
-        let alpha = stored.filter(|alpha| *alpha != 0.).or_else(|| self.scaling?.alpha(&self.parts.body));
+        let alpha = stored.filter(|alpha| *alpha != 0.).or_else(|| self.scaling?.alpha(&self.parts.dotted()));
         let Some(alpha) = alpha else { return Ok(1.) };
         if !alpha.is_finite() {
             return Err(self.bad(&format!("its alpha is {alpha}")));

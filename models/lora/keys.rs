@@ -73,6 +73,9 @@ const SUFFIXES: &[(&str, Role)] = &[
     (".hada_t1", Role::Tucker),
     (".hada_t2", Role::Tucker),
     (".diff_b", Role::DiffBias),
+    // ComfyUI calls a norm's change by the whole name of the tensor.
+    (".scale.diff", Role::Diff),
+    (".scale.set_weight", Role::SetWeight),
     (".diff", Role::Diff),
     (".w_norm", Role::Diff),
     (".b_norm", Role::DiffBias),

@@ -3,10 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use regex::Regex;
 use serde::Serialize;
 use serde_json::{Map, Value};
-
-use super::modules::flatten;
 
 /// FLUX.1 in its two forms; their adapters have the same shapes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -17,34 +16,61 @@ pub enum Base {
     Unknown,
 }
 
+/// Which modules an entry of PEFT's `alpha_pattern` means: a name or its last parts, with dots, or a regular expression for these.
+#[derive(Debug, Clone)]
+enum Pattern {
+    Name(String),
+    Expression(Regex),
+}
+
+impl Pattern {
+    fn new(text: &str) -> Self {
+        let plain = !text.contains(|c: char| r"\^$*+?()[]{}|".contains(c));
+        let expression = if plain { None } else { Regex::new(&format!(r"^(?:.*\.)?(?:{text})$")).ok() };
+        expression.map_or_else(|| Self::Name(text.into()), Self::Expression)
+    }
+
+    fn fits(&self, name: &str) -> bool {
+        match self {
+            Self::Name(end) => name.strip_suffix(end.as_str()).is_some_and(|before| before.is_empty() || before.ends_with('.')),
+            Self::Expression(expression) => expression.is_match(name),
+        }
+    }
+}
+
 /// Alphas that are not stored as tensors.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Scaling {
     alpha: Option<f64>,
-    /// Flattened module names (or their ends) with their own alpha.
-    patterns: Vec<(String, f64)>,
+    patterns: Vec<(Pattern, f64)>,
     /// alpha / sqrt(r) instead of alpha / r.
     pub(super) root: bool,
+    /// What PEFT multiplies a LoKr with of which both sides are whole; elsewhere its alpha means nothing.
+    pub(super) whole_kronecker: Option<f64>,
 }
 
 impl Scaling {
-    /// The alpha stated for a module, if any. A pattern is a module's name or its end, as PEFT matches it.
-    pub(super) fn alpha(&self, body: &str) -> Option<f64> {
-        let fits = |pattern: &str| body.strip_suffix(pattern).is_some_and(|before| before.is_empty() || before.ends_with('_'));
-        self.patterns.iter().find(|(pattern, _)| fits(pattern)).map(|(_, alpha)| *alpha).or(self.alpha)
+    /// The alpha stated for a module, if any. `name` has no prefix, and dots if the file writes them.
+    pub(super) fn alpha(&self, name: &str) -> Option<f64> {
+        self.patterns.iter().find(|(pattern, _)| pattern.fits(name)).map(|(_, alpha)| *alpha).or(self.alpha)
     }
 
     fn read(settings: &Map<String, Value>, component: &str) -> Self {
         let get = |name: &str| settings.get(&format!("{component}{name}"));
         let patterns = get("alpha_pattern").and_then(Value::as_object);
+        // PEFT's LoHa and LoKr call it `alpha`.
+        let alpha = get("lora_alpha").or_else(|| get("alpha")).and_then(Value::as_f64);
+        let kronecker = get("peft_type").and_then(Value::as_str) == Some("LOKR");
+        let rank = get("r").and_then(Value::as_f64).filter(|rank| *rank > 0.);
         Self {
-            alpha: get("lora_alpha").and_then(Value::as_f64),
+            alpha,
             patterns: patterns
                 .into_iter()
                 .flatten()
-                .filter_map(|(name, alpha)| Some((flatten(name.trim_start_matches('^')), alpha.as_f64()?)))
+                .filter_map(|(text, alpha)| Some((Pattern::new(text), alpha.as_f64()?)))
                 .collect(),
             root: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+            whole_kronecker: if kronecker { alpha.zip(rank).map(|(alpha, rank)| alpha / rank) } else { None },
         }
     }
 }
@@ -127,13 +153,27 @@ mod tests {
         let header = header(&[("lora_adapter_metadata", text)]);
         let scaling = super::scaling(&header, None, "transformer.");
         assert!(scaling.root);
-        assert_eq!(scaling.alpha("single_transformer_blocks_0_proj_out"), Some(4.));
-        assert_eq!(scaling.alpha("transformer_blocks_3_attn_to_q"), Some(2.));
-        assert_eq!(scaling.alpha("transformer_blocks_3_attn_to_k"), Some(8.));
+        assert_eq!(scaling.alpha("single_transformer_blocks.0.proj_out"), Some(4.));
+        assert_eq!(scaling.alpha("transformer_blocks.3.attn.to_q"), Some(2.));
+        assert_eq!(scaling.alpha("transformer_blocks.3.attn.to_k"), Some(8.));
         assert_eq!(super::scaling(&header, None, "text_encoder.").alpha("x"), Some(32.));
         let config = serde_json::json!({ "lora_alpha": 5 });
         assert_eq!(super::scaling(&BTreeMap::new(), Some(&config), "transformer.").alpha("x"), Some(5.));
         assert_eq!(super::scaling(&BTreeMap::new(), None, "transformer.").alpha("x"), None);
+    }
+
+    #[test]
+    fn patterns_mean_what_they_mean_to_peft() {
+        let fits = |pattern: &str, name: &str| Pattern::new(pattern).fits(name);
+        assert!(fits("to_q", "transformer_blocks.1.attn.to_q") && fits("to_q", "to_q"));
+        // Only whole parts of a name: a flattened comparison would take these for the same.
+        assert!(!fits("transformer_blocks.1.attn.to_q", "single_transformer_blocks.1.attn.to_q"));
+        assert!(!fits("q", "transformer_blocks.1.attn.to_q") && !fits("out.0", "transformer_blocks.1.attn.to_out.0"));
+        assert!(fits("^proj_out", "proj_out") && !fits("^proj_out", "single_transformer_blocks.1.proj_out"));
+        assert!(fits(r"transformer_blocks\.\d+\.attn\.to_[qk]", "transformer_blocks.11.attn.to_k"));
+        assert!(!fits(r"transformer_blocks\.\d+\.attn\.to_[qk]", "single_transformer_blocks.11.attn.to_k"));
+        assert!(fits("a|b", "x.b") && !fits("a|b", "x.b.c"));
+        assert!(!fits("(", "x"));
     }
 
     #[test]

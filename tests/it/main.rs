@@ -16,6 +16,7 @@ mod hub;
 mod layouts;
 mod lora;
 mod lora_files;
+mod lora_writers;
 mod parity_encoders;
 mod parity_flux;
 mod pocket;
