@@ -23,6 +23,16 @@ pub enum Home {
     File,
 }
 
+impl fmt::Display for Home {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Device => "device",
+            Self::Host => "host",
+            Self::File => "file",
+        })
+    }
+}
+
 /// A weight that a LoRA may change while the model stands. Clones are the same parameter.
 #[derive(Clone)]
 pub struct Parameter(Arc<RwLock<State>>);

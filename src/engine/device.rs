@@ -1,6 +1,8 @@
 //! Which device runs the model.
 
 use candle_core::{DType, Device};
+use models::nn::Home;
+use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 
 use super::Error;
 
@@ -44,4 +46,35 @@ fn metal() -> Result<Device, Error> {
 #[must_use]
 pub fn default_dtype(device: &Device) -> DType {
     if device.is_cpu() { DType::F32 } else { DType::BF16 }
+}
+
+/// Memory that must stay free for pictures, in bytes, when weights are kept twice.
+const SPARE_BYTES: u64 = 4 << 30;
+
+/// Where the pristine weights stay while LoRAs are on them, for a model of `bytes` on this device: beside them if they fit there
+/// twice (so that taking a LoRA off costs nothing), else in main memory, else in their file.
+#[must_use]
+pub(super) fn home(device: &Device, bytes: u64) -> Home {
+    let memory = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
+    // Some sandboxes tell nothing; then there is no reason to be sparing.
+    let host = System::new_with_specifics(memory).map_or(u64::MAX / 2, |system| system.available_memory());
+    let fits = |free: u64| free >= bytes.saturating_add(SPARE_BYTES.min(bytes));
+    match kernels::free_memory(device) {
+        Some(free) if fits(free) => Home::Device,
+        // A device that does not tell: on the CPU it is main memory itself, on Metal they are one.
+        None if fits(host) => Home::Device,
+        Some(_) if fits(host) => Home::Host,
+        _ => Home::File,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_models_are_kept_twice_and_absurd_ones_in_their_file() {
+        assert_eq!(home(&Device::Cpu, 12 << 20), Home::Device);
+        assert_eq!(home(&Device::Cpu, u64::MAX), Home::File);
+    }
 }

@@ -17,8 +17,8 @@ use models::vae::Autoencoder;
 use models::weights::{Component, Source};
 use serde_json::Value;
 
-use super::pixels;
 use super::{Error, Event, Finished, Job, Start, Timings, Truncation};
+use super::{device, pixels};
 
 /// Told while a model is loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,7 +109,11 @@ impl Pipeline {
         let [dev, schnell] = TEXT_TOKENS;
         let trained = if guidance { dev } else { schnell };
         let text_tokens = tokenizers.t5_limit().map_or(trained, |limit| limit.min(trained));
-        let patches = Mutex::new(Patches::new(parameters, device, dtype));
+        let weights = parameters.values().map(|p| p.shape().iter().product::<usize>() * dtype.size_in_bytes()).sum::<usize>();
+        let mut patches = Patches::new(parameters, device, dtype);
+        patches.home = device::home(device, weights as u64);
+        tracing::info!(home = %patches.home, bytes = weights, "pristine weights while LoRAs are on them");
+        let patches = Mutex::new(patches);
         Ok(Self { tokenizers, t5, clip, flux, vae, schedule, text_tokens, device: device.clone(), dtype, patches })
     }
 

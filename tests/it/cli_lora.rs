@@ -47,6 +47,7 @@ fn a_lora_changes_the_picture_and_is_told() {
     assert_eq!(with["loras"][0]["digest"], digest);
     assert_eq!(with["loras"][0]["scale"], 0.5);
     assert_eq!(with["prompt"], "user42, a cat");
+    assert_eq!((&base["pristine"], &with["pristine"]), (&serde_json::Value::Null, &"device".into()));
     assert!(with["timings"]["switch"].as_f64().unwrap() > 0.0);
     assert_ne!(fs::read(place.path("base.png")).unwrap(), fs::read(place.path("with.png")).unwrap());
 

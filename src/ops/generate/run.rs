@@ -56,6 +56,8 @@ pub struct Report {
     pub noise: &'static str,
     pub model: ModelReport,
     pub loras: Vec<LoraReport>,
+    /// Where the weights without LoRAs were kept: device, host or file. Absent without LoRAs.
+    pub pristine: Option<String>,
     pub device: String,
     pub dtype: &'static str,
     pub timings: Seconds,
@@ -138,6 +140,7 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage) -> Contro
     Ok(Report {
         files,
         loras: order.request.loras.iter().zip(&job.loras).map(|(lora, selected)| report(lora, selected)).collect(),
+        pristine: (!job.loras.is_empty()).then(|| pipeline.patches().home.to_string()),
         prompt: job.prompt,
         seeds,
         width: job.width,
