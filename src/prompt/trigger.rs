@@ -68,7 +68,8 @@ fn start_and_middle(prompt: &str, trigger: &str) -> String {
 
 /// Where `word` stands in `text` as a whole word, in any case.
 fn find(text: &str, word: &str) -> Option<std::ops::Range<usize>> {
-    let part_of_word = |c: char| c.is_alphanumeric() || c == '_';
+    // An accent that is a character of its own belongs to its letter: `jose` is not in `jose\u{301}`.
+    let part_of_word = |c: char| c.is_alphanumeric() || c == '_' || ('\u{300}'..='\u{36f}').contains(&c);
     let mut before = None;
     for (start, first) in text.char_indices() {
         let begins = !before.is_some_and(part_of_word) || !word.chars().next().is_some_and(part_of_word);
@@ -81,7 +82,7 @@ fn find(text: &str, word: &str) -> Option<std::ops::Range<usize>> {
         let same = word.chars().all(|want| {
             rest.next().is_some_and(|got| {
                 taken += got.len_utf8();
-                got == want || got.to_lowercase().eq(want.to_lowercase())
+                got == want || folded(got).eq(folded(want))
             })
         });
         let ends = !rest.next().is_some_and(part_of_word) || !word.chars().next_back().is_some_and(part_of_word);
@@ -90,6 +91,11 @@ fn find(text: &str, word: &str) -> Option<std::ops::Range<usize>> {
         }
     }
     None
+}
+
+/// In any case; Greek has two small sigmas.
+fn folded(c: char) -> impl Iterator<Item = char> {
+    c.to_lowercase().map(|c| if c == 'ς' { 'σ' } else { c })
 }
 
 #[cfg(test)]
@@ -108,6 +114,9 @@ mod tests {
         assert_eq!(prepend("", "user42"), "user42");
         assert_eq!(prepend("a cat", "  "), "a cat");
         assert_eq!(prepend("ein Bild von ÄNNE", "änne"), "ein Bild von ÄNNE");
+        assert_eq!(prepend("jose\u{301} smiles", "jose"), "jose, jose\u{301} smiles");
+        assert_eq!(prepend("Νίκος", "ΝΊΚΟΣ"), "Νίκος");
+        assert_eq!(prepend("a photo of user42's cat", "user42"), "a photo of user42's cat");
         assert_eq!(prepend("猫の絵", "猫"), "猫, 猫の絵"); // no word boundary there
     }
 
