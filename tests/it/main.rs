@@ -20,4 +20,5 @@ mod lora_writers;
 mod parity_encoders;
 mod parity_flux;
 mod pocket;
+mod pocket_person;
 mod tidy;
