@@ -138,12 +138,6 @@ impl Change {
         };
         Ok(Delta::Dense(order(delta)?))
     }
-
-    /// The scale has no effect.
-    #[must_use]
-    pub fn replaces(&self) -> bool {
-        matches!(self.kind, Kind::Replacement(_))
-    }
 }
 
 /// m V / ‖V‖ with V = W + dW (arXiv 2402.09353, equation 5).
@@ -154,6 +148,8 @@ fn dora(base: &Tensor, delta: &Tensor, magnitude: &Magnitude) -> Result<Tensor> 
         Magnitude::Input(m) => (v.sqr()?.sum_keepdim(0)?.sqrt()?, m),
     };
     let m = wide(m, base.device())?.reshape(norm.shape())?;
+    // A row or column of zeros stays one.
+    let norm = norm.maximum(f64::from(f32::MIN_POSITIVE))?;
     v.broadcast_mul(&m.div(&norm)?)
 }
 
@@ -249,6 +245,17 @@ mod tests {
         let v = |i: usize, j: usize| w(i, j) + dw((i + 3) % 6, j);
         let norm = |i: usize| (0..4).map(|j| v(i, j).powi(2)).sum::<f64>().sqrt();
         assert_close(&dense(&dora, 1., Place::SwappedHalves, &base), |i, j| mo((i + 3) % 6, 0) * v(i, j) / norm(i) - w(i, j));
+    }
+
+    #[test]
+    fn dora_of_a_row_of_zeros_is_a_row_of_zeros() {
+        let base = Tensor::cat(&[random(&[2, 4]), Tensor::zeros((1, 4), DType::F32, &Device::Cpu).unwrap()], 0).unwrap();
+        let up = Tensor::cat(&[random(&[2, 2]), Tensor::zeros((1, 2), DType::F32, &Device::Cpu).unwrap()], 0).unwrap();
+        let kind = Kind::LowRank { up, down: random(&[2, 4]) };
+        let magnitude = Some(Magnitude::Output(random(&[3, 1])));
+        let got = dense(&Change { kind, factor: 1., magnitude }, 1., Place::Whole, &base);
+        assert_eq!(got[2], [0.; 4]);
+        assert!(got.iter().flatten().all(|value| value.is_finite()));
     }
 
     #[test]

@@ -148,7 +148,8 @@ impl Patches {
                     Err(misfit) => misfits.push(misfit),
                     Ok(rows) => {
                         let scale = selected.scales.of(&update.module);
-                        if scale != 0. || update.change.replaces() {
+                        // At scale 0 an adapter is not there, replacements included.
+                        if scale != 0. {
                             plan.entry(name).or_default().push(Planned { update, scale, rows });
                         }
                     }

@@ -210,6 +210,31 @@ fn files_of_every_number_type_are_read() {
 }
 
 #[test]
+fn replacements_are_there_at_any_scale_but_zero() {
+    let folder = Folder::new();
+    let value = random(&[D, D]);
+    let file = folder.write(
+        "set.safetensors",
+        &named(&[("diffusion_model.double_blocks.0.img_attn.proj.set_weight", &value)]),
+        DType::F32,
+    );
+    let bundle = Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap();
+    let pipeline = darkroom::engine::Pipeline::load(&bundle, &Device::Cpu, DType::F32, &mut |_| {}).unwrap();
+    let adapter = Arc::new(Adapter::open(&file).unwrap());
+    let mut patches = pipeline.patches();
+    let mut at = |scale| {
+        patches.apply(&[Selected { adapter: adapter.clone(), scales: Scales::uniform(scale) }], Mode::Auto).unwrap();
+        let parameter = patches.parameter(Component::Transformer, "double_blocks.0.img_attn.proj.weight").unwrap();
+        parameter.current().unwrap().0.dense(DType::F32).unwrap()
+    };
+    let apart = |a: &Tensor, b: &Tensor| (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+    let base = at(0.);
+    assert!(apart(&base, &value) > 0.1);
+    assert!(apart(&at(0.3), &value) < 1e-6 && apart(&at(2.), &value) < 1e-6);
+    assert_eq!(apart(&at(0.), &base), 0.);
+}
+
+#[test]
 fn alpha_comes_from_the_tensor_then_the_header_then_the_rank() {
     let folder = Folder::new();
     let (up, down) = (random(&[D, 4]), random(&[4, D]));
