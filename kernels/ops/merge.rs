@@ -5,6 +5,7 @@
 use std::ops::Range;
 
 use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -64,9 +65,9 @@ pub fn merge(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
         bail!("rows {:?} of {:?} cannot take {:?}", addend.rows, weight.shape(), addend.delta);
     }
     match (weight.device(), weight.dtype()) {
-        (Device::Cpu, DType::F32) => in_rows::<f32>(weight, addends, |x| x),
-        (Device::Cpu, DType::BF16) => in_rows::<bf16>(weight, addends, bf16::from_f32),
-        (Device::Cpu, DType::F16) => in_rows::<f16>(weight, addends, f16::from_f32),
+        (Device::Cpu, DType::F32) => in_rows::<f32>(weight, addends),
+        (Device::Cpu, DType::BF16) => in_rows::<bf16>(weight, addends),
+        (Device::Cpu, DType::F16) => in_rows::<f16>(weight, addends),
         _ => composed(weight, addends),
     }
 }
@@ -88,25 +89,70 @@ fn composed(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
 }
 
 /// Values of a weight that one task sums up: they stay in the second-level cache.
-const TASK: usize = 1 << 17;
+const TASK: usize = 1 << 16;
 
-fn in_rows<T: WithDType + bytemuck::Zeroable + Send + Sync>(
-    weight: &Tensor,
-    addends: &[Addend],
-    round: fn(f32) -> T,
-) -> Result<Tensor> {
+/// A type that weights are stored in, converted in whole rows so that the compiler can use vectors.
+trait Stored: WithDType + bytemuck::Zeroable + Send + Sync {
+    fn widen(from: &[Self], to: &mut [f32]);
+    fn round(from: &[f32], to: &mut [Self]);
+}
+
+impl Stored for f32 {
+    fn widen(from: &[Self], to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
+    fn round(from: &[f32], to: &mut [Self]) {
+        to.copy_from_slice(from);
+    }
+}
+
+impl Stored for bf16 {
+    #[inline(always)]
+    fn widen(from: &[Self], to: &mut [f32]) {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = f32::from_bits(u32::from(from.to_bits()) << 16));
+    }
+    #[inline(always)]
+    fn round(from: &[f32], to: &mut [Self]) {
+        to.iter_mut().zip(from).for_each(|(to, from)| {
+            // To the nearest, ties to even; a NaN must not round to infinity.
+            let bits = from.to_bits();
+            let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
+            *to = Self::from_bits(if from.is_nan() { 0x7fc0 } else { rounded });
+        });
+    }
+}
+
+impl Stored for f16 {
+    fn widen(from: &[Self], to: &mut [f32]) {
+        from.convert_to_f32_slice(to);
+    }
+    fn round(from: &[f32], to: &mut [Self]) {
+        to.convert_from_f32_slice(from);
+    }
+}
+
+fn in_rows<T: Stored>(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
     let (output, input) = weight.dims2()?;
     let addends = addends.iter().map(Rows::new).collect::<Result<Vec<_>>>()?;
-    let at_once = (TASK / input.max(1)).max(1);
+    let at_once = (TASK / input.max(1)).max(1).next_multiple_of(TILE_ROWS);
     let merged = cpu::read_as::<T, _>(weight, |weight| {
-        let mut merged = crate::zeros(output * input);
+        let mut merged: Vec<T> = crate::zeros(output * input);
         let tasks = weight.par_chunks(at_once * input).zip(merged.par_chunks_mut(at_once * input)).enumerate();
         tasks.for_each_init(Vec::new, |sum, (i, (weight, merged))| {
             let rows = i * at_once..(i * at_once + weight.len() / input);
-            sum.clear();
-            sum.extend(weight.iter().map(|v| v.to_f64() as f32));
-            addends.iter().for_each(|addend| addend.add(sum, &rows, input));
-            merged.iter_mut().zip(sum.iter()).for_each(|(merged, sum)| *merged = round(*sum));
+            sum.resize(weight.len(), 0.0);
+            let addends = &addends;
+            pulp::Arch::new().dispatch(
+                #[inline(always)]
+                move || {
+                    let merged = merged; // moved: see `cpu::rows`
+                    T::widen(weight, sum);
+                    for addend in addends {
+                        addend.add(sum, &rows, input);
+                    }
+                    T::round(sum, merged);
+                },
+            );
         });
         merged
     })?;
@@ -132,6 +178,7 @@ impl Rows {
     }
 
     /// Adds what concerns `rows` to `sum`, which holds those rows.
+    #[inline(always)]
     fn add(&self, sum: &mut [f32], rows: &Range<usize>, input: usize) {
         let (from, to) = (self.rows.start.max(rows.start), self.rows.end.min(rows.end));
         if from >= to {
@@ -149,33 +196,48 @@ impl Rows {
     }
 }
 
-/// y `(n, m)` += a `(n, k)` b `(k, m)`.
-#[expect(unsafe_code, reason = "gemm takes pointers")]
+/// Rows and columns of the output that are summed in registers.
+const TILE_ROWS: usize = 4;
+const TILE_COLUMNS: usize = 16;
+
+/// y `(n, m)` += a `(n, k)` b `(k, m)`, for small k: b stays in cache and y is read and written once. (A general product packs both
+/// factors for every few rows, which takes longer than the arithmetic of a rank of 16.)
+#[inline(always)]
 fn product_onto(y: &mut [f32], a: &[f32], b: &[f32], [n, k, m]: [usize; 3]) {
-    assert!(y.len() == n * m && a.len() == n * k && b.len() == k * m);
-    // SAFETY: all three are row-major and, as asserted, as long as their shapes say.
-    unsafe {
-        gemm::gemm(
-            n,
-            m,
-            k,
-            y.as_mut_ptr(),
-            1,
-            m as isize,
-            true,
-            a.as_ptr(),
-            1,
-            k as isize,
-            b.as_ptr(),
-            1,
-            m as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+    let whole = m / TILE_COLUMNS * TILE_COLUMNS;
+    let tiled = n / TILE_ROWS * TILE_ROWS;
+    for (y, a) in y[..tiled * m].chunks_exact_mut(TILE_ROWS * m).zip(a[..tiled * k].chunks_exact(TILE_ROWS * k)) {
+        for column in (0..whole).step_by(TILE_COLUMNS) {
+            tile::<TILE_ROWS>(y, a, b, [k, m, column]);
+        }
+    }
+    for (y, a) in y[tiled * m..].chunks_exact_mut(m).zip(a[tiled * k..].chunks_exact(k)) {
+        for column in (0..whole).step_by(TILE_COLUMNS) {
+            tile::<1>(y, a, b, [k, m, column]);
+        }
+    }
+    // The columns that fill no tile.
+    for (y, a) in y.chunks_exact_mut(m).zip(a.chunks_exact(k)) {
+        for (column, y) in y.iter_mut().enumerate().skip(whole) {
+            *y += a.iter().enumerate().map(|(i, a)| a * b[i * m + column]).fold(0.0, |sum, v| sum + v);
+        }
+    }
+}
+
+/// R rows and [`TILE_COLUMNS`] columns from `column` of y `(R, m)` += a `(R, k)` b `(k, m)`. The sum over k is in its order, so the
+/// result does not depend on how rows are shared out.
+#[inline(always)]
+fn tile<const R: usize>(y: &mut [f32], a: &[f32], b: &[f32], [k, m, column]: [usize; 3]) {
+    let mut sums = [[0f32; TILE_COLUMNS]; R];
+    for (i, b) in b.chunks_exact(m).enumerate() {
+        let Some(b) = b[column..].first_chunk::<TILE_COLUMNS>() else { return };
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let a = a[row * k + i];
+            sums.iter_mut().zip(b).for_each(|(sum, b)| *sum += a * b);
+        }
+    }
+    for (y, sums) in y.chunks_exact_mut(m).zip(&sums) {
+        y[column..].iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
     }
 }
 
@@ -195,17 +257,24 @@ mod tests {
     #[test]
     fn the_fused_merge_equals_the_composed_one() {
         // More rows than one task takes.
-        let (output, input) = (701, 512);
-        let dense = Addend { rows: 300..420, delta: Delta::Dense(random(&[120, input])) };
-        let addends = [low_rank(0..output, 4, input), low_rank(233..500, 7, input), dense, low_rank(700..701, 1, input)];
-        for (dtype, bound) in [(DType::F32, 2e-5), (DType::F16, 2e-2), (DType::BF16, 0.13)] {
-            let weight = random(&[output, input]).to_dtype(dtype).unwrap();
-            for addends in [&addends[..], &addends[1..2], &[]] {
-                let (fast, plain) = (merge(&weight, addends).unwrap(), composed(&weight, addends).unwrap());
-                assert_eq!(fast.dtype(), dtype);
-                let apart = (fast.to_dtype(DType::F32).unwrap() - plain.to_dtype(DType::F32).unwrap()).unwrap();
-                let apart = apart.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-                assert!(apart <= bound, "{dtype:?}: {apart}"); // one unit in the last place of values up to 20
+        for (output, input) in [(701, 512), (701, 509), (3, 7)] {
+            let rows = |range: Range<usize>| range.start * output / 701..range.end * output / 701;
+            let dense = Addend { rows: rows(300..420), delta: Delta::Dense(random(&[rows(300..420).len(), input])) };
+            let addends = [
+                low_rank(0..output, 4, input),
+                low_rank(rows(233..500), 7, input),
+                dense,
+                low_rank(output - 1..output, 1, input),
+            ];
+            for (dtype, bound) in [(DType::F32, 2e-5), (DType::F16, 2e-2), (DType::BF16, 0.13)] {
+                let weight = random(&[output, input]).to_dtype(dtype).unwrap();
+                for addends in [&addends[..], &addends[1..2], &[]] {
+                    let (fast, plain) = (merge(&weight, addends).unwrap(), composed(&weight, addends).unwrap());
+                    assert_eq!(fast.dtype(), dtype);
+                    let apart = (fast.to_dtype(DType::F32).unwrap() - plain.to_dtype(DType::F32).unwrap()).unwrap();
+                    let apart = apart.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                    assert!(apart <= bound, "{dtype:?}: {apart}"); // one unit in the last place of values up to 20
+                }
             }
         }
     }
@@ -220,6 +289,21 @@ mod tests {
         assert!((0..5).all(|_| bits() == first));
         assert_eq!(weight.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap(), before);
         assert_ne!(first, before);
+    }
+
+    #[test]
+    fn rounding_is_that_of_the_type() {
+        let values: Vec<f32> =
+            (0..60_000).map(|i| f32::from_bits((i as u32).wrapping_mul(71_581))).chain([f32::NAN, f32::INFINITY, -0.0]).collect();
+        let mut rounded = vec![bf16::ZERO; values.len()];
+        bf16::round(&values, &mut rounded);
+        for (value, got) in values.iter().zip(&rounded) {
+            let want = bf16::from_f32(*value);
+            assert!(got.to_bits() == want.to_bits() || value.is_nan() && got.is_nan(), "{value:e}");
+        }
+        let mut wide = vec![0.0; rounded.len()];
+        bf16::widen(&rounded, &mut wide);
+        assert!(wide.iter().zip(&rounded).all(|(wide, stored)| wide.to_bits() == stored.to_f32().to_bits() || wide.is_nan()));
     }
 
     #[test]
