@@ -6,6 +6,25 @@ use std::env;
 use std::fmt;
 use std::path::PathBuf;
 
+/// What an object store is told of the environment.
+const STORE: &[&str] = &[
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ALLOW_HTTP",
+    "AWS_VIRTUAL_HOSTED_STYLE_REQUEST",
+    "AWS_SKIP_SIGNATURE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_ROLE_ARN",
+    "AWS_ROLE_SESSION_NAME",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+];
+
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 
 /// A value that is never printed.
@@ -47,6 +66,14 @@ pub struct Hub {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub hub: Hub,
+    /// `CIVITAI_API_TOKEN`.
+    pub civitai_token: Option<Secret>,
+    /// `AWS_...`, for `s3://` references: keys, region, endpoint.
+    pub store: Vec<(String, Secret)>,
+    /// `DARKROOM_PRIVATE_URLS`: links to LoRAs may be http and lead into one's own network.
+    pub private_urls: bool,
+    /// `DARKROOM_LORA_CACHE_GB`: how much fetched LoRAs may take of the disk; 20 if not set.
+    pub lora_cache_bytes: u64,
     /// Our own cache, which may be deleted at any time: `$XDG_CACHE_HOME/darkroom`. `None` where there is no home.
     pub cache: Option<PathBuf>,
     /// `RUST_LOG`, as `tracing-subscriber` reads it.
@@ -75,8 +102,13 @@ impl Config {
             cache: path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE")).unwrap_or_else(|| home.join("hub")),
             offline: variable("HF_HUB_OFFLINE").is_some_and(|value| truthy(&value)),
         };
+        let gigabytes = variable("DARKROOM_LORA_CACHE_GB").and_then(|text| text.trim().parse::<f64>().ok());
         Self {
             hub,
+            civitai_token: variable("CIVITAI_API_TOKEN").map(Secret),
+            store: STORE.iter().filter_map(|name| Some(((*name).to_owned(), Secret(variable(name)?)))).collect(),
+            private_urls: variable("DARKROOM_PRIVATE_URLS").is_some_and(|value| truthy(&value)),
+            lora_cache_bytes: (gigabytes.unwrap_or(20.0) * 1e9) as u64,
             cache: caches.map(|caches| caches.join("darkroom")),
             log: variable("RUST_LOG"),
             no_color: variable("NO_COLOR").is_some(),
@@ -118,7 +150,8 @@ mod tests {
         assert_eq!(config(&[("HF_HOME", home)]).hub.token, Some(Secret::new("hf_from_file")));
         assert_eq!(config(&[("HF_HOME", home), ("HF_TOKEN", "hf_set")]).hub.token, Some(Secret::new("hf_set")));
         assert_eq!(config(&[("HF_HOME", home), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).hub.token, None);
-        assert!(!format!("{:?}", config(&[("HF_TOKEN", "hf_set")])).contains("hf_set"));
+        let secrets = config(&[("HF_TOKEN", "hf_set"), ("CIVITAI_API_TOKEN", "c_set"), ("AWS_SECRET_ACCESS_KEY", "a_set")]);
+        assert!(!format!("{secrets:?}").contains("_set"));
     }
 
     #[test]

@@ -49,11 +49,15 @@ pub(super) struct Args {
     #[arg(long, value_name = "MODEL", default_value = "pocket", help_heading = "Model")]
     model: String,
 
-    /// A LoRA and its scale: me.safetensors@0.9; a trainer's .tar or .tar.gz too; may be repeated [scale: 1]
+    /// A LoRA and its scale: me.safetensors@0.9, or a link; may be repeated [scale: 1]
+    ///
+    /// A file; a trainer's .tar or .tar.gz; an https link to either; owner/repo[@revision][/file] or any link of Hugging Face (HF_TOKEN
+    /// for private ones); civitai:VERSION or a link of CivitAI (CIVITAI_API_TOKEN); s3://bucket/key (AWS_...). What is fetched is kept
+    /// in a cache by its content.
     ///
     /// Any published format: kohya, diffusers and PEFT, BFL and ComfyUI names, XLabs, LyCORIS (LoHa, LoKr), DoRA, full differences.
     /// It is on the weights for this run only. `darkroom lora inspect FILE` says what is in a file.
-    #[arg(long = "lora", value_name = "FILE[@SCALE]", help_heading = "LoRA")]
+    #[arg(long = "lora", value_name = "LORA[@SCALE]", help_heading = "LoRA")]
     loras: Vec<String>,
 
     /// The scale for the LoRAs' text encoder parts [default: each LoRA's own scale]
@@ -189,7 +193,7 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
     let report = generate::run(&order, config, &mut |stage| {
         bar.tell(stage);
         match stage {
-            Stage::Loading => {}
+            Stage::Fetching(_) | Stage::Loading => {}
             Stage::Engine(_) => interrupt.job_begins(),
             Stage::Writing => interrupt.writing_begins(),
         }

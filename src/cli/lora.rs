@@ -1,12 +1,16 @@
 //! `darkroom lora`.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use super::generate::{device, mode};
+use super::progress::JobBar;
 use crate::config::Config;
 use crate::engine::{DeviceChoice, LoraMode};
+use crate::fetch::Progress;
 use crate::ops::generate::Precision;
-use crate::ops::lora::{self, VerifyOrder};
+use crate::ops::generate::Stage;
+use crate::ops::lora::{self, Sources, VerifyOrder};
 
 /// Look into LoRA files, and prove that they leave nothing behind
 #[derive(Debug, clap::Args)]
@@ -22,8 +26,8 @@ enum Verb {
     ///
     /// Exit code 1 if the file cannot be used; the reason is in the report.
     Inspect {
-        /// A .safetensors file, or a trainer's .tar or .tar.gz
-        #[arg(value_name = "FILE")]
+        /// A .safetensors file, a trainer's .tar or .tar.gz, a link, owner/repo on Hugging Face, civitai:ID, s3://bucket/key
+        #[arg(value_name = "LORA")]
         reference: String,
         /// Print one JSON object
         #[arg(long)]
@@ -44,7 +48,7 @@ enum Verb {
     /// Put LoRAs on a model and take them off in random order; every weight must come back bit for bit
     Verify {
         /// LoRAs, each with its scale
-        #[arg(value_name = "FILE[@SCALE]", required = true)]
+        #[arg(value_name = "LORA[@SCALE]", required = true)]
         loras: Vec<String>,
         /// As for generate
         #[arg(long, value_name = "MODEL", default_value = "pocket")]
@@ -70,13 +74,22 @@ enum Verb {
     },
 }
 
+/// A bar for what must be fetched. It goes when this is dropped.
+fn fetching() -> impl FnMut(Progress) -> ControlFlow<()> {
+    let mut bar = JobBar::new(false);
+    move |progress| {
+        bar.tell(Stage::Fetching(progress));
+        ControlFlow::Continue(())
+    }
+}
+
 pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
     match args.verb {
         Verb::Inspect { reference, json } => {
-            let report = lora::inspect(&reference)?;
+            let report = Sources::new(config).inspect(&reference, &mut fetching())?;
             super::show(if json { serde_json::to_string(&report)? } else { report.to_string() }.trim_end())?;
             match report.refused {
-                Some(refused) => anyhow::bail!("{reference} cannot be used: {}", refused.reason),
+                Some(refused) => anyhow::bail!("{} cannot be used: {}", lora::shown(&reference), refused.reason),
                 None => Ok(()),
             }
         }
@@ -89,7 +102,7 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
             let loras = lora::parse(&loras, None, None)?;
             let order =
                 VerifyOrder { loras, model, device, precision: dtype, mode: lora_mode, switches: switches as usize, seed };
-            let verified = lora::verify(&order, config)?;
+            let verified = lora::verify(&order, config, &mut fetching())?;
             if json {
                 return super::show(&serde_json::to_string(&verified)?);
             }

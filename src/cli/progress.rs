@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::engine::Event;
+use crate::fetch::Progress;
 use crate::ops::generate::Stage;
 
 const REDRAW: Duration = Duration::from_millis(100);
@@ -27,6 +28,7 @@ impl JobBar {
 
     pub(super) fn tell(&mut self, stage: Stage) {
         match stage {
+            Stage::Fetching(progress) => self.bar.set_message(fetching(progress)),
             Stage::Loading => self.bar.set_message("loading the model"),
             Stage::Engine(Event::Encoding) => self.bar.set_message("reading the prompt"),
             Stage::Engine(Event::Step { output, outputs, step, steps }) => self.step(output, outputs, step, steps),
@@ -60,6 +62,16 @@ impl JobBar {
 impl Drop for JobBar {
     fn drop(&mut self) {
         self.finish();
+    }
+}
+
+/// A download in words.
+pub(super) fn fetching(Progress { done, total }: Progress) -> String {
+    let megabytes = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
+    match total {
+        Some(total) => format!("fetching the LoRA, {} of {}", megabytes(done), megabytes(total)),
+        None if done > 0 => format!("fetching the LoRA, {}", megabytes(done)),
+        None => "fetching the LoRA".into(),
     }
 }
 

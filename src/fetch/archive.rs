@@ -6,12 +6,9 @@ use std::path::{Component, Path};
 use flate2::bufread::MultiGzDecoder;
 use tar::{Archive, EntryType};
 
-use super::Error;
+use super::{Error, MOST_BYTES};
 
 const MOST_MEMBERS: usize = 4096;
-
-/// Larger than any adapter of FLUX.1, in bytes.
-const MOST_BYTES: u64 = 4 << 30;
 
 /// How much larger than itself an archive may become. Weights hardly shrink.
 const MOST_RATIO: u64 = 20;
@@ -76,7 +73,7 @@ fn copy(from: &mut impl Read, to: &mut impl Write) -> Result<u64, Error> {
         match from.read(&mut buffer).map_err(unreadable)? {
             0 => return Ok(bytes),
             n => {
-                to.write_all(&buffer[..n]).map_err(Error::Write)?;
+                to.write_all(&buffer[..n]).map_err(Error::Unpack)?;
                 bytes += n as u64;
             }
         }

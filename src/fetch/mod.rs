@@ -1,11 +1,148 @@
 //! Getting an adapter's file from where a user says it is. Knows nothing of models.
 //!
-//! Today: files and archives on this machine. Links, the hub and object stores are refused with what to do instead.
+//! ```text
+//! Reference ─ locate ─ client (guard at every hop) ─ download ─ sniff, archive ─ cache ─ Fetched
+//! ```
+//!
+//! Whatever a reference says, no private address is reached, nothing local is read but a path that the user gave, and what arrives is
+//! neither larger than the limit nor kept before it is whole. Credentials go to the service that they are for and nowhere else.
 
+mod address;
 mod archive;
+mod bucket;
+mod cache;
+mod client;
+mod data;
+mod download;
 mod error;
+mod fetcher;
+mod guard;
+mod local;
+mod locate;
 mod reference;
+mod sniff;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tempfile::TempPath;
+
+use crate::config::Secret;
 
 pub use archive::{Member, extract};
 pub use error::Error;
+pub use fetcher::{Fetcher, shown};
+pub use local::local;
 pub use reference::Reference;
+
+/// How far a download is, in bytes. `total` is what the server announces.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    pub done: u64,
+    pub total: Option<u64>,
+}
+
+/// What one asks as. Of one user or one operator: never of two at once.
+#[derive(Debug, Clone, Default)]
+pub struct Credentials {
+    pub hub: Option<Secret>,
+    pub civitai: Option<Secret>,
+}
+
+/// How much, how long and how often.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Largest file, in bytes.
+    pub bytes: u64,
+    pub connect: Duration,
+    /// Until an answer begins.
+    pub headers: Duration,
+    /// Between two pieces of a body. There is no limit for the whole, which would cut large files on slow lines.
+    pub stall: Duration,
+    /// Attempts in a row that bring nothing.
+    pub attempts: u32,
+    /// Before the second attempt; doubled each time.
+    pub pause: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            bytes: MOST_BYTES,
+            connect: Duration::from_secs(15),
+            headers: Duration::from_secs(120),
+            stall: Duration::from_secs(60),
+            attempts: 4,
+            pause: Duration::from_millis(500),
+        }
+    }
+}
+
+/// Larger than any adapter of FLUX.1, in bytes.
+const MOST_BYTES: u64 = 4 << 30;
+
+/// What the operator has set.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub cache: PathBuf,
+    /// Bound of the cache, in bytes.
+    pub cache_bytes: u64,
+    /// The hub's address.
+    pub hub: String,
+    /// CivitAI's address.
+    pub civitai: String,
+    /// Nothing is fetched; what the cache has is used.
+    pub offline: bool,
+    /// Links may lead into one's own network, and be http.
+    pub private: bool,
+    /// `AWS_...` and their values.
+    pub store: Vec<(String, Secret)>,
+    pub limits: Limits,
+}
+
+/// A safetensors file on this machine, which stays there as long as this lives.
+#[derive(Debug, Clone)]
+pub struct Fetched {
+    path: PathBuf,
+    digest: Option<String>,
+    /// Keeps the file, or removes it at the end.
+    _keep: Option<Arc<Keep>>,
+}
+
+#[derive(Debug)]
+#[expect(dead_code, reason = "held for their Drop")]
+enum Keep {
+    Cached(cache::Held),
+    Temporary(TempPath),
+}
+
+impl Fetched {
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether content of this SHA-256 is what was fetched. True of a user's own file.
+    #[must_use]
+    pub fn is(&self, digest: &str) -> bool {
+        self.digest.as_ref().is_none_or(|own| own == digest)
+    }
+
+    /// Reads the file to see whether the disk still holds what was fetched.
+    #[must_use]
+    pub fn is_intact(&self) -> bool {
+        self.digest.is_none() || cache::digest(&self.path).is_ok_and(|digest| self.is(&digest))
+    }
+
+    /// Removes a fetched file of no use from the cache, so that it is fetched anew when asked for again. A user's own file stays.
+    pub fn forget(&self) {
+        if self.digest.is_some() {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
+    fn cached(held: cache::Held) -> Self {
+        Self { path: held.path.clone(), digest: Some(held.digest.clone()), _keep: Some(Arc::new(Keep::Cached(held))) }
+    }
+}

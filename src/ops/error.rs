@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::{engine, image};
+use crate::{engine, fetch, image};
 
 /// Why a request was not done.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +63,7 @@ pub enum Error {
     Fetch {
         reference: String,
         #[source]
-        source: Box<crate::fetch::Error>,
+        source: std::sync::Arc<fetch::Error>,
     },
     #[error("{0}")]
     Unequal(String),
@@ -91,7 +91,8 @@ impl Error {
     /// Whether the user stopped it.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        matches!(self, Self::Engine(engine::Error::Cancelled))
+        let fetching = matches!(self, Self::Fetch { source, .. } if matches!(**source, fetch::Error::Cancelled));
+        fetching || matches!(self, Self::Engine(engine::Error::Cancelled))
     }
 
     pub(super) fn invalid(field: &'static str, value: &impl ToString, allowed: impl Into<String>) -> Self {

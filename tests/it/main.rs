@@ -8,9 +8,12 @@
 )]
 
 mod cli;
+mod cli_fetch;
 mod cli_lora;
 mod cli_models;
 mod e2e;
+mod fetch;
+mod fetch_services;
 mod fixtures;
 mod hub;
 mod layouts;
@@ -21,4 +24,5 @@ mod parity_encoders;
 mod parity_flux;
 mod pocket;
 mod pocket_person;
+mod site;
 mod tidy;

@@ -6,7 +6,7 @@ use super::{Picture, Request, memory};
 use crate::engine::{Job, NoiseKind, Start};
 use crate::image::{self, Limits};
 use crate::ops::models::Model;
-use crate::ops::{Error, lora, sizes};
+use crate::ops::{Error, sizes};
 use crate::prompt;
 
 const MOST_STEPS: usize = 1000;
@@ -16,7 +16,7 @@ const MOST_GUIDANCE: f64 = 100.0;
 /// How much of a given picture is painted anew, unless said.
 const PROMPT_STRENGTH: f64 = 0.8;
 
-/// The job that `request` asks of `model`, and remarks on what of it has no effect.
+/// The job that `request` asks of `model`, its adapters still to be got, and remarks on what of it has no effect.
 pub fn prepare(request: &Request, model: &Model) -> Result<(Job, Vec<String>), Error> {
     let mut remarks = Vec::new();
     let (width, height) = size(request, model)?;
@@ -25,7 +25,6 @@ pub fn prepare(request: &Request, model: &Model) -> Result<(Job, Vec<String>), E
     let guidance = number("guidance", request.guidance.unwrap_or(model.defaults.guidance), 0.0, MOST_GUIDANCE)?;
     let true_cfg = number("true-cfg", request.true_cfg.unwrap_or(1.0), 1.0, MOST_GUIDANCE)?;
     let start = start(request)?;
-    let loras = lora::open(&request.loras)?;
     memory::check(model, width, height, outputs)?;
 
     let negative_prompt = request.negative_prompt.clone().unwrap_or_default();
@@ -35,7 +34,6 @@ pub fn prepare(request: &Request, model: &Model) -> Result<(Job, Vec<String>), E
     if request.guidance.is_some() && !model.shape.guidance {
         remarks.push(format!("guidance has no effect: {} has no guidance embedding", model.name));
     }
-    remarks.extend(loras.iter().flat_map(|selected| selected.adapter.report.warnings()));
     let job = Job {
         prompt: prompt(request, &mut remarks),
         negative_prompt,
@@ -48,7 +46,7 @@ pub fn prepare(request: &Request, model: &Model) -> Result<(Job, Vec<String>), E
         outputs,
         noise: request.noise.unwrap_or(NoiseKind::Cpu),
         start,
-        loras,
+        loras: Vec::new(),
         lora_mode: request.lora_mode,
     };
     Ok((job, remarks))

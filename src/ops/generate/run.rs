@@ -13,9 +13,10 @@ use super::target::Targets;
 use super::{Output, Precision, Request, prepare};
 use crate::config::Config;
 use crate::engine::{self, DeviceChoice, Event, Finished, Job, Pipeline, Selected};
+use crate::fetch::{self, Progress};
 use crate::image;
 use crate::ops::Error;
-use crate::ops::lora::Lora;
+use crate::ops::lora::{Lora, Sources};
 use crate::ops::models::{self, Model};
 
 /// Everything that a run needs to know.
@@ -35,6 +36,8 @@ pub struct Order {
 /// What is being done, told as it happens. Answering `ControlFlow::Break` stops the run within a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
+    /// A LoRA that is not on this machine.
+    Fetching(Progress),
     Loading,
     Engine(Event),
     Writing,
@@ -111,9 +114,11 @@ pub struct Cut {
 /// Checks everything that can be checked, then loads the model, runs the job and writes the pictures.
 pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage) -> ControlFlow<()>) -> Result<Report, Error> {
     let model = models::resolve(&order.model, config)?;
-    let (job, mut remarks) = prepare(&order.request, &model)?;
+    let (mut job, mut remarks) = prepare(&order.request, &model)?;
     let seeds: Vec<u64> = job.seeds().collect();
     let targets = Targets::plan(&order.output, &seeds)?;
+    job.loras = Sources::new(config).open(&order.request.loras, &mut |progress| told(Stage::Fetching(progress)))?;
+    remarks.extend(job.loras.iter().flat_map(|selected| selected.adapter.report.warnings()));
     let device = engine::device(order.device)?;
     let dtype = order.precision.map_or_else(|| engine::default_dtype(&device), Precision::dtype);
 
@@ -204,7 +209,7 @@ fn seconds(load: Duration, finished: &Finished, write: Duration) -> Seconds {
 fn report(lora: &Lora, selected: &Selected) -> LoraReport {
     let found = &selected.adapter.report;
     LoraReport {
-        reference: lora.reference.clone(),
+        reference: fetch::shown(&lora.reference),
         digest: found.digest.clone(),
         scale: selected.scales.model,
         text_scale: selected.scales.text,

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -18,7 +19,7 @@ pub struct Extracted {
 
 /// Writes the one `.safetensors` file of `archive` to `out`, which is there either whole or not at all.
 pub fn extract(archive: &Path, out: &Path, force: bool) -> Result<Extracted, Error> {
-    let failed = |source| Error::Fetch { reference: archive.display().to_string(), source: Box::new(source) };
+    let failed = |source| Error::Fetch { reference: archive.display().to_string(), source: Arc::new(source) };
     let write = |source| Error::Write { path: out.into(), source };
     if out.exists() && !force {
         return Err(Error::Exists { path: out.into() });

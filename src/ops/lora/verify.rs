@@ -1,6 +1,7 @@
 //! The proof, on the user's own model and adapters, that a switch of LoRAs leaves nothing behind.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::time::Instant;
 
 use ::models::lora::Patches;
@@ -10,9 +11,10 @@ use candle_core::{DType, Tensor};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::{Lora, open};
+use super::{Lora, Sources};
 use crate::config::Config;
 use crate::engine::{self, DeviceChoice, LoraMode, Pipeline, Selected};
+use crate::fetch::Progress;
 use crate::ops::generate::Precision;
 use crate::ops::{Error, models};
 
@@ -52,9 +54,13 @@ pub struct Timed {
 
 /// Puts each adapter on and takes it off again in random order. After every switch all weights must be, bit for bit, what they were
 /// the first time in that state.
-pub fn verify(order: &VerifyOrder, config: &Config) -> Result<Verified, Error> {
+pub fn verify(
+    order: &VerifyOrder,
+    config: &Config,
+    told: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Verified, Error> {
     let model = models::resolve(&order.model, config)?;
-    let selected = open(&order.loras)?;
+    let selected = Sources::new(config).open(&order.loras, told)?;
     let device = engine::device(order.device)?;
     let dtype = order.precision.map_or_else(|| engine::default_dtype(&device), Precision::dtype);
     let pipeline = Pipeline::load(&model.bundle, &device, dtype, &mut |_| {})?;

@@ -1,14 +1,7 @@
-//! From what a user calls an adapter to the adapter.
+//! Which adapters a user asks for, and how strong.
 
-use std::fs::File;
-use std::io::Write;
-use std::path::Path;
-use std::sync::Arc;
+use models::lora::{Scales, parse_blocks};
 
-use models::lora::{Adapter, Report, Scales, parse_blocks};
-
-use crate::engine::Selected;
-use crate::fetch::{self, Reference};
 use crate::ops::Error;
 
 /// An adapter as asked for, with its strength.
@@ -52,54 +45,6 @@ fn one(text: &str, text_scale: Option<f64>, blocks: Option<&[f64; 57]>) -> Resul
         return Err(Error::invalid(field, &text, "a finite scale, such as 0.9"));
     }
     Ok(Lora { reference: reference.into(), scales })
-}
-
-/// Reads and checks all adapters, each file once.
-pub fn open(loras: &[Lora]) -> Result<Vec<Selected>, Error> {
-    let mut opened: Vec<(&str, Arc<Adapter>)> = Vec::new();
-    let mut selected = Vec::new();
-    for Lora { reference, scales } in loras {
-        let known = opened.iter().find(|(name, _)| name == reference).map(|(_, adapter)| adapter.clone());
-        let adapter = match known {
-            Some(adapter) => adapter,
-            None => {
-                let read = |path: &Path| {
-                    Adapter::open(path).map_err(|source| Error::Lora { reference: reference.clone(), source: Box::new(source) })
-                };
-                let adapter = Arc::new(with_file(reference, read)??);
-                opened.push((reference, adapter.clone()));
-                adapter
-            }
-        };
-        selected.push(Selected { adapter, scales: scales.clone() });
-    }
-    Ok(selected)
-}
-
-/// What is in an adapter's file, also if it cannot be used.
-pub fn inspect(reference: &str) -> Result<Report, Error> {
-    with_file(reference, Adapter::inspect)
-}
-
-/// Calls `use_it` with the adapter's safetensors file, which for archives is a temporary one.
-fn with_file<R>(reference: &str, use_it: impl FnOnce(&Path) -> R) -> Result<R, Error> {
-    let failed = |source| Error::Fetch { reference: reference.into(), source: Box::new(source) };
-    match Reference::parse(reference).map_err(failed)? {
-        Reference::File(path) => {
-            // The message names the file as the user wrote it.
-            File::open(&path).map_err(|source| failed(fetch::Error::Read { path: path.clone(), source }))?;
-            Ok(use_it(&path))
-        }
-        Reference::Archive(path) => {
-            let archive = File::open(&path).map_err(|source| failed(fetch::Error::Read { path, source }))?;
-            let mut file =
-                tempfile::Builder::new().suffix(".safetensors").tempfile().map_err(|e| failed(fetch::Error::Write(e)))?;
-            let member = fetch::extract(archive, &mut file).map_err(failed)?;
-            file.flush().map_err(|e| failed(fetch::Error::Write(e)))?;
-            tracing::debug!(member = member.name, bytes = member.bytes, "extracted");
-            Ok(use_it(file.path()))
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,254 @@
+//! Adapters on disk by the SHA-256 of their content. Several processes may share the folder.
+//!
+//! ```text
+//! blobs/<digest>.safetensors   whole and checked; read locked while in use, so that nobody evicts it
+//! sources/<key>.json           what a reference last gave
+//! partial/<key>, <key>.json    a download that goes on where it stopped; <key>.lock: who does it
+//! ```
+
+use std::fs::{self, File, FileTimes};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::Error;
+
+/// A download that nobody went on with for so long is dropped.
+const STALE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+#[derive(Debug, Clone)]
+pub(super) struct Cache {
+    folder: PathBuf,
+    /// All blobs together, in bytes; what is in use may exceed it.
+    bound: u64,
+}
+
+/// What a reference gave last time.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Record {
+    /// What its source calls this state: an ETag, a commit.
+    pub(super) version: Option<String>,
+    pub(super) digest: String,
+}
+
+/// A file that stays as long as this lives.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) path: PathBuf,
+    pub(super) digest: String,
+    _lock: File,
+}
+
+impl Cache {
+    pub(super) fn open(folder: PathBuf, bound: u64) -> Result<Self, Error> {
+        for part in ["blobs", "sources", "partial"] {
+            let path = folder.join(part);
+            fs::create_dir_all(&path).map_err(Error::write(&path))?;
+        }
+        let cache = Self { folder, bound };
+        cache.drop_stale();
+        Ok(cache)
+    }
+
+    pub(super) fn record(&self, key: &str) -> Option<Record> {
+        read_json(&self.source(key))
+    }
+
+    pub(super) fn set_record(&self, key: &str, record: &Record) -> Result<(), Error> {
+        write_json(&self.source(key), record)
+    }
+
+    /// The blob of this digest, if it is there and whole enough to be opened; counts as used now.
+    pub(super) fn hold(&self, digest: &str) -> Option<Held> {
+        let path = self.blob(digest);
+        let lock = File::options().read(true).write(true).open(&path).ok()?;
+        lock.try_lock_shared().ok()?;
+        // Between open and lock another process may have evicted it.
+        if !path.exists() {
+            return None;
+        }
+        // Only the order of eviction depends on this.
+        let _ = lock.set_times(FileTimes::new().set_modified(SystemTime::now()));
+        Some(Held { path, digest: digest.into(), _lock: lock })
+    }
+
+    /// Makes a complete file the blob of `digest`, then makes room.
+    pub(super) fn promote(&self, file: &Path, digest: &str) -> Result<Held, Error> {
+        let path = self.blob(digest);
+        let write = |source| Error::Write { path: path.clone(), source };
+        File::open(file).and_then(|file| file.sync_all()).map_err(write)?;
+        fs::rename(file, &path).map_err(write)?;
+        // The new name is durable once its folder is.
+        File::open(self.folder.join("blobs")).and_then(|folder| folder.sync_all()).map_err(write)?;
+        let held = self.hold(digest).ok_or_else(|| write(io::Error::other("it was removed at once")))?;
+        self.make_room();
+        Ok(held)
+    }
+
+    /// Least recently used first; what somebody holds stays.
+    fn make_room(&self) {
+        let Ok(entries) = fs::read_dir(self.folder.join("blobs")) else { return };
+        let mut blobs: Vec<(SystemTime, u64, PathBuf)> = entries
+            .filter_map(|entry| {
+                let entry = entry.ok()?;
+                let data = entry.metadata().ok()?;
+                Some((data.modified().ok()?, data.len(), entry.path()))
+            })
+            .collect();
+        blobs.sort();
+        let mut total: u64 = blobs.iter().map(|(_, bytes, _)| bytes).sum();
+        for (_, bytes, path) in blobs {
+            if total <= self.bound {
+                break;
+            }
+            let unused = File::options().read(true).write(true).open(&path).is_ok_and(|file| {
+                // The lock ends with the file, after the name is gone.
+                file.try_lock().is_ok() && fs::remove_file(&path).is_ok()
+            });
+            if unused {
+                tracing::debug!(path = %path.display(), "evicted");
+                total -= bytes;
+            }
+        }
+    }
+
+    fn drop_stale(&self) {
+        let Ok(entries) = fs::read_dir(self.folder.join("partial")) else { return };
+        for entry in entries.flatten() {
+            let age = entry.metadata().and_then(|data| data.modified()).map(|time| time.elapsed().unwrap_or_default());
+            let unused = File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok());
+            if age.is_ok_and(|age| age > STALE) && unused {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
+    fn blob(&self, digest: &str) -> PathBuf {
+        self.folder.join("blobs").join(format!("{digest}.safetensors"))
+    }
+
+    fn source(&self, key: &str) -> PathBuf {
+        self.folder.join("sources").join(format!("{key}.json"))
+    }
+
+    /// Where the download of `key` is made. Its folder is also the one for other temporary files.
+    pub(super) fn partial(&self, key: &str) -> PathBuf {
+        self.folder.join("partial").join(key)
+    }
+
+    /// Refuses to begin what the disk cannot hold.
+    pub(super) fn reserve(&self, need: u64) -> Result<(), Error> {
+        // Databases and pictures may live on the same disk.
+        const MARGIN: u64 = 64 << 20;
+        let have = fs4::available_space(&self.folder).unwrap_or(u64::MAX);
+        let full = Error::DiskFull { folder: self.folder.clone(), need, have };
+        if have < need.saturating_add(MARGIN) { Err(full) } else { Ok(()) }
+    }
+}
+
+/// SHA-256 in hexadecimal.
+pub(super) fn hex(hasher: Sha256) -> String {
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// SHA-256 of a file.
+pub(super) fn digest(path: &Path) -> io::Result<String> {
+    let (mut file, mut hasher, mut buffer) = (File::open(path)?, Sha256::new(), vec![0; 1 << 16]);
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hex(hasher)),
+            n => hasher.update(&buffer[..n]),
+        }
+    }
+}
+
+/// A name for a text: no reference may choose a path.
+pub(super) fn key(parts: &[&str]) -> String {
+    let mut hasher = Sha256::new();
+    for part in parts {
+        hasher.update((part.len() as u64).to_le_bytes());
+        hasher.update(part);
+    }
+    hex(hasher)
+}
+
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+/// Whole or not at all.
+pub(super) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let write = || {
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(&serde_json::to_vec(value)?)?;
+        file.persist(path)?;
+        Ok(())
+    };
+    write().map_err(Error::write(path))
+}
+
+/// The first bytes of a file, at most `length`.
+pub(super) fn head(path: &Path, length: usize) -> io::Result<Vec<u8>> {
+    let mut head = Vec::with_capacity(length);
+    File::open(path)?.take(length as u64).read_to_end(&mut head)?;
+    Ok(head)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(cache: &Cache, name: &str, bytes: usize) -> Held {
+        let file = cache.partial(name);
+        fs::write(&file, vec![7; bytes]).unwrap();
+        cache.promote(&file, name).unwrap()
+    }
+
+    #[test]
+    fn the_least_recently_used_goes_and_what_is_held_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path().join("loras"), 250).unwrap();
+        let mut held = vec![put(&cache, "a", 100), put(&cache, "b", 100)];
+        let old = SystemTime::now() - Duration::from_secs(60);
+        for digest in ["a", "b"] {
+            File::options().write(true).open(cache.blob(digest)).unwrap().set_modified(old).unwrap();
+        }
+        drop(held.pop());
+        drop(put(&cache, "c", 100));
+        assert!(cache.hold("b").is_none(), "b was not in use");
+        assert!(cache.hold("a").is_some() && cache.hold("c").is_some());
+        drop(held);
+        drop(put(&cache, "d", 200));
+        assert!(cache.hold("a").is_none() && cache.hold("d").is_some());
+    }
+
+    #[test]
+    fn a_thousand_adapters_through_a_small_cache() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path().into(), 5000).unwrap();
+        for i in 0..1000 {
+            drop(put(&cache, &format!("{i:04}"), 100));
+        }
+        let left: u64 = fs::read_dir(folder.path().join("blobs")).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
+        assert!(left <= 5000, "{left}");
+        assert_eq!(fs::read_dir(folder.path().join("partial")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn records_and_keys() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path().into(), 1).unwrap();
+        let k = key(&["../../etc/passwd", "x"]);
+        assert!(k.len() == 64 && k != key(&["../../etc/passwdx", ""]));
+        assert!(cache.record(&k).is_none());
+        cache.set_record(&k, &Record { version: Some("v".into()), digest: "d".into() }).unwrap();
+        assert_eq!(cache.record(&k).unwrap().digest, "d");
+        assert!(matches!(cache.reserve(u64::MAX / 2), Err(Error::DiskFull { .. })));
+        cache.reserve(1).unwrap();
+    }
+}

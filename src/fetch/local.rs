@@ -1,0 +1,35 @@
+//! Files and archives on this machine.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::sniff::{self, Kind};
+use super::{Error, Fetched, Keep, archive, cache};
+
+/// A user's own file; out of an archive, a temporary copy of the adapter in it.
+pub fn local(path: &Path) -> Result<Fetched, Error> {
+    let read = |source| Error::Read { path: path.into(), source };
+    let head = cache::head(path, sniff::HEAD).map_err(read)?;
+    if !is_archive(path, &head) {
+        return Ok(Fetched { path: path.into(), digest: None, _keep: None });
+    }
+    let write = |source| Error::Write { path: std::env::temp_dir(), source };
+    let mut file = tempfile::Builder::new().suffix(".safetensors").tempfile().map_err(write)?;
+    let member = archive::extract(File::open(path).map_err(read)?, &mut file)?;
+    file.flush().map_err(write)?;
+    tracing::debug!(member = member.name, bytes = member.bytes, "extracted");
+    let file = file.into_temp_path();
+    Ok(Fetched { path: file.to_path_buf(), digest: None, _keep: Some(Arc::new(Keep::Temporary(file))) })
+}
+
+/// By content; an archive of the oldest kind has no mark, so that its name counts.
+fn is_archive(path: &Path, head: &[u8]) -> bool {
+    let named = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("tar"));
+    match sniff::kind(head) {
+        Kind::Archive => true,
+        Kind::Foreign("an unknown kind of file") => named,
+        _ => false,
+    }
+}

@@ -1,0 +1,101 @@
+//! From what a user calls an adapter to the adapter.
+
+use std::ops::ControlFlow;
+use std::sync::{Arc, OnceLock};
+
+use models::lora::{Adapter, Report};
+
+use super::Lora;
+use crate::config::Config;
+use crate::engine::Selected;
+use crate::fetch::{self, Credentials, Fetched, Fetcher, Limits, Options, Progress, Reference};
+use crate::ops::Error;
+
+const CIVITAI: &str = "https://civitai.com";
+
+/// Where adapters come from, with this machine's credentials. Nothing is set up before something must be fetched.
+#[derive(Debug)]
+pub struct Sources {
+    options: Option<Options>,
+    credentials: Credentials,
+    fetcher: OnceLock<Fetcher>,
+}
+
+type Told<'a> = &'a mut dyn FnMut(Progress) -> ControlFlow<()>;
+
+impl Sources {
+    #[must_use]
+    pub fn new(config: &Config) -> Self {
+        let options = config.cache.as_ref().map(|cache| Options {
+            cache: cache.join("loras"),
+            cache_bytes: config.lora_cache_bytes,
+            hub: config.hub.endpoint.clone(),
+            civitai: CIVITAI.into(),
+            offline: config.hub.offline,
+            private: config.private_urls,
+            store: config.store.clone(),
+            limits: Limits::default(),
+        });
+        let credentials = Credentials { hub: config.hub.token.clone(), civitai: config.civitai_token.clone() };
+        Self { options, credentials, fetcher: OnceLock::new() }
+    }
+
+    /// Fetches, reads and checks all adapters, each once. `told` hears of downloads and may stop them.
+    pub fn open(&self, loras: &[Lora], told: Told) -> Result<Vec<Selected>, Error> {
+        let mut opened: Vec<(&str, Arc<Adapter>)> = Vec::new();
+        let mut selected = Vec::new();
+        for Lora { reference, scales } in loras {
+            let known = opened.iter().find(|(name, _)| name == reference).map(|(_, adapter)| adapter.clone());
+            let adapter = match known {
+                Some(adapter) => adapter,
+                None => {
+                    let adapter = Arc::new(self.adapter(reference, told)?);
+                    opened.push((reference, adapter.clone()));
+                    adapter
+                }
+            };
+            selected.push(Selected { adapter, scales: scales.clone() });
+        }
+        Ok(selected)
+    }
+
+    /// What is in an adapter's file, also if it cannot be used.
+    pub fn inspect(&self, reference: &str, told: Told) -> Result<Report, Error> {
+        Ok(Adapter::inspect(self.file(reference, told)?.path()))
+    }
+
+    fn adapter(&self, reference: &str, told: Told) -> Result<Adapter, Error> {
+        let mut file = self.file(reference, told)?;
+        let mut result = Adapter::open(file.path());
+        let intact = result.as_ref().map_or_else(|_| file.is_intact(), |adapter| file.is(adapter.digest()));
+        if !intact {
+            tracing::warn!(reference = fetch::shown(reference), "the copy in the cache is damaged; fetching it again");
+            file.forget();
+            file = self.file(reference, told)?;
+            result = Adapter::open(file.path());
+        }
+        if result.is_err() {
+            file.forget();
+        }
+        result.map_err(|source| Error::Lora { reference: fetch::shown(reference), source: Box::new(source) })
+    }
+
+    /// The adapter's safetensors file on this machine.
+    pub(super) fn file(&self, reference: &str, told: Told) -> Result<Fetched, Error> {
+        let failed = |source| Error::Fetch { reference: fetch::shown(reference), source };
+        match Reference::parse(reference).map_err(|error| failed(Arc::new(error)))? {
+            Reference::File(path) => fetch::local(&path).map_err(|error| failed(Arc::new(error))),
+            remote => {
+                self.fetcher().map_err(|e| failed(Arc::new(e)))?.get_blocking(&remote, &self.credentials, told).map_err(failed)
+            }
+        }
+    }
+
+    fn fetcher(&self) -> Result<&Fetcher, fetch::Error> {
+        if self.fetcher.get().is_none() {
+            let options = self.options.clone().ok_or(fetch::Error::NoCache)?;
+            let _ = self.fetcher.set(Fetcher::new(options)?);
+        }
+        self.fetcher.get().ok_or(fetch::Error::NoCache)
+    }
+}
