@@ -154,7 +154,7 @@ fn dora(base: &Tensor, delta: &Tensor, magnitude: &Magnitude) -> Result<Tensor> 
 }
 
 /// diffusers orders the final modulation (scale, shift), BFL (shift, scale).
-fn swap_halves(x: &Tensor) -> Result<Tensor> {
+pub(super) fn swap_halves(x: &Tensor) -> Result<Tensor> {
     let half = x.dim(0)? / 2;
     Tensor::cat(&[x.narrow(0, half, half)?, x.narrow(0, 0, half)?], 0)
 }

@@ -6,19 +6,24 @@
 
 mod adapter;
 mod assemble;
+mod bake;
 mod change;
+mod convert;
 mod error;
 mod foreign;
 mod keys;
 mod metadata;
 mod modules;
 mod patch;
+mod plan;
 mod precheck;
 mod report;
 mod scales;
 
 pub use adapter::{Adapter, Update};
+pub use bake::Baking;
 pub use change::{Change, Factor, Kind, Magnitude};
+pub use convert::{Format, convert};
 pub use error::Error;
 pub use metadata::Base;
 pub use modules::{Module, Naming, Place};

@@ -13,8 +13,8 @@ use crate::weights::Component;
 use crate::weights::names::transformer;
 
 /// Blocks of FLUX.1, and layers of CLIP-L and T5-XXL. Smaller models have fewer; an adapter is held against its base later.
-const DOUBLE_BLOCKS: usize = 19;
-const SINGLE_BLOCKS: usize = 38;
+pub(super) const DOUBLE_BLOCKS: usize = 19;
+pub(super) const SINGLE_BLOCKS: usize = 38;
 const CLIP_LAYERS: usize = 12;
 const T5_LAYERS: usize = 24;
 
@@ -48,8 +48,13 @@ impl Place {
         }
     }
 
-    fn of_part(part: usize) -> Self {
-        [Self::Query, Self::Key, Self::Value, Self::Mlp][part]
+    /// Of a diffusers module in BFL's.
+    pub(super) fn of(module: &transformer::Module) -> Self {
+        match (is_fused(&module.bfl), module.swap_halves) {
+            (true, _) => [Self::Query, Self::Key, Self::Value, Self::Mlp][module.place],
+            (false, true) => Self::SwappedHalves,
+            (false, false) => Self::Whole,
+        }
     }
 }
 
@@ -106,6 +111,11 @@ pub(super) fn find(flattened: &str) -> Option<&'static (Module, Naming)> {
     TABLE.get(flattened)
 }
 
+/// Whether diffusers has several modules where BFL has this one.
+fn is_fused(bfl: &str) -> bool {
+    bfl.ends_with("_attn.qkv") || bfl.ends_with(".linear1")
+}
+
 /// Every `.` as `_`.
 pub(super) fn flatten(name: &str) -> String {
     name.replace('.', "_")
@@ -120,12 +130,7 @@ fn table() -> HashMap<String, (Module, Naming)> {
     };
     for module in transformer::modules(DOUBLE_BLOCKS, SINGLE_BLOCKS) {
         let bfl = module.bfl.as_str();
-        let fused = bfl.ends_with("_attn.qkv") || bfl.ends_with(".linear1");
-        let place = match (fused, module.swap_halves) {
-            (true, _) => Place::of_part(module.place),
-            (false, true) => Place::SwappedHalves,
-            (false, false) => Place::Whole,
-        };
+        let (fused, place) = (is_fused(bfl), Place::of(&module));
         add(&module.diffusers, Component::Transformer, bfl, place, Naming::Diffusers);
         add(bfl, Component::Transformer, bfl, Place::Whole, Naming::Bfl);
         if fused {

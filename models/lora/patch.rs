@@ -1,16 +1,12 @@
 //! Adapters on a model's weights: always from the pristine weights, never by subtracting.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
-use kernels::{Addend, Delta};
+use candle_core::{DType, Device};
 use serde::Serialize;
 
-use super::adapter::Update;
-use super::assemble::covered;
-use super::modules::Place;
+use super::plan::{self, Name, Planned};
 use super::{Adapter, Error, Scales};
 use crate::nn::{Parameter, Weight};
 use crate::weights::Component;
@@ -50,15 +46,6 @@ pub struct Switch {
     pub restored: usize,
     /// What the user should know, such as modules that this base does not have.
     pub notes: Vec<String>,
-}
-
-type Name = (Component, String);
-
-/// One change of a tensor that the next state has.
-struct Planned<'a> {
-    update: &'a Update,
-    scale: f64,
-    rows: Range<usize>,
 }
 
 /// The adapters on a model. What is computed with is a function of the pristine weights, the adapters in their order and their
@@ -124,48 +111,14 @@ impl Patches {
         Ok(switch)
     }
 
-    /// What each tensor gets, in the order of the set; an error that lists every misfit.
     fn plan<'a>(&self, set: &'a [Selected], notes: &mut Vec<String>) -> Result<BTreeMap<Name, Vec<Planned<'a>>>, Error> {
-        let mut plan: BTreeMap<Name, Vec<Planned<'a>>> = BTreeMap::new();
-        let mut misfits = Vec::new();
-        for selected in set {
-            let mut absent = 0;
-            for update in &selected.adapter.updates {
-                let name = (update.module.component, update.tensor());
-                let Some(parameter) = self.parameters.get(&name) else {
-                    // schnell was distilled without guidance and has no such layer.
-                    if update.module.name.starts_with("guidance_in") {
-                        absent += 1;
-                    } else {
-                        misfits.push(format!("it has no {}", update.module));
-                    }
-                    continue;
-                };
-                let shape = parameter.shape();
-                let weight = self.parameters.get(&(update.module.component, update.module.weight())).map(Parameter::shape);
-                let d = weight.and_then(|shape| shape.get(1).copied()).unwrap_or(0);
-                match covered(&update.module, update.bias, &update.change, &shape, d) {
-                    Err(misfit) => misfits.push(misfit),
-                    Ok(rows) => {
-                        let scale = selected.scales.of(&update.module);
-                        // At scale 0 an adapter is not there, replacements included.
-                        if scale != 0. {
-                            plan.entry(name).or_default().push(Planned { update, scale, rows });
-                        }
-                    }
-                }
-            }
-            if absent > 0 {
-                notes.push(format!("{absent} changes of the guidance embedding have no effect: this base has none"));
-            }
-        }
-        if misfits.is_empty() { Ok(plan) } else { Err(Error::Misfit { misfits }) }
+        plan::plan(set, &|name| self.parameters.get(name).map(Parameter::shape), notes)
     }
 
     fn change(&self, name: &Name, planned: &[Planned<'_>], mode: Mode) -> Result<(), Error> {
         let parameter = &self.parameters[name];
         let pristine = parameter.pristine()?;
-        let addends = planned.iter().map(|planned| self.addend(planned, &pristine)).collect::<Result<Vec<_>, Error>>()?;
+        let addends = plan::addends(planned, &pristine, &self.device)?;
         let vector = parameter.shape().len() == 1;
         let merge = match mode {
             Mode::Auto => matches!(pristine, Weight::Dense(_)),
@@ -179,23 +132,7 @@ impl Patches {
             Weight::Dense(dense) => dense,
             other => other.dense(self.dtype)?,
         };
-        let merged =
-            if vector { kernels::merge(&dense.unsqueeze(1)?, &addends)?.squeeze(1)? } else { kernels::merge(&dense, &addends)? };
-        Ok(parameter.replace(merged, self.home)?)
-    }
-
-    fn addend(&self, planned: &Planned<'_>, pristine: &Weight) -> Result<Addend, Error> {
-        let rows = planned.rows.clone();
-        let base = || -> candle_core::Result<Tensor> { pristine.dense(DType::F32)?.narrow(0, rows.start, rows.len()) };
-        let Update { module, bias, change } = planned.update;
-        let place = if module.place == Place::SwappedHalves { Place::SwappedHalves } else { Place::Whole };
-        let delta = change.delta(planned.scale, place, &self.device, base)?;
-        let vector = *bias || module.is_norm();
-        let delta = match delta {
-            Delta::Dense(delta) if vector => Delta::Dense(delta.unsqueeze(1)?),
-            other => other,
-        };
-        Ok(Addend { rows: planned.rows.clone(), delta })
+        Ok(parameter.replace(plan::merged(&dense, &addends)?, self.home)?)
     }
 
     /// Makes the live set anew on every tensor that may have changed. If that fails too the tensor is given up, and computing

@@ -46,6 +46,14 @@ impl Opened {
     }
 }
 
+impl Stored {
+    /// Which of the checkpoint's files has it.
+    #[must_use]
+    pub fn file(&self) -> usize {
+        self.file
+    }
+}
+
 /// The tensors of one or several files, by their stored keys.
 #[derive(Clone)]
 pub struct Checkpoint {

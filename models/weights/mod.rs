@@ -11,6 +11,7 @@ pub mod names;
 mod read;
 mod sniff;
 mod source;
+pub mod write;
 
 pub use checkpoint::{Checkpoint, Kind, Stored};
 pub use config::Config;

@@ -10,9 +10,9 @@ use crate::engine::{DeviceChoice, LoraMode};
 use crate::fetch::Progress;
 use crate::ops::generate::Precision;
 use crate::ops::generate::Stage;
-use crate::ops::lora::{self, Sources, VerifyOrder};
+use crate::ops::lora::{self, Format, MergeOrder, Sources, VerifyOrder};
 
-/// Look into LoRA files, and prove that they leave nothing behind
+/// Look into LoRA files, convert and merge them, and prove that they leave nothing behind
 #[derive(Debug, clap::Args)]
 #[command(arg_required_else_help = true)]
 pub(super) struct Args {
@@ -45,6 +45,48 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Write a LoRA under another program's names
+    ///
+    /// Fused modules are cut into their members and members fused, which is exact; one factor or scale may be rounded to the type.
+    /// What the other names cannot say is refused.
+    Convert {
+        /// As for generate
+        #[arg(value_name = "LORA")]
+        reference: String,
+        /// The .safetensors file to write
+        #[arg(value_name = "OUT")]
+        out: PathBuf,
+        /// diffusers (and PEFT), kohya, or comfy
+        #[arg(long, value_name = "FORMAT", value_parser = format)]
+        to: Format,
+        /// f32, bf16 or f16 [default: as it is stored]
+        #[arg(long, value_name = "DTYPE")]
+        dtype: Option<Precision>,
+        /// Replace a file that is there
+        #[arg(long)]
+        force: bool,
+    },
+    /// Write a model's files anew with LoRAs merged into them: same layout, names and types
+    Merge {
+        /// A model's name, a diffusers folder, or a transformer's .safetensors file; not GGUF or fp8
+        #[arg(value_name = "BASE")]
+        base: String,
+        /// LoRAs, each with its scale, and last what to write: a .safetensors file for the transformer alone, or a folder
+        #[arg(value_name = "LORA[@SCALE] ... OUT", required = true, num_args = 2..)]
+        rest: Vec<String>,
+        /// The scale for the LoRAs' text encoder parts [default: each LoRA's own scale]
+        #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+        lora_text_scale: Option<f64>,
+        /// A factor for each block, as for generate
+        #[arg(long, value_name = "FACTORS")]
+        lora_blocks: Option<String>,
+        /// Replace what is there
+        #[arg(long)]
+        force: bool,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Put LoRAs on a model and take them off in random order; every weight must come back bit for bit
     Verify {
         /// LoRAs, each with its scale
@@ -74,6 +116,10 @@ enum Verb {
     },
 }
 
+fn format(text: &str) -> Result<Format, String> {
+    text.parse().map_err(|()| "must be diffusers, kohya or comfy".into())
+}
+
 /// A bar for what must be fetched. It goes when this is dropped.
 fn fetching() -> impl FnMut(Progress) -> ControlFlow<()> {
     let mut bar = JobBar::new(false);
@@ -97,6 +143,22 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
             let extracted = lora::extract(&archive, &out, force)?;
             super::say(&format!("{} from {}, {:.1} MB", extracted.member, archive.display(), extracted.bytes as f64 / 1e6));
             super::show(&extracted.path.display().to_string())
+        }
+        Verb::Convert { reference, out, to, dtype, force } => {
+            let converted = lora::convert((&reference, &out, force), (to, dtype), config, &mut fetching())?;
+            super::say(&format!("{} tensors, {:.1} MB", converted.tensors, converted.bytes as f64 / 1e6));
+            super::show(&converted.path.display().to_string())
+        }
+        Verb::Merge { base, mut rest, lora_text_scale, lora_blocks, force, json } => {
+            let out = PathBuf::from(rest.pop().unwrap_or_default());
+            let loras = lora::parse(&rest, lora_text_scale, lora_blocks.as_deref())?;
+            let merged = lora::merge(&MergeOrder { base, loras, out, force }, config, &mut fetching())?;
+            merged.remarks.iter().for_each(|remark| super::say(&format!("note: {remark}")));
+            if json {
+                return super::show(&serde_json::to_string(&merged)?);
+            }
+            super::say(&format!("{} tensors changed, {:.1} MB written", merged.tensors_changed, merged.bytes as f64 / 1e6));
+            super::show(&merged.path.display().to_string())
         }
         Verb::Verify { loras, model, switches, seed, lora_mode, device, dtype, json } => {
             let loras = lora::parse(&loras, None, None)?;

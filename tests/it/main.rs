@@ -18,6 +18,7 @@ mod fixtures;
 mod hub;
 mod layouts;
 mod lora;
+mod lora_convert;
 mod lora_files;
 mod lora_writers;
 mod parity_encoders;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::merge::parent;
 use crate::fetch;
 use crate::ops::Error;
 
@@ -24,10 +25,7 @@ pub fn extract(archive: &Path, out: &Path, force: bool) -> Result<Extracted, Err
     if out.exists() && !force {
         return Err(Error::Exists { path: out.into() });
     }
-    let folder = match out.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
+    let folder = parent(out);
     if !folder.is_dir() {
         return Err(Error::NoFolder { field: "out", folder: folder.into() });
     }

@@ -1,12 +1,16 @@
 //! Adapters: what a user calls them, what is in them, and the proof that they come off again.
 
+mod convert;
 mod extract;
+mod merge;
 mod parse;
 mod sources;
 mod verify;
 
+pub use convert::{Converted, convert};
 pub use extract::{Extracted, extract};
-pub use models::lora::Report;
+pub use merge::{MergeOrder, MergedModel, merge};
+pub use models::lora::{Format, Report};
 
 pub use crate::fetch::shown;
 pub use parse::{Lora, parse};

@@ -1,0 +1,68 @@
+//! An adapter's file under another program's names.
+
+use std::collections::HashMap;
+use std::io::{BufWriter, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use ::models::lora::{Adapter, Format, convert as tensors};
+use ::models::weights::{Checkpoint, write};
+use serde::Serialize;
+
+use super::Sources;
+use super::merge::parent;
+use crate::config::Config;
+use crate::fetch::{Progress, shown};
+use crate::ops::Error;
+use crate::ops::generate::Precision;
+
+/// What of a header stays true under other names: not ranks and alphas, which are in the tensors now.
+const KEPT: &[&str] = &["ss_tag_frequency", "ss_base_model_version", "ss_output_name", "ss_sd_model_name", "modelspec."];
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Converted {
+    pub path: PathBuf,
+    pub tensors: usize,
+    pub bytes: u64,
+}
+
+/// Writes the adapter that `reference` names to `out`, which is there either whole or not at all.
+pub fn convert(
+    (reference, out, force): (&str, &Path, bool),
+    (format, precision): (Format, Option<Precision>),
+    config: &Config,
+    told: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Converted, Error> {
+    let failed = |source| Error::Write { path: out.into(), source };
+    if out.exists() && !force {
+        return Err(Error::Exists { path: out.into() });
+    }
+    let folder = parent(out);
+    if !folder.is_dir() {
+        return Err(Error::NoFolder { field: "out", folder: folder.into() });
+    }
+    let refused = |source: ::models::lora::Error| Error::Lora { reference: shown(reference), source: Box::new(source) };
+    let file = Sources::new(config).file(reference, told)?;
+    let adapter = Adapter::open(file.path()).map_err(refused)?;
+    let tensors = tensors(&adapter, format, precision.map(Precision::dtype)).map_err(refused)?;
+    let header = Checkpoint::open(&[file.path().into()]).map_err(|e| refused(e.into()))?;
+    let kept = |(key, _): &(&String, &String)| KEPT.iter().any(|kept| key.starts_with(kept));
+    let mut metadata: HashMap<String, String> =
+        header.metadata().iter().filter(kept).map(|(key, text)| (key.clone(), text.clone())).collect();
+    metadata.insert("format".into(), "pt".into());
+
+    let count = tensors.len();
+    let entry = |(name, tensor): (String, candle_core::Tensor)| {
+        let dtype = write::stored_as(tensor.dtype()).unwrap_or(safetensors::Dtype::F32);
+        let shape = tensor.dims().to_vec();
+        write::Entry { name, dtype, shape, bytes: Box::new(move || write::bytes(&tensor).map_err(std::io::Error::other)) }
+    };
+    let mut temporary = BufWriter::new(tempfile::NamedTempFile::new_in(folder).map_err(failed)?);
+    write::write(&mut temporary, Some(metadata), tensors.into_iter().map(entry).collect()).map_err(failed)?;
+    temporary.flush().map_err(failed)?;
+    let temporary = temporary.into_inner().map_err(|error| failed(error.into_error()))?;
+    let bytes = temporary.as_file().metadata().map_err(failed)?.len();
+    temporary.as_file().sync_all().map_err(failed)?;
+    temporary.persist(out).map_err(|error| failed(error.error))?;
+    Ok(Converted { path: out.into(), tensors: count, bytes })
+}
