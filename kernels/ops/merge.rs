@@ -10,6 +10,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::cpu;
+use super::low_rank::{self, Packed};
 
 /// What is added to some rows of a weight.
 #[derive(Debug, Clone)]
@@ -134,24 +135,22 @@ impl Stored for f16 {
 fn in_rows<T: Stored>(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
     let (output, input) = weight.dims2()?;
     let addends = addends.iter().map(Rows::new).collect::<Result<Vec<_>>>()?;
-    let at_once = (TASK / input.max(1)).max(1).next_multiple_of(TILE_ROWS);
+    let at_once = (TASK / input.max(1)).max(1).next_multiple_of(low_rank::ROWS);
     let merged = cpu::read_as::<T, _>(weight, |weight| {
         let mut merged: Vec<T> = crate::zeros(output * input);
         let tasks = weight.par_chunks(at_once * input).zip(merged.par_chunks_mut(at_once * input)).enumerate();
         tasks.for_each_init(Vec::new, |sum, (i, (weight, merged))| {
             let rows = i * at_once..(i * at_once + weight.len() / input);
             sum.resize(weight.len(), 0.0);
-            let addends = &addends;
-            pulp::Arch::new().dispatch(
+            let arch = pulp::Arch::new();
+            arch.dispatch(
                 #[inline(always)]
-                move || {
-                    let merged = merged; // moved: see `cpu::rows`
-                    T::widen(weight, sum);
-                    for addend in addends {
-                        addend.add(sum, &rows, input);
-                    }
-                    T::round(sum, merged);
-                },
+                || T::widen(weight, sum),
+            );
+            addends.iter().for_each(|addend| addend.add(sum, &rows, input));
+            arch.dispatch(
+                #[inline(always)]
+                || T::round(sum, merged),
             );
         });
         merged
@@ -164,21 +163,23 @@ struct Rows {
     rows: Range<usize>,
     /// `(rows, r)` and `(r, input)`, or `(rows, input)` alone.
     up: Vec<f32>,
-    down: Option<Vec<f32>>,
+    down: Option<(Packed, usize)>,
 }
 
 impl Rows {
     fn new(addend: &Addend) -> Result<Self> {
         let values = |x: &Tensor| cpu::read(x, <[f32]>::to_vec);
         let (up, down) = match &addend.delta {
-            Delta::LowRank { up, down } => (values(up)?, Some(values(down)?)),
+            Delta::LowRank { up, down } => {
+                let (rank, input) = down.dims2()?;
+                (values(up)?, Some((cpu::read(down, |down| Packed::new(down, rank, input))?, rank)))
+            }
             Delta::Dense(delta) => (values(delta)?, None),
         };
         Ok(Self { rows: addend.rows.clone(), up, down })
     }
 
     /// Adds what concerns `rows` to `sum`, which holds those rows.
-    #[inline(always)]
     fn add(&self, sum: &mut [f32], rows: &Range<usize>, input: usize) {
         let (from, to) = (self.rows.start.max(rows.start), self.rows.end.min(rows.end));
         if from >= to {
@@ -187,57 +188,9 @@ impl Rows {
         let sum = &mut sum[(from - rows.start) * input..(to - rows.start) * input];
         let first = from - self.rows.start;
         match &self.down {
-            None => sum.iter_mut().zip(&self.up[first * input..]).for_each(|(sum, delta)| *sum += delta),
-            Some(down) => {
-                let rank = down.len() / input;
-                product_onto(sum, &self.up[first * rank..(first + to - from) * rank], down, [to - from, rank, input]);
-            }
+            None => low_rank::add(&self.up[first * input..(first + to - from) * input], sum),
+            Some((down, rank)) => down.add_product(&self.up[first * rank..(first + to - from) * rank], sum),
         }
-    }
-}
-
-/// Rows and columns of the output that are summed in registers.
-const TILE_ROWS: usize = 4;
-const TILE_COLUMNS: usize = 16;
-
-/// y `(n, m)` += a `(n, k)` b `(k, m)`, for small k: b stays in cache and y is read and written once. (A general product packs both
-/// factors for every few rows, which takes longer than the arithmetic of a rank of 16.)
-#[inline(always)]
-fn product_onto(y: &mut [f32], a: &[f32], b: &[f32], [n, k, m]: [usize; 3]) {
-    let whole = m / TILE_COLUMNS * TILE_COLUMNS;
-    let tiled = n / TILE_ROWS * TILE_ROWS;
-    for (y, a) in y[..tiled * m].chunks_exact_mut(TILE_ROWS * m).zip(a[..tiled * k].chunks_exact(TILE_ROWS * k)) {
-        for column in (0..whole).step_by(TILE_COLUMNS) {
-            tile::<TILE_ROWS>(y, a, b, [k, m, column]);
-        }
-    }
-    for (y, a) in y[tiled * m..].chunks_exact_mut(m).zip(a[tiled * k..].chunks_exact(k)) {
-        for column in (0..whole).step_by(TILE_COLUMNS) {
-            tile::<1>(y, a, b, [k, m, column]);
-        }
-    }
-    // The columns that fill no tile.
-    for (y, a) in y.chunks_exact_mut(m).zip(a.chunks_exact(k)) {
-        for (column, y) in y.iter_mut().enumerate().skip(whole) {
-            *y += a.iter().enumerate().map(|(i, a)| a * b[i * m + column]).fold(0.0, |sum, v| sum + v);
-        }
-    }
-}
-
-/// R rows and [`TILE_COLUMNS`] columns from `column` of y `(R, m)` += a `(R, k)` b `(k, m)`. The sum over k is in its order, so the
-/// result does not depend on how rows are shared out.
-#[inline(always)]
-fn tile<const R: usize>(y: &mut [f32], a: &[f32], b: &[f32], [k, m, column]: [usize; 3]) {
-    let mut sums = [[0f32; TILE_COLUMNS]; R];
-    for (i, b) in b.chunks_exact(m).enumerate() {
-        let Some(b) = b[column..].first_chunk::<TILE_COLUMNS>() else { return };
-        for (row, sums) in sums.iter_mut().enumerate() {
-            let a = a[row * k + i];
-            sums.iter_mut().zip(b).for_each(|(sum, b)| *sum += a * b);
-        }
-    }
-    for (y, sums) in y.chunks_exact_mut(m).zip(&sums) {
-        y[column..].iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
     }
 }
 

@@ -5,6 +5,7 @@ mod cpu;
 pub(crate) mod group_norm;
 pub(crate) mod heads;
 pub(crate) mod linear;
+mod low_rank;
 pub(crate) mod merge;
 pub(crate) mod norm;
 pub(crate) mod rotary;

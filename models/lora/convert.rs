@@ -152,10 +152,10 @@ impl Writer {
         // ComfyUI calls a norm's change by the whole name of the tensor.
         let scale = self.format == Format::Comfy && module.is_norm() && module.component == Component::Transformer && !bias;
         for (name, tensor) in tensors {
-            self.put(if scale { format!("{stem}.scale.{name}") } else { format!("{stem}.{name}") }, tensor, None)?;
+            self.put(if scale { format!("{stem}.scale.{name}") } else { format!("{stem}.{name}") }, &tensor, None)?;
         }
         match &change.magnitude {
-            Some(Magnitude::Output(m) | Magnitude::Input(m)) => self.put(format!("{stem}.dora_scale"), m.clone(), None)?,
+            Some(Magnitude::Output(m) | Magnitude::Input(m)) => self.put(format!("{stem}.dora_scale"), m, None)?,
             None => {}
         }
         if let Some(alpha) = alpha {
@@ -188,8 +188,8 @@ impl Writer {
         }
         let up = sides.iter().skip(1).try_fold(sides[0].clone(), |sum, side| sum + side)?;
         let downs: Vec<&Tensor> = pieces.iter().take(if shared { 1 } else { pieces.len() }).map(|piece| &piece.down).collect();
-        self.put(format!("{stem}.lora_up.weight"), up, Some(dtype))?;
-        self.put(format!("{stem}.lora_down.weight"), Tensor::cat(&downs, 0)?, Some(dtype))?;
+        self.put(format!("{stem}.lora_up.weight"), &up, Some(dtype))?;
+        self.put(format!("{stem}.lora_down.weight"), &Tensor::cat(&downs, 0)?, Some(dtype))?;
         self.tensors.insert(format!("{stem}.alpha"), Tensor::new(columns as f32, &Device::Cpu)?);
         Ok(())
     }
@@ -223,14 +223,14 @@ impl Writer {
             let dtype = Some(first.dtype);
             let ups: Vec<&Tensor> = found.iter().map(|(up, _)| up).collect();
             let downs: Vec<&Tensor> = found.iter().map(|(_, piece)| &piece.down).collect();
-            self.put(format!("{stem}.lora_A.weight"), Tensor::cat(&downs, 0)?, dtype)?;
-            self.put(format!("{stem}.lora_B.weight"), Tensor::cat(&ups, 1)?, dtype)?;
+            self.put(format!("{stem}.lora_A.weight"), &Tensor::cat(&downs, 0)?, dtype)?;
+            self.put(format!("{stem}.lora_B.weight"), &Tensor::cat(&ups, 1)?, dtype)?;
         }
         Ok(())
     }
 
     /// In the wanted type, else in `stored`, else as it is.
-    fn put(&mut self, name: String, tensor: Tensor, stored: Option<DType>) -> Result<(), Error> {
+    fn put(&mut self, name: String, tensor: &Tensor, stored: Option<DType>) -> Result<(), Error> {
         let dtype = self.dtype.or(stored).unwrap_or_else(|| tensor.dtype());
         // fp8 was only a way to keep it.
         let dtype = if matches!(dtype, DType::F32 | DType::F16 | DType::BF16) { dtype } else { DType::BF16 };

@@ -1,0 +1,197 @@
+//! y += a b on the CPU for a small inner size, as a LoRA's factors have it: y is read and written once, b stays in cache.
+//!
+//! A general product packs both factors anew for every few rows of y, which takes longer than the arithmetic of a rank of 16.
+
+use pulp::{Arch, Simd, WithSimd};
+
+/// Rows of y, and vectors of each row, whose sums stay in registers: 12 of 16, with one for a and two for b.
+pub(super) const ROWS: usize = 6;
+const VECTORS: usize = 2;
+
+/// Widest vector, in values.
+const LANES: usize = 16;
+
+/// Panels that are used for one stretch of rows before the next ones: their part of b stays in the first-level cache.
+const PANELS: usize = 8;
+
+/// b `(k, m)` in panels of a few columns, each `(k, width)` and in one piece: rows of b lie a multiple of 4 KB apart, which a cache
+/// cannot keep side by side.
+#[derive(Debug)]
+pub(super) struct Packed {
+    values: Vec<f32>,
+    k: usize,
+    m: usize,
+    width: usize,
+}
+
+impl Packed {
+    pub(super) fn new(b: &[f32], k: usize, m: usize) -> Self {
+        let width = VECTORS * Arch::new().dispatch(Lanes);
+        let mut values = vec![0.0; m.div_ceil(width) * k * width];
+        for (panel, to) in values.chunks_exact_mut((k * width).max(1)).enumerate() {
+            let columns = panel * width..m.min((panel + 1) * width);
+            for (i, to) in to.chunks_exact_mut(width).enumerate() {
+                to[..columns.len()].copy_from_slice(&b[i * m..][columns.clone()]);
+            }
+        }
+        Self { values, k, m, width }
+    }
+
+    /// y `(n, m)` += a `(n, k)` b. Each value is summed over k in its order, whatever n is, so the result does not depend on how rows
+    /// are shared out.
+    pub(super) fn add_product(&self, a: &[f32], y: &mut [f32]) {
+        if self.k > 0 && self.m > 0 {
+            Arch::new().dispatch(Onto { b: self, a, y });
+        }
+    }
+}
+
+/// y += x, value by value.
+pub(super) fn add(x: &[f32], y: &mut [f32]) {
+    Arch::new().dispatch(Add { x, y });
+}
+
+struct Lanes;
+
+impl WithSimd for Lanes {
+    type Output = usize;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> usize {
+        S::F32_LANES
+    }
+}
+
+struct Add<'a> {
+    x: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl WithSimd for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let ((x, x_rest), (y, y_rest)) = (S::as_simd_f32s(self.x), S::as_mut_simd_f32s(self.y));
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = simd.add_f32s(*y, *x));
+        y_rest.iter_mut().zip(x_rest).for_each(|(y, x)| *y += x);
+    }
+}
+
+struct Onto<'a> {
+    b: &'a Packed,
+    a: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl WithSimd for Onto<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { b, a, y } = self;
+        let (k, m, width) = (b.k, b.m, b.width);
+        let tiled = y.len() / m / ROWS * ROWS;
+        let (a_tiled, a_rest) = a.split_at(tiled * k);
+        // Column by column, so that a tile reads on without asking where a row ends.
+        let a_tiles: Vec<Vec<[f32; ROWS]>> = a_tiled.chunks_exact(ROWS * k).map(|a| columns(a, k)).collect();
+        let a_rest: Vec<Vec<[f32; 1]>> = a_rest.chunks_exact(k).map(|a| columns(a, k)).collect();
+        for (group, panels) in b.values.chunks(PANELS * k * width).enumerate() {
+            let first = group * PANELS * width;
+            let (y_tiles, y_rest) = y.split_at_mut(tiled * m);
+            for (y, a) in y_tiles.chunks_exact_mut(ROWS * m).zip(&a_tiles) {
+                for (panel, b) in panels.chunks_exact(k * width).enumerate() {
+                    tile(simd, y, a, b, [m, first + panel * width]);
+                }
+            }
+            for (y, a) in y_rest.chunks_exact_mut(m).zip(&a_rest) {
+                for (panel, b) in panels.chunks_exact(k * width).enumerate() {
+                    tile(simd, y, a, b, [m, first + panel * width]);
+                }
+            }
+        }
+    }
+}
+
+/// The columns of R rows of a.
+fn columns<const R: usize>(a: &[f32], k: usize) -> Vec<[f32; R]> {
+    (0..k).map(|i| std::array::from_fn(|row| a[row * k + i])).collect()
+}
+
+/// R rows and one panel's columns, from `column` on, of y `(R, m)` += a b, with the columns of a and the rows of the panel.
+#[inline(always)]
+fn tile<S: Simd, const R: usize>(simd: S, y: &mut [f32], a: &[[f32; R]], b: &[f32], [m, column]: [usize; 2]) {
+    let mut sums = [[simd.splat_f32s(0.0); VECTORS]; R];
+    let (b, _) = S::as_simd_f32s(b);
+    let (b, _) = b.as_chunks::<VECTORS>();
+    for (a, b) in a.iter().zip(b) {
+        for (sums, a) in sums.iter_mut().zip(a) {
+            let a = simd.splat_f32s(*a);
+            for (sum, b) in sums.iter_mut().zip(b) {
+                *sum = simd.mul_add_f32s(a, *b, *sum);
+            }
+        }
+    }
+    let width = VECTORS * S::F32_LANES;
+    for (y, sums) in y.chunks_exact_mut(m).zip(&sums) {
+        let y = &mut y[column..];
+        match y.get_mut(..width) {
+            Some(y) => {
+                let (y, _) = S::as_mut_simd_f32s(y);
+                y.iter_mut().zip(sums).for_each(|(y, sum)| *y = simd.add_f32s(*y, *sum));
+            }
+            // The last panel has columns that y has not.
+            None => {
+                let mut last = [0f32; VECTORS * LANES];
+                let (vectors, _) = S::as_mut_simd_f32s(&mut last[..width]);
+                vectors.copy_from_slice(sums);
+                y.iter_mut().zip(&last).for_each(|(y, sum)| *y += sum);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn the_product_is_added_whatever_the_sizes() {
+        for (n, k, m) in [(1, 1, 1), (6, 16, 32), (7, 3, 33), (13, 5, 700), (20, 17, 31), (3, 0, 5), (0, 4, 5)] {
+            let (a, b, y) = (values(n * k, 1), values(k * m, 2), values(n * m, 3));
+            let mut got = y.clone();
+            Packed::new(&b, k, m).add_product(&a, &mut got);
+            for (at, got) in got.iter().enumerate() {
+                let (row, column) = (at / m, at % m);
+                let sum: f64 = (0..k).map(|i| f64::from(a[row * k + i]) * f64::from(b[i * m + column])).sum();
+                assert!((f64::from(*got) - f64::from(y[at]) - sum).abs() < 1e-5, "{n} {k} {m}: {row}, {column}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_do_not_depend_on_their_neighbours() {
+        let (k, m) = (9, 77);
+        let (a, b) = (values(20 * k, 1), Packed::new(&values(k * m, 2), k, m));
+        let mut whole = values(20 * m, 3);
+        let mut parts = whole.clone();
+        b.add_product(&a, &mut whole);
+        for (from, to) in [(0, 1), (1, 8), (8, 20)] {
+            b.add_product(&a[from * k..to * k], &mut parts[from * m..to * m]);
+        }
+        assert!(whole.iter().zip(&parts).all(|(a, b)| a.to_bits() == b.to_bits()));
+        let (mut sum, x) = (values(100, 4), values(100, 5));
+        let before = sum.clone();
+        add(&x, &mut sum);
+        assert!((0..100).all(|i| sum[i] == before[i] + x[i]));
+    }
+}
