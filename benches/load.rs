@@ -9,12 +9,15 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use candle_core::{DType, Device};
 use models::flux::Flux;
 use models::weights::{Checkpoint, Component, Source};
+use watch::Watch;
+
+#[path = "common/watch.rs"]
+mod watch;
 
 const REPEATS: usize = 5;
 const D: usize = 3072;
@@ -143,34 +146,4 @@ fn write(path: &PathBuf, gigabytes: f64) -> u64 {
     }
     file.flush().unwrap();
     end
-}
-
-/// Samples the process's private memory every few milliseconds (the mapped file's pages are the system's and do not count).
-struct Watch {
-    peak: &'static AtomicU64,
-}
-
-impl Watch {
-    fn start() -> Self {
-        static PEAK: AtomicU64 = AtomicU64::new(0);
-        static RUN: AtomicBool = AtomicBool::new(true);
-        std::thread::spawn(|| {
-            while RUN.load(Ordering::Relaxed) {
-                PEAK.fetch_max(private_bytes(), Ordering::Relaxed);
-                std::thread::sleep(Duration::from_millis(5));
-            }
-        });
-        Self { peak: &PEAK }
-    }
-
-    fn peak(&self) -> u64 {
-        self.peak.fetch_max(private_bytes(), Ordering::Relaxed).max(private_bytes())
-    }
-}
-
-/// `RssAnon`, in bytes.
-fn private_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
-    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) * 1024
 }

@@ -143,6 +143,15 @@ pub(super) enum Parsed {
     Unknown,
 }
 
+/// The module of FLUX.1 that a stored key belongs to, under any of the published namings.
+#[must_use]
+pub fn module_of(key: &str) -> Option<Module> {
+    match parse(key) {
+        Parsed::Known(found) => Some(found.module),
+        Parsed::Ignored | Parsed::Unknown => None,
+    }
+}
+
 /// Takes a key apart.
 pub(super) fn parse(key: &str) -> Parsed {
     if IGNORED.iter().any(|ignored| key.starts_with(ignored) || key.contains("._aux.")) {

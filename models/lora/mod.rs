@@ -25,6 +25,7 @@ pub use bake::Baking;
 pub use change::{Change, Factor, Kind, Magnitude};
 pub use convert::{Format, convert};
 pub use error::Error;
+pub use keys::module_of;
 pub use metadata::Base;
 pub use modules::{Module, Naming, Place};
 pub use patch::{Home, Mode, Patches, Selected, Switch};
