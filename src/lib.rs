@@ -3,7 +3,7 @@
 //! A picture travels one way: a [`ops::generate::Request`] (as sent) becomes an [`engine::Job`] (valid, every default filled
 //! in), a job becomes latents, latents become pictures, pictures become files. [`cli`] is one face of [`ops`]; [`engine`] has
 //! the device and the model; [`image`] knows picture files; [`fetch`] gets
-//! adapters from where they are; [`prompt`] puts trigger words in their place; [`config`] reads the environment. The model itself is in the
+//! adapters from where they are; [`jobs`] is the durable queue; [`prompt`] puts trigger words in their place; [`config`] reads the environment. The model itself is in the
 //! crate `models`, fused operations in the crate `kernels`.
 
 pub mod cli;
@@ -11,5 +11,6 @@ pub mod config;
 pub mod engine;
 pub mod fetch;
 pub mod image;
+pub mod jobs;
 pub mod ops;
 pub mod prompt;

@@ -1,0 +1,22 @@
+/// Why the store did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("this tenant has {0} jobs waiting, as many as it may")]
+    TenantFull(i64),
+    #[error("{0} jobs are waiting, as many as there may")]
+    Full(i64),
+    #[error("the idempotency key was used for another request")]
+    Conflict,
+    #[error("another worker has the job now")]
+    Lost,
+    #[error("{0:?} is no database; give sqlite:PATH or postgres://...")]
+    Address(String),
+    #[error("the database was written by a newer version (schema {found}, this one knows {known})")]
+    Newer { found: i64, known: i64 },
+    #[error("the database holds something unexpected in {0}")]
+    Damaged(&'static str),
+    #[error("the database cannot be backed up before its schema is changed")]
+    Backup(#[source] std::io::Error),
+    #[error("the database fails")]
+    Database(#[from] sqlx::Error),
+}

@@ -1,0 +1,17 @@
+//! The durable queue: accepted means committed.
+//!
+//! One schema and one set of statements for SQLite (embedded) and PostgreSQL. A job is claimed with a lease and an epoch; a worker
+//! whose lease ended cannot write any more. Whose turn it is, is decided in the claim: the tenant that waited longest since its last
+//! start, and among its first jobs one whose adapters the worker has. Webhook events are written with the change that they tell.
+
+mod error;
+mod id;
+mod job;
+mod rows;
+mod schema;
+mod store;
+
+pub use error::Error;
+pub use id::JobId;
+pub use job::{Claim, Event, Job, NewJob, Outcome, Status, Stop, Webhook};
+pub use store::{Delivery, Limits, Store};

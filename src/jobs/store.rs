@@ -1,0 +1,398 @@
+//! The statements. Every change of state is one transaction, fenced by the claim's epoch.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use sqlx::any::{AnyPoolOptions, AnyRow};
+use sqlx::{Any, AnyPool, AssertSqlSafe, Executor, Row, Transaction};
+
+use super::rows::{COLUMNS, job};
+use super::{Claim, Error, Event, Job, JobId, NewJob, Outcome, Status, Stop, schema};
+
+/// How long an idempotency key is remembered.
+const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
+
+/// How long a delivery is left to whoever took it.
+const DELIVERING: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Jobs that may wait, in all and of one tenant.
+    pub waiting: i64,
+    pub waiting_of_tenant: i64,
+    /// Among so many first jobs of a tenant, one whose adapters are warm may go first,
+    pub window: i64,
+    /// unless the first has waited this long.
+    pub patience: Duration,
+    /// How often a job may take its worker with it before it is given up.
+    pub crashes: i64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { waiting: 1000, waiting_of_tenant: 100, window: 32, patience: Duration::from_secs(30), crashes: 3 }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Dialect {
+    Sqlite,
+    Postgres,
+}
+
+impl Dialect {
+    /// SQLite asks for the lock at once, rather than failing when a reader becomes a writer.
+    pub(super) fn begin(self) -> &'static str {
+        match self {
+            Self::Sqlite => "BEGIN IMMEDIATE",
+            Self::Postgres => "BEGIN",
+        }
+    }
+
+    /// The database's own clock, in milliseconds: the hosts' may differ.
+    fn now(self) -> &'static str {
+        match self {
+            Self::Sqlite => "CAST(unixepoch('subsec') * 1000 AS INTEGER)",
+            Self::Postgres => "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)",
+        }
+    }
+
+    /// Several workers ask at the same time: each passes over what another one is taking.
+    fn skip(self) -> &'static str {
+        match self {
+            Self::Sqlite => "",
+            Self::Postgres => "FOR UPDATE SKIP LOCKED",
+        }
+    }
+}
+
+/// An event that a webhook must be told. Whoever has it has a minute to do so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Delivery {
+    pub job: JobId,
+    pub event: Event,
+    /// Deliveries that failed so far.
+    pub attempts: i64,
+}
+
+/// The queue and its history. Clones share the connections.
+#[derive(Debug, Clone)]
+pub struct Store {
+    pool: AnyPool,
+    dialect: Dialect,
+    limits: Limits,
+}
+
+type Query<'q> = sqlx::query::Query<'q, Any, sqlx::any::AnyArguments>;
+
+impl Store {
+    /// `sqlite:PATH` (made if it is not there) or `postgres://...`, brought to this version's schema.
+    pub async fn open(address: &str, limits: Limits) -> Result<Self, Error> {
+        sqlx::any::install_default_drivers();
+        let (dialect, file) = match address.split_once(':') {
+            Some(("sqlite", path)) => (Dialect::Sqlite, Some(PathBuf::from(path))),
+            Some(("postgres" | "postgresql", _)) => (Dialect::Postgres, None),
+            _ => return Err(Error::Address(address.split_once('@').map_or(address, |(_, host)| host).into())),
+        };
+        let url = if dialect == Dialect::Sqlite { format!("{address}?mode=rwc") } else { address.to_owned() };
+        let pool = AnyPoolOptions::new()
+            .max_connections(8)
+            .after_connect(move |connection, _| {
+                Box::pin(async move {
+                    if dialect == Dialect::Sqlite {
+                        // Committed is on the disk, and readers do not wait for the writer.
+                        for pragma in ["journal_mode = WAL", "synchronous = FULL", "busy_timeout = 10000"] {
+                            connection.execute(AssertSqlSafe(format!("PRAGMA {pragma}"))).await?;
+                        }
+                    }
+                    Ok(())
+                })
+            })
+            .connect(&url)
+            .await?;
+        schema::migrate(&pool, dialect, file.as_deref()).await?;
+        Ok(Self { pool, dialect, limits })
+    }
+
+    fn sql(&self, text: &str) -> AssertSqlSafe<String> {
+        let text = text.replace("{now}", self.dialect.now()).replace("{skip}", self.dialect.skip());
+        AssertSqlSafe(text.replace("{columns}", COLUMNS))
+    }
+
+    fn query<'q>(&self, text: &str) -> Query<'q> {
+        sqlx::query(self.sql(text))
+    }
+
+    async fn begin(&self) -> Result<Transaction<'static, Any>, Error> {
+        Ok(self.pool.begin_with(self.dialect.begin()).await?)
+    }
+
+    /// Accepts a job: when this returns it is committed. `false` if an idempotency key named an earlier one, which is returned.
+    pub async fn submit(&self, new: &NewJob) -> Result<(Job, bool), Error> {
+        let mut transaction = self.begin().await?;
+        if let Some((key, body)) = &new.idempotency {
+            let earlier = "SELECT body, job FROM idempotency WHERE tenant = $1 AND key = $2";
+            let earlier = self.query(earlier).bind(&new.tenant).bind(key).fetch_optional(&mut *transaction).await?;
+            if let Some(row) = earlier {
+                if row.try_get::<String, _>("body")? != *body {
+                    return Err(Error::Conflict);
+                }
+                let find = self.query("SELECT {columns} FROM jobs WHERE id = $1").bind(row.try_get::<String, _>("job")?);
+                return Ok((job(&find.fetch_one(&mut *transaction).await?)?, false));
+            }
+        }
+        let waiting =
+            "SELECT COUNT(*), COALESCE(SUM(CASE WHEN tenant = $1 THEN 1 ELSE 0 END), 0) FROM jobs WHERE status = 'queued'";
+        let waiting = self.query(waiting).bind(&new.tenant).fetch_one(&mut *transaction).await?;
+        let (all, own): (i64, i64) = (waiting.try_get(0)?, waiting.try_get(1)?);
+        if own >= self.limits.waiting_of_tenant {
+            return Err(Error::TenantFull(own));
+        }
+        if all >= self.limits.waiting {
+            return Err(Error::Full(all));
+        }
+        let id = JobId::new();
+        let events = new.webhook.iter().flat_map(|webhook| &webhook.events).map(|event| event.as_str());
+        let insert = "INSERT INTO jobs (id, tenant, status, request, affinity, created_at, deadline, webhook, webhook_events) \
+             VALUES ($1, $2, 'queued', $3, $4, {now}, {now} + CAST($5 AS BIGINT), $6, $7) RETURNING {columns}";
+        let insert = self
+            .query(insert)
+            .bind(id.as_str())
+            .bind(&new.tenant)
+            .bind(new.request.to_string())
+            .bind(&new.affinity)
+            .bind(new.within)
+            .bind(new.webhook.as_ref().map(|webhook| webhook.url.clone()))
+            .bind(events.collect::<Vec<_>>().join(" "));
+        let accepted = job(&insert.fetch_one(&mut *transaction).await?)?;
+        if let Some((key, body)) = &new.idempotency {
+            let remember = "INSERT INTO idempotency (tenant, key, body, job, created_at) VALUES ($1, $2, $3, $4, {now})";
+            let remember = self.query(remember).bind(&new.tenant).bind(key).bind(body).bind(id.as_str());
+            remember.execute(&mut *transaction).await?;
+        }
+        transaction.commit().await?;
+        Ok((accepted, true))
+    }
+
+    /// A tenant's job. What belongs to another is not there.
+    pub async fn get(&self, tenant: &str, id: &JobId) -> Result<Option<Job>, Error> {
+        let find = self.query("SELECT {columns} FROM jobs WHERE id = $1 AND tenant = $2").bind(id.as_str()).bind(tenant);
+        find.fetch_optional(&self.pool).await?.as_ref().map(job).transpose()
+    }
+
+    /// A tenant's jobs, newest first, from below `before`.
+    pub async fn list(&self, tenant: &str, before: Option<&JobId>, limit: i64) -> Result<Vec<Job>, Error> {
+        let list = "SELECT {columns} FROM jobs WHERE tenant = $1 AND id < $2 ORDER BY id DESC LIMIT $3";
+        // Behind every id.
+        let before = before.map_or("~", JobId::as_str);
+        let list = self.query(list).bind(tenant).bind(before).bind(limit);
+        list.fetch_all(&self.pool).await?.iter().map(job).collect()
+    }
+
+    /// How many jobs wait before this one, of all tenants.
+    pub async fn ahead(&self, id: &JobId) -> Result<i64, Error> {
+        let count = self.query("SELECT COUNT(*) FROM jobs WHERE status = 'queued' AND id < $1").bind(id.as_str());
+        Ok(count.fetch_one(&self.pool).await?.try_get(0)?)
+    }
+
+    /// Stops a tenant's job: at once if it waits, within a step if it runs, not at all if it has ended.
+    pub async fn cancel(&self, tenant: &str, id: &JobId) -> Result<Option<Job>, Error> {
+        let mut transaction = self.begin().await?;
+        let queued = "UPDATE jobs SET status = 'canceled', completed_at = {now} WHERE id = $1 AND tenant = $2 AND status = 'queued' \
+             RETURNING {columns}";
+        let canceled = self.query(queued).bind(id.as_str()).bind(tenant).fetch_optional(&mut *transaction).await?;
+        if let Some(row) = canceled {
+            let canceled = job(&row)?;
+            self.tell(&mut transaction, &canceled, Event::Completed).await?;
+            transaction.commit().await?;
+            return Ok(Some(canceled));
+        }
+        let running =
+            "UPDATE jobs SET stop_asked = COALESCE(stop_asked, 'canceled') WHERE id = $1 AND tenant = $2 AND status = 'running'";
+        self.query(running).bind(id.as_str()).bind(tenant).execute(&mut *transaction).await?;
+        transaction.commit().await?;
+        self.get(tenant, id).await
+    }
+
+    /// The next job for a worker that has the adapter sets `warm`, for as long as `lease`.
+    pub async fn claim(&self, worker: &str, warm: &[String], lease: Duration) -> Result<Option<Claim>, Error> {
+        let mut transaction = self.begin().await?;
+        let warm_there = match warm.len() {
+            0 => "1 = 0".into(),
+            n => format!("affinity IN ({})", (0..n).map(|i| format!("${}", i + 3)).collect::<Vec<_>>().join(", ")),
+        };
+        let next = format!(
+            "SELECT id FROM (
+                 SELECT id, affinity, created_at FROM jobs WHERE status = 'queued' AND tenant = (
+                     SELECT waiting.tenant FROM (SELECT tenant, MIN(id) AS first FROM jobs WHERE status = 'queued' GROUP BY tenant) waiting
+                     LEFT JOIN tenants ON tenants.tenant = waiting.tenant
+                     ORDER BY COALESCE(tenants.last_start, 0), waiting.first LIMIT 1
+                 ) ORDER BY id LIMIT $1 {{skip}}
+             ) first_ones
+             ORDER BY CASE WHEN created_at < {{now}} - $2 THEN 0 WHEN {warm_there} THEN 1 ELSE 2 END, id LIMIT 1"
+        );
+        let mut next = self.query(&next).bind(self.limits.window).bind(milliseconds(self.limits.patience));
+        for set in warm {
+            next = next.bind(set);
+        }
+        let Some(row) = next.fetch_optional(&mut *transaction).await? else { return Ok(None) };
+        let take = "UPDATE jobs SET status = 'running', epoch = epoch + 1, worker = $1, lease_until = {now} + $2, \
+             started_at = COALESCE(started_at, {now}), progress = NULL WHERE id = $3 RETURNING {columns}";
+        let take = self.query(take).bind(worker).bind(milliseconds(lease)).bind(row.try_get::<String, _>(0)?);
+        let taken = job(&take.fetch_one(&mut *transaction).await?)?;
+        let turn = "INSERT INTO tenants (tenant, last_start) VALUES ($1, {now}) \
+             ON CONFLICT (tenant) DO UPDATE SET last_start = excluded.last_start";
+        self.query(turn).bind(&taken.tenant).execute(&mut *transaction).await?;
+        if taken.epoch == 1 {
+            self.tell(&mut transaction, &taken, Event::Start).await?;
+        }
+        transaction.commit().await?;
+        Ok(Some(Claim { job: taken, worker: worker.into() }))
+    }
+
+    /// Keeps a claim for another `lease` and says how far the job is. Answers whether it should stop; an error if the claim is lost.
+    pub async fn heartbeat(
+        &self,
+        claim: &Claim,
+        lease: Duration,
+        progress: Option<&serde_json::Value>,
+    ) -> Result<Option<Stop>, Error> {
+        let beat = "UPDATE jobs SET lease_until = {now} + $1, progress = COALESCE($2, progress) \
+             WHERE id = $3 AND epoch = $4 AND status = 'running' RETURNING stop_asked, CASE WHEN deadline < {now} THEN 1 ELSE 0 END";
+        let beat = self.query(beat).bind(milliseconds(lease)).bind(progress.map(ToString::to_string));
+        let beat = beat.bind(claim.job.id.as_str()).bind(claim.job.epoch);
+        let row = beat.fetch_optional(&self.pool).await?.ok_or(Error::Lost)?;
+        Ok(match (row.try_get::<Option<String>, _>(0)?.as_deref(), row.try_get::<i64, _>(1)?) {
+            (Some("deadline"), _) | (None, 1) => Some(Stop::Deadline),
+            (Some(_), _) => Some(Stop::Asked),
+            (None, _) => None,
+        })
+    }
+
+    /// Adds to the job's logs.
+    pub async fn log(&self, claim: &Claim, text: &str) -> Result<(), Error> {
+        let mut transaction = self.begin().await?;
+        let add = "UPDATE jobs SET logs = logs || $1 WHERE id = $2 AND epoch = $3 AND status = 'running' RETURNING {columns}";
+        let add = self.query(add).bind(text).bind(claim.job.id.as_str()).bind(claim.job.epoch);
+        let row = add.fetch_optional(&mut *transaction).await?.ok_or(Error::Lost)?;
+        self.tell(&mut transaction, &job(&row)?, Event::Logs).await?;
+        Ok(transaction.commit().await?)
+    }
+
+    /// Ends a job. An error, and no change, if the claim is lost.
+    pub async fn finish(&self, claim: &Claim, outcome: &Outcome) -> Result<Job, Error> {
+        let (status, result, code, message) = match outcome {
+            Outcome::Succeeded(result) => (Status::Succeeded, Some(result.to_string()), None, None),
+            Outcome::Failed { code, message } => (Status::Failed, None, Some(code.clone()), Some(message.clone())),
+            Outcome::Canceled => (Status::Canceled, None, None, None),
+        };
+        let mut transaction = self.begin().await?;
+        let end = "UPDATE jobs SET status = $1, result = $2, error_code = $3, error = $4, completed_at = {now}, lease_until = NULL \
+             WHERE id = $5 AND epoch = $6 AND status = 'running' RETURNING {columns}";
+        let end = self.query(end).bind(status.as_str()).bind(result).bind(code).bind(message);
+        let end = end.bind(claim.job.id.as_str()).bind(claim.job.epoch);
+        let ended = job(&end.fetch_optional(&mut *transaction).await?.ok_or(Error::Lost)?)?;
+        if status == Status::Succeeded {
+            self.tell(&mut transaction, &ended, Event::Output).await?;
+        }
+        self.tell(&mut transaction, &ended, Event::Completed).await?;
+        transaction.commit().await?;
+        Ok(ended)
+    }
+
+    /// Puts a job back that its worker cannot finish, without blame: the worker is being stopped.
+    pub async fn release(&self, claim: &Claim) -> Result<(), Error> {
+        let back = "UPDATE jobs SET status = 'queued', worker = NULL, lease_until = NULL WHERE id = $1 AND epoch = $2 AND status = 'running'";
+        let back = self.query(back).bind(claim.job.id.as_str()).bind(claim.job.epoch);
+        if back.execute(&self.pool).await?.rows_affected() == 0 { Err(Error::Lost) } else { Ok(()) }
+    }
+
+    /// Does what time demands: jobs of dead workers wait again or are given up, deadlines pass, old keys are forgotten. Any process
+    /// may call it at any time. Returns the jobs that changed.
+    pub async fn reap(&self) -> Result<Vec<Job>, Error> {
+        let dead = "status = 'running' AND lease_until < {now}";
+        let changes = [
+            format!("UPDATE jobs SET status = 'canceled', completed_at = {{now}} WHERE {dead} AND stop_asked IS NOT NULL"),
+            format!(
+                "UPDATE jobs SET status = 'failed', completed_at = {{now}}, crashes = crashes + 1, error_code = 'worker_crashed', \
+                 error = 'the worker died each time it ran this job' WHERE {dead} AND crashes + 1 >= {}",
+                self.limits.crashes
+            ),
+            format!("UPDATE jobs SET status = 'queued', crashes = crashes + 1, worker = NULL, lease_until = NULL WHERE {dead}"),
+            "UPDATE jobs SET status = 'aborted', completed_at = {now}, error_code = 'deadline', \
+             error = 'the deadline passed before it began' WHERE status = 'queued' AND deadline < {now}"
+                .into(),
+        ];
+        let mut transaction = self.begin().await?;
+        let mut changed = Vec::new();
+        for change in changes {
+            for row in self.query(&(change + " RETURNING {columns}")).fetch_all(&mut *transaction).await? {
+                let job = job(&row)?;
+                if job.status.is_final() {
+                    self.tell(&mut transaction, &job, Event::Completed).await?;
+                }
+                changed.push(job);
+            }
+        }
+        let late = "UPDATE jobs SET stop_asked = 'deadline' WHERE status = 'running' AND stop_asked IS NULL AND deadline < {now}";
+        self.query(late).execute(&mut *transaction).await?;
+        let forget = self.query("DELETE FROM idempotency WHERE created_at < {now} - $1").bind(milliseconds(REMEMBERED));
+        forget.execute(&mut *transaction).await?;
+        transaction.commit().await?;
+        Ok(changed)
+    }
+
+    /// Writes an event for the job's webhook, if that wants it.
+    async fn tell(&self, transaction: &mut Transaction<'static, Any>, job: &Job, event: Event) -> Result<(), Error> {
+        if job.webhook.as_ref().is_some_and(|webhook| webhook.events.contains(&event)) {
+            let tell = "INSERT INTO outbox (job, event, next_at) VALUES ($1, $2, {now}) ON CONFLICT (job, event) DO NOTHING";
+            self.query(tell).bind(job.id.as_str()).bind(event.as_str()).execute(&mut **transaction).await?;
+        }
+        Ok(())
+    }
+
+    /// Events to be told now, at most `limit`, with the jobs that they are of. Taken for a minute.
+    pub async fn due(&self, limit: i64) -> Result<Vec<(Delivery, Job)>, Error> {
+        let mut transaction = self.begin().await?;
+        let take = "UPDATE outbox SET next_at = {now} + $1 WHERE (job, event) IN \
+             (SELECT job, event FROM outbox WHERE next_at <= {now} ORDER BY next_at LIMIT $2 {skip}) RETURNING job, event, attempts";
+        let rows = self.query(take).bind(milliseconds(DELIVERING)).bind(limit).fetch_all(&mut *transaction).await?;
+        let mut due = Vec::new();
+        for row in &rows {
+            let delivery = delivery(row)?;
+            let find = self.query("SELECT {columns} FROM jobs WHERE id = $1").bind(delivery.job.as_str());
+            if let Some(row) = find.fetch_optional(&mut *transaction).await? {
+                due.push((delivery, job(&row)?));
+            }
+        }
+        transaction.commit().await?;
+        Ok(due)
+    }
+
+    /// Told, or given up.
+    pub async fn delivered(&self, delivery: &Delivery) -> Result<(), Error> {
+        let done = self.query("DELETE FROM outbox WHERE job = $1 AND event = $2").bind(delivery.job.as_str());
+        done.bind(delivery.event.as_str()).execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// To be told again after `pause`.
+    pub async fn undelivered(&self, delivery: &Delivery, pause: Duration) -> Result<(), Error> {
+        let again = "UPDATE outbox SET attempts = attempts + 1, next_at = {now} + $1 WHERE job = $2 AND event = $3";
+        let again = self.query(again).bind(milliseconds(pause)).bind(delivery.job.as_str()).bind(delivery.event.as_str());
+        again.execute(&self.pool).await?;
+        Ok(())
+    }
+}
+
+fn delivery(row: &AnyRow) -> Result<Delivery, Error> {
+    Ok(Delivery {
+        job: row.try_get::<String, _>("job")?.parse().map_err(|()| Error::Damaged("outbox"))?,
+        event: row.try_get::<String, _>("event")?.parse().map_err(|()| Error::Damaged("outbox"))?,
+        attempts: row.try_get("attempts")?,
+    })
+}
+
+fn milliseconds(time: Duration) -> i64 {
+    i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
+}
