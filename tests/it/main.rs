@@ -26,5 +26,6 @@ mod parity_encoders;
 mod parity_flux;
 mod pocket;
 mod pocket_person;
+mod readme;
 mod site;
 mod tidy;

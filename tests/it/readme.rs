@@ -1,0 +1,85 @@
+//! The README's commands about LoRAs, as they stand there, with small stand-ins for what a reader has: a base, files, a hub.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::cli::{Place, Ran};
+use crate::fixtures;
+use crate::site::{Reply, Site};
+
+fn weights() -> Vec<u8> {
+    fs::read(fixtures::path("lora").join("kohya.safetensors")).unwrap()
+}
+
+/// What a reader has beside them.
+fn prepare(place: &Place) {
+    fs::write(place.path("me.safetensors"), weights()).unwrap();
+    fs::copy(fixtures::path("lora").join("diffusers.safetensors"), place.path("you.safetensors")).unwrap();
+    let mut builder = tar::Builder::new(fs::File::create(place.path("trained_model.tar")).unwrap());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(weights().len() as u64);
+    header.set_mode(0o644);
+    builder.append_data(&mut header, "output/flux_train_replicate/lora.safetensors", weights().as_slice()).unwrap();
+    builder.finish().unwrap();
+}
+
+/// A shell's words, as far as the README needs a shell.
+fn words(line: &str) -> Vec<String> {
+    let (mut words, mut word, mut quoted) = (Vec::new(), String::new(), false);
+    for c in line.chars() {
+        match c {
+            '"' => quoted = !quoted,
+            '#' if !quoted && word.is_empty() => break,
+            ' ' if !quoted => {
+                if !word.is_empty() {
+                    words.push(std::mem::take(&mut word));
+                }
+            }
+            c => word.push(c),
+        }
+    }
+    if !word.is_empty() {
+        words.push(word);
+    }
+    words
+}
+
+#[test]
+fn your_lora() {
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let section = readme.split("\n## ").find(|section| section.starts_with("Your LoRA")).unwrap();
+    let commands: Vec<Vec<String>> = section.lines().filter_map(|line| line.strip_prefix("$ darkroom ")).map(words).collect();
+    assert!(commands.len() >= 7, "{commands:?}");
+
+    let site = Site::serve(|request| match request.path.as_str() {
+        "/api/models/owner/repo/revision/main?blobs=true" => {
+            Reply::json(&json!({"sha": "c1", "siblings": [{"rfilename": "a.safetensors"}]}))
+        }
+        _ => Reply::ok(&weights()),
+    });
+    let place = Place::new();
+    prepare(&place);
+    let tiny = fixtures::path("tiny-dev").display().to_string();
+    let pocket = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pocket").display().to_string();
+    for command in commands {
+        let stand_in = |word: &String| match word.as_str() {
+            "flux1-dev" => tiny.clone(),
+            word => word.replace("https://example.com", &site.address).replace("models/pocket", &pocket),
+        };
+        let mut arguments: Vec<String> = command.iter().map(stand_in).collect();
+        if command[0] == "generate" && command.contains(&"flux1-dev".to_owned()) {
+            arguments.extend(["--width", "32", "--height", "32", "--steps", "2"].map(String::from));
+        }
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let mut run = place.command(&arguments);
+        let ran = Ran::of(run.env("HF_ENDPOINT", &site.address).env("DARKROOM_PRIVATE_URLS", "1"));
+        assert!(ran.is_success(), "{command:?}: {}{}", ran.out(), ran.err());
+        // `extract` writes a name that is there already in this place.
+        if command[1] == "inspect" {
+            fs::remove_file(place.path("me.safetensors")).unwrap();
+        }
+    }
+    assert_eq!(site.count("/style.safetensors"), 1);
+}
