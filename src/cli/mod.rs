@@ -7,6 +7,7 @@ mod generate;
 mod lora;
 mod models;
 mod progress;
+mod serve;
 mod signal;
 
 use std::io::{IsTerminal, Write};
@@ -37,6 +38,7 @@ enum Verb {
     Generate(Box<generate::Args>),
     Lora(lora::Args),
     Models(models::Args),
+    Serve(Box<serve::Args>),
     Completions(completions::Args),
 }
 
@@ -57,6 +59,7 @@ pub fn main() -> ExitCode {
         Verb::Generate(args) => generate::run(*args, &config),
         Verb::Lora(args) => lora::run(args, &config),
         Verb::Models(args) => models::run(args, &config),
+        Verb::Serve(args) => serve::run(*args, &config),
         Verb::Completions(args) => completions::run(&args),
     };
     match result {

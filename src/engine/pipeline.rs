@@ -122,6 +122,12 @@ impl Pipeline {
         Traits { guidance: self.flux.config().guidance, text_tokens: self.text_tokens }
     }
 
+    /// What is computed in.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// The adapters on the weights. Held by a job while it runs.
     pub fn patches(&self) -> MutexGuard<'_, Patches> {
         // A panic in a job leaves either its set or the one before: both are known to the next switch.

@@ -8,14 +8,24 @@ use super::Error;
 /// More than this belongs into a file, in bytes once decoded.
 const MOST_BYTES: usize = 32 << 20;
 
-/// The bytes of `data:[type];base64,...`.
+/// A weight file out of `data:[type];base64,...`.
 pub(super) fn decode(text: &str) -> Result<Vec<u8>, Error> {
+    bytes(text, &["application", "binary"])
+}
+
+/// A picture out of a data URI.
+pub fn decode_picture(text: &str) -> Result<Vec<u8>, Error> {
+    bytes(text, &["image", "application"])
+}
+
+/// The bytes of `data:[type];base64,...`, if the type is missing or one of these.
+fn bytes(text: &str, kinds: &[&str]) -> Result<Vec<u8>, Error> {
     let (head, body) = text.split_once(',').ok_or(Error::Data("has no comma"))?;
     let head = head.to_ascii_lowercase();
     let mut parts = head.strip_prefix("data:").ok_or(Error::Data("does not begin with data:"))?.split(';');
     let kind = parts.next().unwrap_or_default();
-    if !matches!(kind.split_once('/'), None | Some(("application" | "binary", _))) {
-        return Err(Error::Data("is of another type than application/octet-stream, application/x-tar or application/gzip"));
+    if kind.split_once('/').is_some_and(|(kind, _)| !kinds.contains(&kind)) {
+        return Err(Error::Data("is of another type than what is asked for"));
     }
     if parts.next_back() != Some("base64") {
         return Err(Error::Data("is not base64"));

@@ -31,6 +31,7 @@ use tempfile::TempPath;
 use crate::config::Secret;
 
 pub use archive::{Member, extract};
+pub use data::decode_picture;
 pub use error::Error;
 pub use fetcher::{Fetcher, shown};
 pub use local::local;

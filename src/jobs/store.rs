@@ -307,6 +307,13 @@ impl Store {
         if back.execute(&self.pool).await?.rows_affected() == 0 { Err(Error::Lost) } else { Ok(()) }
     }
 
+    /// Ends the leases of a worker that is known to be dead, so that nobody waits for them.
+    pub async fn abandon(&self, worker: &str) -> Result<(), Error> {
+        let end = self.query("UPDATE jobs SET lease_until = 0 WHERE worker = $1 AND status = 'running'").bind(worker);
+        end.execute(&self.pool).await?;
+        Ok(())
+    }
+
     /// Does what time demands: jobs of dead workers wait again or are given up, deadlines pass, old keys are forgotten. Any process
     /// may call it at any time. Returns the jobs that changed.
     pub async fn reap(&self) -> Result<Vec<Job>, Error> {

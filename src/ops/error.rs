@@ -65,6 +65,8 @@ pub enum Error {
         #[source]
         source: std::sync::Arc<fetch::Error>,
     },
+    #[error(transparent)]
+    Jobs(#[from] crate::jobs::Error),
     #[error("{0}")]
     Unequal(String),
     #[error(transparent)]
@@ -93,6 +95,21 @@ impl Error {
     pub fn is_cancelled(&self) -> bool {
         let fetching = matches!(self, Self::Fetch { source, .. } if matches!(**source, fetch::Error::Cancelled));
         fetching || matches!(self, Self::Engine(engine::Error::Cancelled))
+    }
+
+    /// A stable name for programs.
+    #[must_use]
+    pub fn code(&self) -> String {
+        match self {
+            Self::Invalid { .. } | Self::Combination { .. } | Self::UnreadablePicture { .. } => "invalid_input".into(),
+            Self::UnknownModel { .. } | Self::NotPulled { .. } | Self::Models(_) | Self::Weights(_) => "model_unavailable".into(),
+            Self::TooLarge { .. } => "out_of_memory".into(),
+            Self::Lora { source, .. } => format!("lora_{}", source.code()),
+            Self::Fetch { source, .. } => format!("lora_{}", source.code()),
+            Self::Write { .. } | Self::UnwritableFolder { .. } | Self::NoFolder { .. } | Self::Exists { .. } => "storage".into(),
+            Self::Engine(_) => "engine_failed".into(),
+            Self::UnreadableFile { .. } | Self::Jobs(_) | Self::Unequal(_) | Self::Picture(_) => "internal".into(),
+        }
     }
 
     pub(super) fn invalid(field: &'static str, value: &impl ToString, allowed: impl Into<String>) -> Self {

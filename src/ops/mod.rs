@@ -1,12 +1,13 @@
 //! What a user can ask for. The command line and any server are two faces of this: neither can do what the other cannot.
 //!
 //! [`generate`] turns a [`generate::Request`] (as sent) into a valid [`Job`](crate::engine::Job), runs it and writes pictures;
-//! [`lora`] finds and reads adapters; [`models`] knows the named base models, fetches and checks them.
+//! [`lora`] finds and reads adapters; [`models`] knows the named base models, fetches and checks them; [`serve`] runs accepted jobs.
 
 mod error;
 pub mod generate;
 pub mod lora;
 pub mod models;
+pub mod serve;
 mod sizes;
 
 pub use error::Error;

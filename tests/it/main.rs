@@ -27,5 +27,6 @@ mod parity_flux;
 mod pocket;
 mod pocket_person;
 mod readme;
+mod serve;
 mod site;
 mod tidy;

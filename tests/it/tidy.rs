@@ -30,6 +30,7 @@ const WALLS: &[(&str, &[&str])] = &[
         ],
     ),
     ("src/prompt", &["crate::", "models::", "clap"]),
+    ("src/api", &["crate::cli", "candle_core", "use models::", "sqlx", "clap"]),
     ("src/ops", &["crate::cli", "crate::api", "clap::", "indicatif", "axum"]),
     ("src/cli", &["use models::", "sqlx", "hf_hub", "candle_core"]),
 ];

@@ -133,7 +133,7 @@ fn number(field: &'static str, value: f64, least: f64, most: f64) -> Result<f64,
 }
 
 /// 32 bits, so that every reader of JSON and every other program takes it.
-fn random_seed() -> u64 {
+pub(crate) fn random_seed() -> u64 {
     // The standard library seeds its hashers from the system's randomness.
     std::hash::RandomState::new().build_hasher().finish() >> 32
 }

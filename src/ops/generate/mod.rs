@@ -8,5 +8,7 @@ mod settings;
 mod target;
 
 pub use job::prepare;
+pub(crate) use job::random_seed;
 pub use request::{Output, Picture, Precision, Request};
 pub use run::{Cut, LoraReport, ModelReport, Order, Report, Seconds, Stage, run};
+pub(crate) use run::{Setting, device_name, encode};

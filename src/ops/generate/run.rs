@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::Serialize;
 
-use super::settings::{self, Setting};
+use super::settings;
+pub(crate) use super::settings::Setting;
 use super::target::Targets;
 use super::{Output, Precision, Request, prepare};
 use crate::config::Config;
@@ -136,7 +137,7 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage) -> Contro
     tell(told, Stage::Writing)?;
     let digest = digest.and_then(|thread| thread.join().ok().flatten());
     let begun = Instant::now();
-    let device = name(&device);
+    let device = device_name(&device);
     let setting = Setting { model: &model.name, digest: digest.as_deref(), device: &device, dtype: dtype.as_str() };
     let files = write(&targets, &job, &finished, order.output.metadata.then_some(setting))?;
     let latents = targets.write_latents(|| latents(&finished))?;
@@ -175,12 +176,22 @@ fn digest(model: &Model, config: &Config) -> JoinHandle<Option<String>> {
 
 fn write(targets: &Targets, job: &Job, finished: &Finished, setting: Option<Setting<'_>>) -> Result<Vec<PathBuf>, Error> {
     // All are encoded before the first is written, so that a format's limit leaves nothing behind.
+    let encoded = encode(job, finished, (targets.format, targets.quality), setting)?;
+    encoded.iter().enumerate().map(|(i, bytes)| targets.write_picture(i, bytes)).collect()
+}
+
+/// The picture files' bytes, one for each output.
+pub(crate) fn encode(
+    job: &Job,
+    finished: &Finished,
+    (format, quality): (image::Format, u8),
+    setting: Option<Setting<'_>>,
+) -> Result<Vec<Vec<u8>>, Error> {
     let encode = |(picture, seed)| {
         let metadata = setting.map(|setting| settings::metadata(job, seed, setting));
-        image::encode(picture, targets.format, targets.quality, metadata.as_ref())
+        image::encode(picture, format, quality, metadata.as_ref())
     };
-    let encoded = finished.pictures.iter().zip(job.seeds()).map(encode).collect::<Result<Vec<_>, _>>()?;
-    encoded.iter().enumerate().map(|(i, bytes)| targets.write_picture(i, bytes)).collect()
+    Ok(finished.pictures.iter().zip(job.seeds()).map(encode).collect::<Result<Vec<_>, _>>()?)
 }
 
 /// A safetensors file with one f32 tensor, `latents`.
@@ -224,7 +235,8 @@ fn cut(truncation: engine::Truncation) -> Cut {
     Cut { field, encoder, limit, lost }
 }
 
-fn name(device: &candle_core::Device) -> String {
+/// As pictures and reports call it.
+pub(crate) fn device_name(device: &candle_core::Device) -> String {
     match device.location() {
         candle_core::DeviceLocation::Cpu => "cpu".into(),
         candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),

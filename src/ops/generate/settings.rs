@@ -13,7 +13,7 @@ pub(super) const SOFTWARE: &str = concat!("darkroom ", env!("CARGO_PKG_VERSION")
 
 /// Where and with what a job ran.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Setting<'a> {
+pub(crate) struct Setting<'a> {
     pub model: &'a str,
     pub digest: Option<&'a str>,
     pub device: &'a str,

@@ -1,0 +1,376 @@
+//! `darkroom serve` as a process: what clients get, and what survives when processes are killed.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+
+use crate::cli::Place;
+use crate::site::{Reply, Site};
+
+struct Service {
+    child: Child,
+    address: String,
+    runtime: tokio::runtime::Runtime,
+    client: reqwest::Client,
+}
+
+struct Answer {
+    status: u16,
+    headers: reqwest::header::HeaderMap,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
+    }
+}
+
+impl Service {
+    fn start(place: &Place, more: &[&str]) -> Self {
+        let data = place.path("data").display().to_string();
+        let arguments = [&["serve", "--listen", "127.0.0.1:0", "--data", &data][..], more].concat();
+        let mut command = place.command(&arguments);
+        command.env("DARKROOM_PRIVATE_URLS", "1").stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        let mut address = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut address).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        Self { child, address: address.trim().into(), runtime, client }
+    }
+
+    fn send(&self, request: reqwest::RequestBuilder) -> Answer {
+        self.runtime.block_on(async {
+            let response = request.send().await.unwrap();
+            let (status, headers) = (response.status().as_u16(), response.headers().clone());
+            Answer { status, headers, body: response.bytes().await.unwrap().to_vec() }
+        })
+    }
+
+    fn get(&self, path: &str) -> Answer {
+        let url = if path.starts_with("http") { path.into() } else { format!("{}{path}", self.address) };
+        self.send(self.client.get(url))
+    }
+
+    fn post(&self, path: &str, headers: &[(&str, &str)], body: &Value) -> Answer {
+        let mut request = self.client.post(format!("{}{path}", self.address)).header("content-type", "application/json");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        self.send(request.body(body.to_string()))
+    }
+
+    /// A finished prediction of flux-dev-lora.
+    fn picture(&self, input: &Value) -> Value {
+        let answer = self.post(DEV_LORA, &[("prefer", "wait")], &json!({ "input": input }));
+        assert_eq!(answer.status, 201, "{}", String::from_utf8_lossy(&answer.body));
+        answer.json()
+    }
+
+    fn wait(&self, id: &str) -> Value {
+        let begun = Instant::now();
+        loop {
+            let prediction = self.get(&format!("/v1/predictions/{id}")).json();
+            if !["starting", "processing"].contains(&prediction["status"].as_str().unwrap()) {
+                return prediction;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(120), "{prediction}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn until(&self, id: &str, is: impl Fn(&Value) -> bool) {
+        let begun = Instant::now();
+        while !is(&self.get(&format!("/v1/predictions/{id}")).json()) {
+            assert!(begun.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn worker(&self) -> u32 {
+        let found = Command::new("pgrep").args(["-P", &self.child.id().to_string()]).output().unwrap();
+        String::from_utf8(found.stdout).unwrap().trim().parse().unwrap()
+    }
+
+    fn kill(&mut self, signal: &str) -> Option<i32> {
+        Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
+        self.child.wait().unwrap().code()
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const DEV_LORA: &str = "/v1/models/black-forest-labs/flux-dev-lora/predictions";
+
+/// Some seconds of work.
+fn long(seed: u64) -> Value {
+    json!({ "prompt": "a portrait", "seed": seed, "num_inference_steps": 50, "num_outputs": 4, "output_format": "png" })
+}
+
+fn bytes(output: &Value) -> Vec<u8> {
+    let uri = output.as_str().unwrap();
+    STANDARD.decode(uri.split_once(";base64,").unwrap().1).unwrap()
+}
+
+fn user1001() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pocket/people/user1001.safetensors")
+}
+
+#[test]
+fn pictures_for_replicates_clients() {
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    let input = json!({ "prompt": "a person with long red hair", "seed": 7, "num_inference_steps": 4, "style": "none" });
+    let first = service.picture(&input);
+    assert_eq!((first["status"].as_str(), first["error"].as_str()), (Some("succeeded"), None));
+    assert_eq!(first["input"], input, "the request is echoed");
+    let picture = image::load_from_memory(&bytes(&first["output"][0])).unwrap();
+    assert_eq!((picture.width(), picture.height()), (128, 128));
+    assert!(first["output"][0].as_str().unwrap().starts_with("data:image/webp;base64,"));
+    assert!(first["logs"].as_str().unwrap().starts_with("Using seed: 7\n") && first["logs"].as_str().unwrap().contains("4/4"));
+    assert!(first["metrics"]["predict_time"].as_f64().unwrap() > 0.0 && first["started_at"].is_string());
+    // The same job, the same bytes; under every address that clients make of the base.
+    assert_eq!(service.picture(&input)["output"], first["output"]);
+    let id = first["id"].as_str().unwrap();
+    for path in ["/predictions/", "/v1/predictions/", "/v1/v1/predictions/"] {
+        assert_eq!(service.get(&format!("{path}{id}")).json()["output"], first["output"]);
+    }
+    let four = service.picture(&json!({ "prompt": "x", "num_outputs": 4, "num_inference_steps": 2, "aspect_ratio": "16:9" }));
+    assert_eq!(four["output"].as_array().unwrap().len(), 4);
+    assert!(four["logs"].as_str().unwrap().contains("8/8"));
+    // From a picture, at its size.
+    let again = json!({ "prompt": "x", "image": first["output"][0], "prompt_strength": 0.5, "num_inference_steps": 4 });
+    assert_eq!(service.picture(&again)["status"], "succeeded");
+
+    let mut seen = service.get("/v1/predictions").json()["results"].as_array().unwrap().len();
+    assert_eq!(seen, 4);
+    let create = |headers: &[(&str, &str)]| {
+        service.post(DEV_LORA, headers, &json!({ "input": { "prompt": "x", "num_inference_steps": 1 } }))
+    };
+    let one = create(&[("idempotency-key", "k1")]).json();
+    assert_eq!(create(&[("idempotency-key", "k1")]).json()["id"], one["id"]);
+    let other = service.post(DEV_LORA, &[("idempotency-key", "k1")], &json!({ "input": { "prompt": "y" } }));
+    assert_eq!(other.status, 422);
+    seen += 1;
+    assert_eq!(service.get("/v1/predictions").json()["results"].as_array().unwrap().len(), seen);
+    assert_eq!(service.get("/health/ready").status, 200);
+}
+
+#[test]
+fn wrong_requests_have_replicates_answers() {
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    let create = |body: &Value| service.post("/v1/predictions", &[], body);
+    let fault = |input: Value, kind: &str, detail: &str| {
+        let answer = service.post(DEV_LORA, &[], &json!({ "input": input }));
+        let body = answer.json();
+        assert_eq!((answer.status, body["invalid_fields"][0]["type"].as_str()), (422, Some(kind)), "{body}");
+        assert!(body["detail"].as_str().unwrap().contains(detail) && body["title"] == "Input validation failed", "{body}");
+        assert_eq!(answer.headers["content-type"], "application/problem+json");
+    };
+    fault(json!({}), "required", "- input: prompt is required\n");
+    fault(json!({ "prompt": 3 }), "invalid_type", "Expected: string, given: integer");
+    fault(json!({ "prompt": "x", "num_outputs": 5 }), "number_lte", "less than or equal to 4");
+    fault(json!({ "prompt": "x", "num_inference_steps": 0 }), "number_gte", "greater than or equal to 1");
+    fault(json!({ "prompt": "x", "num_inference_steps": 2.5 }), "invalid_type", "Expected: integer");
+    fault(json!({ "prompt": "x", "lora_scale": -2 }), "number_gte", "-1");
+    fault(json!({ "prompt": "x", "aspect_ratio": "5:1" }), "enum", "\"21:9\"");
+    fault(json!({ "prompt": "x", "megapixels": 1 }), "invalid_type", "Expected: string");
+    fault(json!({ "prompt": "x", "image": "data:text/html;base64,AAAA" }), "invalid", "input.image");
+    fault(json!({ "prompt": "x", "image": "https://example.com/a.png" }), "invalid", "input.image");
+
+    assert_eq!(create(&json!({ "version": "0".repeat(64), "input": {} })).json()["title"], "Invalid version or not permitted");
+    assert_eq!(create(&json!({ "version": "black-forest-labs/flux-dev:latest", "input": {} })).status, 422);
+    assert_eq!(create(&json!({ "input": { "prompt": "x" } })).json()["invalid_fields"][0]["description"], "version is required");
+    let extra = create(&json!({ "version": "black-forest-labs/flux-dev", "input": { "prompt": "x" }, "priority": 1 }));
+    assert_eq!(extra.json()["invalid_fields"][0]["type"], "additional_property_not_allowed");
+    let form = service
+        .client
+        .post(format!("{}/v1/predictions", service.address))
+        .header("content-type", "application/x-www-form-urlencoded");
+    assert_eq!(service.send(form.body("a=b")).status, 415);
+    assert_eq!(service.post("/v1/predictions", &[], &json!([1])).status, 422);
+    for path in
+        ["/v1/predictions/nope", "/v1/predictions/01m7yqeftae4rvn2akdv04dse4", "/v1/models/a/b", "/nowhere", "/outputs/x/y"]
+    {
+        assert_eq!(
+            service.get(path).json(),
+            json!({ "detail": "The requested resource could not be found.", "status": 404 }),
+            "{path}"
+        );
+    }
+    for (headers, part) in [(("prefer", "wait=0"), "Prefer"), (("cancel-after", "1s"), "Cancel-After")] {
+        let answer = service.post(DEV_LORA, &[headers], &json!({ "input": { "prompt": "x" } }));
+        assert!(answer.status == 422 && answer.json()["detail"].as_str().unwrap().contains(part));
+    }
+    assert_eq!(service.get("/v1/predictions").json()["results"], json!([]), "nothing was accepted");
+}
+
+#[test]
+fn models_describe_themselves() {
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    let model = service.get("/v1/models/black-forest-labs/flux-dev-lora").json();
+    let version = model["latest_version"]["id"].as_str().unwrap();
+    assert_eq!(version.len(), 64);
+    let schema = &model["latest_version"]["openapi_schema"]["components"]["schemas"];
+    assert_eq!(schema["Input"]["properties"]["num_inference_steps"]["maximum"], 50);
+    assert_eq!(schema["Input"]["properties"]["lora_scale"]["minimum"], -1.0);
+    assert_eq!(schema["Input"]["properties"]["aspect_ratio"]["allOf"][0]["$ref"], "#/components/schemas/aspect_ratio");
+    assert_eq!(schema["aspect_ratio"]["enum"].as_array().unwrap().len(), 11);
+    assert_eq!(schema["Output"]["items"]["format"], "uri");
+    let one = service.get(&format!("/v1/models/black-forest-labs/flux-dev-lora/versions/{version}")).json();
+    assert_eq!(one["openapi_schema"], model["latest_version"]["openapi_schema"]);
+    assert_eq!(service.get("/v1/models").json()["results"].as_array().unwrap().len(), 5);
+    assert!(service.get("/v1/account").json()["username"].is_string());
+    // By hash alone, as `run("owner/name:hash")` sends it.
+    let created = service.post(
+        "/v1/predictions",
+        &[("prefer", "wait")],
+        &json!({ "version": version, "input": { "prompt": "x", "num_inference_steps": 1 } }),
+    );
+    assert_eq!((created.json()["model"].as_str(), created.status), (Some("black-forest-labs/flux-dev-lora"), 201));
+}
+
+#[test]
+fn links_to_pictures_are_their_own_permission() {
+    let place = Place::new();
+    let service = Service::start(&place, &["--files", "links"]);
+    let done = service.picture(&json!({ "prompt": "x", "num_inference_steps": 1, "output_format": "png" }));
+    let link = done["output"][0].as_str().unwrap();
+    let picture = service.get(link);
+    assert_eq!((picture.status, picture.headers["content-type"].to_str().unwrap()), (200, "image/png"));
+    assert!(picture.body.starts_with(b"\x89PNG") && picture.headers["x-content-type-options"] == "nosniff");
+    let (path, query) = link.split_once('?').unwrap();
+    let changed = if query.contains("signature=0") {
+        query.replacen("=0", "=1", 1)
+    } else {
+        query.replacen("signature=", "signature=0", 1)
+    };
+    let later = query.replace("expires=", "expires=9");
+    for wrong in [
+        path.to_owned(),
+        format!("{path}?{changed}"),
+        format!("{path}?{later}"),
+        link.replace("out-0", "out-1"),
+        link.replace("out-0.png", "..%2F..%2Fsecret"),
+    ] {
+        assert_eq!(service.get(&wrong).status, 404, "{wrong}");
+    }
+}
+
+#[test]
+fn a_persons_lora_and_then_nobodys() {
+    let site = Site::serve(|request| match request.path.starts_with("/user1001.safetensors") {
+        true => Reply::ok(&std::fs::read(user1001()).unwrap()),
+        false => Reply::new("404 Not Found", &[], b""),
+    });
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    let plain =
+        json!({ "prompt": "user1001, portrait of a person", "seed": 2, "num_inference_steps": 6, "output_format": "png" });
+    let nobody = service.picture(&plain);
+    let mut with = plain.clone();
+    with["lora_weights"] = json!(site.url("/user1001.safetensors?X-Amz-Signature=canary"));
+    let her = service.picture(&with);
+    assert_eq!(her["status"], "succeeded", "{her}");
+    assert_ne!(her["output"], nobody["output"]);
+    assert!(her["logs"].as_str().unwrap().contains("LoRA ") && !her["logs"].as_str().unwrap().contains("canary"));
+    assert_eq!(service.picture(&plain)["output"], nobody["output"], "no trace of her");
+    assert_eq!(service.picture(&with)["output"], her["output"]);
+    // A LoRA that is not there fails its prediction and nothing else.
+    with["lora_weights"] = json!(site.url("/gone.safetensors?X-Amz-Signature=canary"));
+    let failed = service.picture(&with);
+    assert_eq!((failed["status"].as_str(), &failed["output"]), (Some("failed"), &Value::Null));
+    let error = failed["error"].as_str().unwrap();
+    assert!(error.contains("was not found") && !error.contains("canary"), "{error}");
+    assert_eq!(service.picture(&plain)["output"], nobody["output"]);
+}
+
+#[test]
+fn stopping_jobs_and_answers_that_come_too_early() {
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    let early = service.post(DEV_LORA, &[("prefer", "wait=1")], &json!({ "input": long(1) }));
+    // Whatever it is doing: another word would be taken for the end.
+    let (status, body) = (early.status, early.json());
+    assert!(status == 202 && body["status"] == "starting" && body["output"].is_null(), "{status} {body}");
+    let running = body["id"].as_str().unwrap().to_owned();
+    let queued = service.post(DEV_LORA, &[], &json!({ "input": long(2) })).json()["id"].as_str().unwrap().to_owned();
+    // As clients do: a JSON content type and no body.
+    let cancel = |id: &str| {
+        let url = format!("{}/v1/predictions/{id}/cancel", service.address);
+        service.send(service.client.post(url).header("content-type", "application/json"))
+    };
+    assert_eq!(cancel(&queued).json()["status"], "canceled");
+    service.until(&running, |now| now["status"] == "processing");
+    let begun = Instant::now();
+    assert_eq!(cancel(&running).status, 200);
+    assert_eq!(service.wait(&running)["status"], "canceled");
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    // After the end it is told again.
+    assert_eq!(cancel(&running).json()["status"], "canceled");
+    assert_eq!(service.picture(&json!({ "prompt": "x", "num_inference_steps": 1 }))["status"], "succeeded");
+}
+
+#[test]
+fn no_job_is_lost_when_processes_are_killed() {
+    let place = Place::new();
+    let mut service = Service::start(&place, &[]);
+    let whole = service.picture(&long(9))["output"].clone();
+    let create =
+        |service: &Service| service.post(DEV_LORA, &[], &json!({ "input": long(9) })).json()["id"].as_str().unwrap().to_owned();
+    // The worker, in the middle of a job.
+    let id = create(&service);
+    service.until(&id, |now| now["logs"].as_str().unwrap().contains("20/200"));
+    let worker = service.worker();
+    Command::new("kill").args(["-9", &worker.to_string()]).status().unwrap();
+    let done = service.wait(&id);
+    assert_eq!((done["status"].as_str(), &done["output"]), (Some("succeeded"), &whole), "the same picture");
+    assert_ne!(service.worker(), worker);
+
+    // The service, with one job running and one waiting. Its worker goes with it.
+    let (running, waiting) = (create(&service), create(&service));
+    service.until(&running, |now| now["status"] == "processing");
+    let worker = service.worker();
+    service.kill("-9");
+    let begun = Instant::now();
+    while Path::new(&format!("/proc/{worker}")).exists() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "the worker outlives the service");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let mut service = Service::start(&place, &[]);
+    for id in [&running, &waiting] {
+        assert_eq!((service.wait(id)["status"].as_str(), &service.wait(id)["output"]), (Some("succeeded"), &whole));
+    }
+
+    // A second service on the same folder is refused; a polite end gives the job back and is no failure.
+    let data = place.path("data").display().to_string();
+    place.run(&["serve", "--listen", "127.0.0.1:0", "--data", &data]).fails(1, &["another darkroom serves"]);
+    let id = create(&service);
+    service.until(&id, |now| now["status"] == "processing");
+    assert_eq!(service.kill("-TERM"), Some(0));
+    let service = Service::start(&place, &[]);
+    assert_eq!(service.wait(&id)["output"], whole);
+}
+
+#[test]
+fn what_serve_refuses() {
+    let place = Place::new();
+    place.run(&["serve", "--listen", "0.0.0.0:0", "--data", "d"]).fails(1, &["no keys", "--open-to-all"]);
+    place.run(&["serve", "--model", "flux9", "--data", "d"]).fails(2, &["flux9"]);
+    place.run(&["serve", "--database", "mysql://x", "--data", "d"]).fails(1, &["no database"]);
+    std::fs::write(place.path("file"), b"x").unwrap();
+    place.run(&["serve", "--data", "file"]).fails(1, &["cannot be made"]);
+}
