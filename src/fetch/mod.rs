@@ -124,6 +124,12 @@ impl Fetched {
         &self.path
     }
 
+    /// The SHA-256 of what was fetched, in hexadecimal; `None` for a user's own file.
+    #[must_use]
+    pub fn digest(&self) -> Option<&str> {
+        self.digest.as_deref()
+    }
+
     /// Whether content of this SHA-256 is what was fetched. True of a user's own file.
     #[must_use]
     pub fn is(&self, digest: &str) -> bool {

@@ -21,6 +21,7 @@ mod layouts;
 mod lora;
 mod lora_convert;
 mod lora_files;
+mod lora_properties;
 mod lora_writers;
 mod parity_encoders;
 mod parity_flux;

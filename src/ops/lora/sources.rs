@@ -1,7 +1,7 @@
 //! From what a user calls an adapter to the adapter.
 
 use std::ops::ControlFlow;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use models::lora::{Adapter, Report};
 
@@ -19,7 +19,12 @@ pub struct Sources {
     options: Option<Options>,
     credentials: Credentials,
     fetcher: OnceLock<Fetcher>,
+    /// Adapters that were read, the last used last: the same content is not read again.
+    recent: Mutex<Vec<Arc<Adapter>>>,
 }
+
+/// Adapters that are kept in memory; hundreds of megabytes each at most.
+const RECENT: usize = 4;
 
 type Told<'a> = &'a mut dyn FnMut(Progress) -> ControlFlow<()>;
 
@@ -37,7 +42,7 @@ impl Sources {
             limits: Limits::default(),
         });
         let credentials = Credentials { hub: config.hub.token.clone(), civitai: config.civitai_token.clone() };
-        Self { options, credentials, fetcher: OnceLock::new() }
+        Self { options, credentials, fetcher: OnceLock::new(), recent: Mutex::default() }
     }
 
     /// Fetches, reads and checks all adapters, each once. `told` hears of downloads and may stop them.
@@ -49,7 +54,7 @@ impl Sources {
             let adapter = match known {
                 Some(adapter) => adapter,
                 None => {
-                    let adapter = Arc::new(self.adapter(reference, told)?);
+                    let adapter = self.adapter(reference, told)?;
                     opened.push((reference, adapter.clone()));
                     adapter
                 }
@@ -64,8 +69,15 @@ impl Sources {
         Ok(Adapter::inspect(self.file(reference, told)?.path()))
     }
 
-    fn adapter(&self, reference: &str, told: Told) -> Result<Adapter, Error> {
+    fn adapter(&self, reference: &str, told: Told) -> Result<Arc<Adapter>, Error> {
         let mut file = self.file(reference, told)?;
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        // Only of fetched files the content is known without reading.
+        if let Some(i) = file.digest().and_then(|digest| recent.iter().position(|adapter| adapter.digest() == digest)) {
+            let adapter = recent.remove(i);
+            recent.push(adapter.clone());
+            return Ok(adapter);
+        }
         let mut result = Adapter::open(file.path());
         let intact = result.as_ref().map_or_else(|_| file.is_intact(), |adapter| file.is(adapter.digest()));
         if !intact {
@@ -77,7 +89,15 @@ impl Sources {
         if result.is_err() {
             file.forget();
         }
-        result.map_err(|source| Error::Lora { reference: fetch::shown(reference), source: Box::new(source) })
+        let refused = |source| Error::Lora { reference: fetch::shown(reference), source: Box::new(source) };
+        let adapter = Arc::new(result.map_err(refused)?);
+        if file.digest().is_some() {
+            if recent.len() >= RECENT {
+                recent.remove(0);
+            }
+            recent.push(adapter.clone());
+        }
+        Ok(adapter)
     }
 
     /// The adapter's safetensors file on this machine.
