@@ -64,9 +64,10 @@ fn options(folder: &Path, change: impl FnOnce(&mut Options)) -> Options {
         store: Vec::new(),
         limits: Limits {
             bytes: 1 << 20,
-            connect: Duration::from_secs(2),
-            headers: Duration::from_millis(400),
-            stall: Duration::from_millis(400),
+            connect: Duration::from_secs(20),
+            // Longer than a busy machine keeps a thread waiting.
+            headers: Duration::from_secs(20),
+            stall: Duration::from_secs(20),
             attempts: 3,
             pause: Duration::from_millis(5),
         },
@@ -319,10 +320,16 @@ fn statuses_are_explained_and_only_passing_ones_tried_again() {
 
 #[test]
 fn a_silent_server_is_given_up() {
+    let impatient = || {
+        Bench::with(|options| {
+            options.limits.headers = Duration::from_millis(300);
+            options.limits.stall = Duration::from_millis(300);
+        })
+    };
     let site = Site::serve(|_| Reply::silence());
-    assert!(Bench::new().refused(&site.url("/a.safetensors")).contains("sent nothing for"));
+    assert!(impatient().refused(&site.url("/a.safetensors")).contains("sent nothing for"));
     let site = Site::serve(|_| Reply::ok(&weights()).hang(100));
-    assert!(Bench::new().refused(&site.url("/a.safetensors")).contains("sent nothing for"));
+    assert!(impatient().refused(&site.url("/a.safetensors")).contains("sent nothing for"));
 }
 
 #[test]

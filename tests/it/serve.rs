@@ -318,7 +318,7 @@ fn stopping_jobs_and_answers_that_come_too_early() {
     let begun = Instant::now();
     assert_eq!(cancel(&running).status, 200);
     assert_eq!(service.wait(&running)["status"], "canceled");
-    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert!(begun.elapsed() < Duration::from_secs(20));
     // After the end it is told again.
     assert_eq!(cancel(&running).json()["status"], "canceled");
     assert_eq!(service.picture(&json!({ "prompt": "x", "num_inference_steps": 1 }))["status"], "succeeded");
