@@ -2,17 +2,19 @@
 //!
 //! A general product packs both factors anew for every few rows of y, which takes longer than the arithmetic of a rank of 16.
 
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 
 /// Rows of y, and vectors of each row, whose sums stay in registers: 12 of 16, with one for a and two for b.
 pub(super) const ROWS: usize = 6;
 const VECTORS: usize = 2;
 
+/// Columns of y that a caller should work on at a time: with [`ROWS`] rows they stay in the first-level cache, beside their part of b.
+pub(super) const COLUMNS: usize = 512;
+
 /// Widest vector, in values.
 const LANES: usize = 16;
-
-/// Panels that are used for one stretch of rows before the next ones: their part of b stays in the first-level cache.
-const PANELS: usize = 8;
 
 /// b `(k, m)` in panels of a few columns, each `(k, width)` and in one piece: rows of b lie a multiple of 4 KB apart, which a cache
 /// cannot keep side by side.
@@ -37,11 +39,12 @@ impl Packed {
         Self { values, k, m, width }
     }
 
-    /// y `(n, m)` += a `(n, k)` b. Each value is summed over k in its order, whatever n is, so the result does not depend on how rows
-    /// are shared out.
-    pub(super) fn add_product(&self, a: &[f32], y: &mut [f32]) {
-        if self.k > 0 && self.m > 0 {
-            Arch::new().dispatch(Onto { b: self, a, y });
+    /// y `(n, columns)` += a `(n, k)` b's columns, which begin at a multiple of [`COLUMNS`]. Each value is summed over k in its order,
+    /// whatever n is, so the result does not depend on how rows and columns are shared out.
+    pub(super) fn add_product(&self, a: &[f32], y: &mut [f32], columns: Range<usize>) {
+        debug_assert!(columns.start.is_multiple_of(COLUMNS) && columns.end <= self.m);
+        if self.k > 0 && !columns.is_empty() {
+            Arch::new().dispatch(Onto { b: self, a, y, columns });
         }
     }
 }
@@ -82,6 +85,7 @@ struct Onto<'a> {
     b: &'a Packed,
     a: &'a [f32],
     y: &'a mut [f32],
+    columns: Range<usize>,
 }
 
 impl WithSimd for Onto<'_> {
@@ -89,64 +93,65 @@ impl WithSimd for Onto<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { b, a, y } = self;
-        let (k, m, width) = (b.k, b.m, b.width);
+        let Self { b, a, y, columns } = self;
+        let (k, m, width) = (b.k, columns.len(), b.width);
+        let panels = &b.values[columns.start / width * k * width..columns.end.div_ceil(width) * k * width];
         let tiled = y.len() / m / ROWS * ROWS;
         let (a_tiled, a_rest) = a.split_at(tiled * k);
         // Column by column, so that a tile reads on without asking where a row ends.
-        let a_tiles: Vec<Vec<[f32; ROWS]>> = a_tiled.chunks_exact(ROWS * k).map(|a| columns(a, k)).collect();
-        let a_rest: Vec<Vec<[f32; 1]>> = a_rest.chunks_exact(k).map(|a| columns(a, k)).collect();
-        for (group, panels) in b.values.chunks(PANELS * k * width).enumerate() {
-            let first = group * PANELS * width;
-            let (y_tiles, y_rest) = y.split_at_mut(tiled * m);
-            for (y, a) in y_tiles.chunks_exact_mut(ROWS * m).zip(&a_tiles) {
-                for (panel, b) in panels.chunks_exact(k * width).enumerate() {
-                    tile(simd, y, a, b, [m, first + panel * width]);
-                }
+        let (y_tiles, y_rest) = y.split_at_mut(tiled * m);
+        for (y, a) in y_tiles.chunks_exact_mut(ROWS * m).zip(a_tiled.chunks_exact(ROWS * k)) {
+            let a: Vec<[f32; ROWS]> = turned(a, k);
+            for (panel, b) in panels.chunks_exact(k * width).enumerate() {
+                tile(simd, y, &a, b, [m, panel * width]);
             }
-            for (y, a) in y_rest.chunks_exact_mut(m).zip(&a_rest) {
-                for (panel, b) in panels.chunks_exact(k * width).enumerate() {
-                    tile(simd, y, a, b, [m, first + panel * width]);
-                }
+        }
+        for (y, a) in y_rest.chunks_exact_mut(m).zip(a_rest.chunks_exact(k)) {
+            let a: Vec<[f32; 1]> = turned(a, k);
+            for (panel, b) in panels.chunks_exact(k * width).enumerate() {
+                tile(simd, y, &a, b, [m, panel * width]);
             }
         }
     }
 }
 
 /// The columns of R rows of a.
-fn columns<const R: usize>(a: &[f32], k: usize) -> Vec<[f32; R]> {
+fn turned<const R: usize>(a: &[f32], k: usize) -> Vec<[f32; R]> {
     (0..k).map(|i| std::array::from_fn(|row| a[row * k + i])).collect()
 }
 
 /// R rows and one panel's columns, from `column` on, of y `(R, m)` += a b, with the columns of a and the rows of the panel.
+///
+/// Written with indices of constant range, so that the sums are registers from beginning to end.
 #[inline(always)]
+#[allow(clippy::needless_range_loop, reason = "see above")]
 fn tile<S: Simd, const R: usize>(simd: S, y: &mut [f32], a: &[[f32; R]], b: &[f32], [m, column]: [usize; 2]) {
     let mut sums = [[simd.splat_f32s(0.0); VECTORS]; R];
     let (b, _) = S::as_simd_f32s(b);
     let (b, _) = b.as_chunks::<VECTORS>();
     for (a, b) in a.iter().zip(b) {
-        for (sums, a) in sums.iter_mut().zip(a) {
-            let a = simd.splat_f32s(*a);
-            for (sum, b) in sums.iter_mut().zip(b) {
-                *sum = simd.mul_add_f32s(a, *b, *sum);
+        for row in 0..R {
+            let a = simd.splat_f32s(a[row]);
+            for v in 0..VECTORS {
+                sums[row][v] = simd.mul_add_f32s(a, b[v], sums[row][v]);
             }
         }
     }
     let width = VECTORS * S::F32_LANES;
-    for (y, sums) in y.chunks_exact_mut(m).zip(&sums) {
-        let y = &mut y[column..];
-        match y.get_mut(..width) {
-            Some(y) => {
-                let (y, _) = S::as_mut_simd_f32s(y);
-                y.iter_mut().zip(sums).for_each(|(y, sum)| *y = simd.add_f32s(*y, *sum));
+    let whole = column + width <= m;
+    for row in 0..R {
+        let y = &mut y[row * m + column..(row + 1) * m];
+        if whole {
+            let (y, _) = S::as_mut_simd_f32s(&mut y[..width]);
+            for v in 0..VECTORS {
+                y[v] = simd.add_f32s(y[v], sums[row][v]);
             }
+        } else {
             // The last panel has columns that y has not.
-            None => {
-                let mut last = [0f32; VECTORS * LANES];
-                let (vectors, _) = S::as_mut_simd_f32s(&mut last[..width]);
-                vectors.copy_from_slice(sums);
-                y.iter_mut().zip(&last).for_each(|(y, sum)| *y += sum);
-            }
+            let mut last = [0f32; VECTORS * LANES];
+            let (vectors, _) = S::as_mut_simd_f32s(&mut last[..width]);
+            vectors[..VECTORS].copy_from_slice(&sums[row]);
+            y.iter_mut().zip(&last).for_each(|(y, sum)| *y += sum);
         }
     }
 }
@@ -169,7 +174,7 @@ mod tests {
         for (n, k, m) in [(1, 1, 1), (6, 16, 32), (7, 3, 33), (13, 5, 700), (20, 17, 31), (3, 0, 5), (0, 4, 5)] {
             let (a, b, y) = (values(n * k, 1), values(k * m, 2), values(n * m, 3));
             let mut got = y.clone();
-            Packed::new(&b, k, m).add_product(&a, &mut got);
+            Packed::new(&b, k, m).add_product(&a, &mut got, 0..m);
             for (at, got) in got.iter().enumerate() {
                 let (row, column) = (at / m, at % m);
                 let sum: f64 = (0..k).map(|i| f64::from(a[row * k + i]) * f64::from(b[i * m + column])).sum();
@@ -184,9 +189,9 @@ mod tests {
         let (a, b) = (values(20 * k, 1), Packed::new(&values(k * m, 2), k, m));
         let mut whole = values(20 * m, 3);
         let mut parts = whole.clone();
-        b.add_product(&a, &mut whole);
+        b.add_product(&a, &mut whole, 0..m);
         for (from, to) in [(0, 1), (1, 8), (8, 20)] {
-            b.add_product(&a[from * k..to * k], &mut parts[from * m..to * m]);
+            b.add_product(&a[from * k..to * k], &mut parts[from * m..to * m], 0..m);
         }
         assert!(whole.iter().zip(&parts).all(|(a, b)| a.to_bits() == b.to_bits()));
         let (mut sum, x) = (values(100, 4), values(100, 5));

@@ -89,8 +89,8 @@ fn composed(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
     sum.to_dtype(weight.dtype())
 }
 
-/// Values of a weight that one task sums up: they stay in the second-level cache.
-const TASK: usize = 1 << 16;
+/// Values of a weight that one task sums up: enough rows to use each part of the factors several times.
+const TASK: usize = 1 << 19;
 
 /// A type that weights are stored in, converted in whole rows so that the compiler can use vectors.
 trait Stored: WithDType + bytemuck::Zeroable + Send + Sync {
@@ -139,23 +139,43 @@ fn in_rows<T: Stored>(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
     let merged = cpu::read_as::<T, _>(weight, |weight| {
         let mut merged: Vec<T> = crate::zeros(output * input);
         let tasks = weight.par_chunks(at_once * input).zip(merged.par_chunks_mut(at_once * input)).enumerate();
-        tasks.for_each_init(Vec::new, |sum, (i, (weight, merged))| {
-            let rows = i * at_once..(i * at_once + weight.len() / input);
-            sum.resize(weight.len(), 0.0);
-            let arch = pulp::Arch::new();
-            arch.dispatch(
-                #[inline(always)]
-                || T::widen(weight, sum),
-            );
-            addends.iter().for_each(|addend| addend.add(sum, &rows, input));
-            arch.dispatch(
-                #[inline(always)]
-                || T::round(sum, merged),
-            );
+        let scratch = || vec![0f32; low_rank::ROWS * low_rank::COLUMNS];
+        tasks.for_each_init(scratch, |sum, (i, (weight, merged))| {
+            for start in (0..input).step_by(low_rank::COLUMNS) {
+                let columns = start..input.min(start + low_rank::COLUMNS);
+                let groups = weight.chunks(low_rank::ROWS * input).zip(merged.chunks_mut(low_rank::ROWS * input));
+                // A stretch of a few rows is widened, summed and rounded before it leaves the first-level cache; the factors' part for
+                // these columns stays in the second.
+                for (group, (weight, merged)) in groups.enumerate() {
+                    let first = i * at_once + group * low_rank::ROWS;
+                    let rows = first..first + weight.len() / input;
+                    let sum = &mut sum[..rows.len() * columns.len()];
+                    let from = weight.chunks_exact(input).map(|row| &row[columns.clone()]);
+                    from.zip(sum.chunks_exact_mut(columns.len())).for_each(|(from, to)| widen(from, to));
+                    addends.iter().for_each(|addend| addend.add(sum, &rows, &columns, input));
+                    let to = merged.chunks_exact_mut(input).map(|row| &mut row[columns.clone()]);
+                    sum.chunks_exact(columns.len()).zip(to).for_each(|(from, to)| round(from, to));
+                }
+            }
         });
         merged
     })?;
     Tensor::from_vec(merged, (output, input), &Device::Cpu)
+}
+
+/// With the widest vectors of the processor at hand.
+fn widen<T: Stored>(from: &[T], to: &mut [f32]) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || T::widen(from, to),
+    );
+}
+
+fn round<T: Stored>(from: &[f32], to: &mut [T]) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || T::round(from, to),
+    );
 }
 
 /// An addend with its values at hand.
@@ -179,17 +199,23 @@ impl Rows {
         Ok(Self { rows: addend.rows.clone(), up, down })
     }
 
-    /// Adds what concerns `rows` to `sum`, which holds those rows.
-    fn add(&self, sum: &mut [f32], rows: &Range<usize>, input: usize) {
+    /// Adds what concerns these rows and columns to `sum`, which holds them and nothing else.
+    fn add(&self, sum: &mut [f32], rows: &Range<usize>, columns: &Range<usize>, input: usize) {
         let (from, to) = (self.rows.start.max(rows.start), self.rows.end.min(rows.end));
         if from >= to {
             return;
         }
-        let sum = &mut sum[(from - rows.start) * input..(to - rows.start) * input];
+        let width = columns.len();
+        let sum = &mut sum[(from - rows.start) * width..(to - rows.start) * width];
         let first = from - self.rows.start;
         match &self.down {
-            None => low_rank::add(&self.up[first * input..(first + to - from) * input], sum),
-            Some((down, rank)) => down.add_product(&self.up[first * rank..(first + to - from) * rank], sum),
+            None => {
+                let deltas = self.up[first * input..].chunks_exact(input).map(|row| &row[columns.clone()]);
+                deltas.zip(sum.chunks_exact_mut(width)).for_each(|(delta, sum)| low_rank::add(delta, sum));
+            }
+            Some((down, rank)) => {
+                down.add_product(&self.up[first * rank..(first + to - from) * rank], sum, columns.clone());
+            }
         }
     }
 }
