@@ -71,9 +71,12 @@ enum Verb {
         /// A model's name, a diffusers folder, or a transformer's .safetensors file; not GGUF or fp8
         #[arg(value_name = "BASE")]
         base: String,
-        /// LoRAs, each with its scale, and last what to write: a .safetensors file for the transformer alone, or a folder
-        #[arg(value_name = "LORA[@SCALE] ... OUT", required = true, num_args = 2..)]
-        rest: Vec<String>,
+        /// LoRAs, each with its scale
+        #[arg(value_name = "LORA[@SCALE]", required = true, num_args = 1..)]
+        loras: Vec<String>,
+        /// What to write: a .safetensors file for the transformer alone, or a folder
+        #[arg(value_name = "OUT")]
+        out: PathBuf,
         /// The scale for the LoRAs' text encoder parts [default: each LoRA's own scale]
         #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
         lora_text_scale: Option<f64>,
@@ -149,9 +152,8 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
             super::say(&format!("{} tensors, {:.1} MB", converted.tensors, converted.bytes as f64 / 1e6));
             super::show(&converted.path.display().to_string())
         }
-        Verb::Merge { base, mut rest, lora_text_scale, lora_blocks, force, json } => {
-            let out = PathBuf::from(rest.pop().unwrap_or_default());
-            let loras = lora::parse(&rest, lora_text_scale, lora_blocks.as_deref())?;
+        Verb::Merge { base, loras, out, lora_text_scale, lora_blocks, force, json } => {
+            let loras = lora::parse(&loras, lora_text_scale, lora_blocks.as_deref())?;
             let merged = lora::merge(&MergeOrder { base, loras, out, force }, config, &mut fetching())?;
             merged.remarks.iter().for_each(|remark| super::say(&format!("note: {remark}")));
             if json {

@@ -118,9 +118,12 @@ fn help_is_what_was_agreed() {
         ("generate", &["generate", "--help"]),
         ("lora", &["lora", "--help"]),
         ("lora-inspect", &["lora", "inspect", "--help"]),
+        ("lora-convert", &["lora", "convert", "--help"]),
+        ("lora-merge", &["lora", "merge", "--help"]),
         ("lora-verify", &["lora", "verify", "--help"]),
         ("models", &["models", "--help"]),
         ("models-pull", &["models", "pull", "--help"]),
+        ("serve", &["serve", "--help"]),
     ] {
         let ran = place.run(arguments).succeeds();
         assert_eq!(ran.err(), "");
