@@ -11,6 +11,7 @@ pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod fetch;
+mod hex;
 pub mod image;
 pub mod jobs;
 pub mod ops;

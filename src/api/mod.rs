@@ -22,10 +22,12 @@ use serde_json::json;
 use sha2::Sha256;
 use tokio::net::TcpListener;
 
+use crate::hex::{hex, unhex};
 use crate::jobs::{JobId, Store};
 use crate::ops::models::Model;
 use crate::ops::serve::outputs;
 
+pub(crate) use supervise::READY;
 pub use supervise::Worker;
 
 /// A request's body with a picture in it.
@@ -104,15 +106,6 @@ impl Server {
 
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn unhex(text: &str) -> Option<Vec<u8>> {
-    let digit = |i: usize| u8::from_str_radix(text.get(i..i + 2)?, 16).ok();
-    text.len().is_multiple_of(2).then(|| (0..text.len()).step_by(2).map(digit).collect::<Option<_>>()).flatten()
 }
 
 /// The MIME type of a picture's name.

@@ -91,7 +91,7 @@ fn be_worker(by: &Work, config: &Config, runtime: &tokio::runtime::Runtime) -> a
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
         seen.store(true, Ordering::SeqCst);
     });
-    work(by, config, runtime.handle(), &stop, || drop(super::show("ready")))?;
+    work(by, config, runtime.handle(), &stop, || drop(super::show(api::READY)))?;
     Ok(())
 }
 

@@ -47,9 +47,11 @@ fn members(reader: impl Read, out: &mut impl Write) -> Result<Member, Error> {
             return bad("a path that leaves the archive");
         }
         match entry.header().entry_type() {
-            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {}
+            EntryType::Regular | EntryType::Continuous => {}
             EntryType::Directory | EntryType::XGlobalHeader => continue,
             EntryType::Symlink | EntryType::Link => return bad("a link"),
+            // A few bytes can state gigabytes of zeros, which weights never are.
+            EntryType::GNUSparse => return bad("a sparse file"),
             _ => return bad("no plain file"),
         }
         if !path.extension().is_some_and(|end| end.eq_ignore_ascii_case("safetensors")) {
@@ -189,6 +191,7 @@ mod tests {
         is(&[("x", EntryType::Link, b"")], "a link");
         is(&[("x", EntryType::Fifo, b"")], "no plain file");
         is(&[("x", EntryType::Char, b"")], "no plain file");
+        is(&[("a.safetensors", EntryType::GNUSparse, b"")], "a sparse file");
         let many: Vec<_> = (0..=MOST_MEMBERS).map(|_| ("x.txt", FILE, &b""[..])).collect();
         is(&many, "4096 members");
         assert!(run(b"<!doctype html>").is_err());

@@ -93,16 +93,10 @@ impl Client {
                 Ok(response) => response.map_err(|error| guard::explain(&error, &url))?,
                 Err(_) => return Err(self.stalled(&url, self.limits.headers)),
             };
-            let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
             if !response.status().is_redirection() || response.status() == StatusCode::NOT_MODIFIED {
                 return Ok(response);
             }
-            let next = location.and_then(|location| url.join(location).ok());
-            let next = next.ok_or_else(|| Error::Answer(host(&url)))?;
-            if url.scheme() == "https" && next.scheme() != "https" {
-                return Err(Error::NotAllowed { url: redacted(&next), why: "an https link leads there" });
-            }
-            url = next;
+            url = redirected(&url, response.headers().get(LOCATION).and_then(|value| value.to_str().ok()))?;
         }
         Err(Error::Redirects(redacted(&ask.url)))
     }
@@ -152,6 +146,15 @@ impl Client {
     }
 }
 
+/// Where a redirect leads; whether one may go there is the guard's to say.
+fn redirected(from: &Url, location: Option<&str>) -> Result<Url, Error> {
+    let to = location.and_then(|location| from.join(location).ok()).ok_or_else(|| Error::Answer(host(from)))?;
+    if from.scheme() == "https" && to.scheme() != "https" {
+        return Err(Error::NotAllowed { url: redacted(&to), why: "an https link leads there" });
+    }
+    Ok(to)
+}
+
 pub(super) fn host(url: &Url) -> String {
     url.host_str().unwrap_or_default().to_owned()
 }
@@ -159,4 +162,20 @@ pub(super) fn host(url: &Url) -> String {
 /// A header as text.
 pub(super) fn header(response: &Response, name: &HeaderName) -> Option<String> {
     response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn redirects_stay_encrypted() {
+        let to = |from: &str, location| redirected(&Url::parse(from).unwrap(), location).map(String::from).map_err(|e| e.code());
+        assert_eq!(to("https://a.example/x/y", Some("z?q=1")), Ok("https://a.example/x/z?q=1".into()));
+        assert_eq!(to("https://a.example/x", Some("//b.example/")), Ok("https://b.example/".into()));
+        assert_eq!(to("http://a.example/x", Some("https://b.example/")), Ok("https://b.example/".into()));
+        assert_eq!(to("https://a.example/x", Some("http://a.example/x")), Err("url_not_allowed"));
+        assert_eq!(to("https://a.example/x", Some("http://[")), Err("bad_answer"));
+        assert_eq!(to("https://a.example/x", None), Err("bad_answer"));
+    }
 }

@@ -18,6 +18,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::cache::{self, Cache};
 use super::client::{self, Ask, Client};
 use super::{Error, Progress};
+use crate::hex::hex;
 
 /// A file whose download began, and the ETag that allows to go on.
 #[derive(Debug, Clone)]
@@ -228,7 +229,7 @@ impl Writer {
         drop(self.chunks);
         let written = self.task.await.unwrap_or_else(|panic| Err(io::Error::other(panic)));
         let (done, hasher) = written.map_err(Error::write(&self.path))?;
-        Ok((done, cache::hex(hasher)))
+        Ok((done, hex(&hasher.finalize())))
     }
 }
 

@@ -24,6 +24,7 @@ use super::locate::Services;
 use super::sniff::{self, Kind};
 use super::{Credentials, Error, Fetched, Limits, Options, Progress, Reference, archive, data, local};
 use crate::config::Secret;
+use crate::hex::hex;
 
 /// How often a download is looked after.
 const LOOK: Duration = Duration::from_millis(100);
@@ -158,7 +159,7 @@ impl Inner {
             std::fs::write(&partial.path, &bytes).map_err(Error::write(&partial.path))?;
             let mut hasher = Sha256::new();
             hasher.update(&bytes);
-            return self.keep(&partial, cache::hex(hasher)).await;
+            return self.keep(&partial, hex(&hasher.finalize())).await;
         }
         let known = || self.cache.record(key).and_then(|record| Some((self.cache.hold(&record.digest)?, record)));
         if self.offline {
@@ -275,7 +276,7 @@ fn unpack(cache: &Cache, from: &Path) -> Result<Held, Error> {
     let file = out.file.into_temp_path();
     let head = cache::head(&file, sniff::HEAD).map_err(Error::write(&file))?;
     match sniff::kind(&head) {
-        Kind::Safetensors => cache.promote(&file, &cache::hex(out.hasher)),
+        Kind::Safetensors => cache.promote(&file, &hex(&out.hasher.finalize())),
         Kind::Archive => Err(Error::Foreign("an archive in an archive")),
         Kind::WebPage => Err(Error::Foreign("a web page")),
         Kind::Foreign(what) => Err(Error::Foreign(what)),

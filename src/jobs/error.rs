@@ -15,8 +15,6 @@ pub enum Error {
     Newer { found: i64, known: i64 },
     #[error("the database holds something unexpected in {0}")]
     Damaged(&'static str),
-    #[error("the database cannot be backed up before its schema is changed")]
-    Backup(#[source] std::io::Error),
     #[error("the database fails")]
     Database(#[from] sqlx::Error),
 }

@@ -139,6 +139,11 @@ fn pictures_for_replicates_clients() {
     assert_eq!((picture.width(), picture.height()), (128, 128));
     assert!(first["output"][0].as_str().unwrap().starts_with("data:image/webp;base64,"));
     assert!(first["logs"].as_str().unwrap().starts_with("Using seed: 7\n") && first["logs"].as_str().unwrap().contains("4/4"));
+    let logs = first["logs"].as_str().unwrap();
+    assert!(
+        logs.contains("Note: the input style is not one of this model's") && logs.contains("Note: this server runs pocket"),
+        "{logs}"
+    );
     assert!(first["metrics"]["predict_time"].as_f64().unwrap() > 0.0 && first["started_at"].is_string());
     // The same job, the same bytes; under every address that clients make of the base.
     assert_eq!(service.picture(&input)["output"], first["output"]);

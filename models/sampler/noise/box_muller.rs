@@ -4,8 +4,7 @@
 //! `aten/src/ATen/native/cpu/avx_mathfun.h`), and its compiler fuses multiplications with additions. Both are repeated here
 //! operation by operation: with a mathematics library's functions one value in three would differ in its last bits.
 
-// Cephes' constants are given with the digits of the original; f32 holds fewer.
-#![allow(clippy::excessive_precision)]
+#![allow(clippy::excessive_precision, reason = "Cephes' constants are given with the digits of the original; f32 holds fewer")]
 
 /// Values 0..8 are radii and 8..16 are angles, pairwise; they become cosines and sines of radius times angle.
 pub(super) fn transform(values: &mut [f32; 16]) {

@@ -26,6 +26,7 @@ use self::error::Invalid;
 pub(super) use self::error::Problem;
 use self::schema::{MODELS, Served};
 use super::Server;
+use crate::hex::hex;
 use crate::jobs::{Event, Job, JobId, NewJob, Webhook};
 
 /// Longest that an answer is held back, and what `Prefer: wait` without a number means.
@@ -314,7 +315,7 @@ fn webhook(body: &Map<String, Value>) -> Result<Option<Webhook>, Problem> {
 
 /// Of a request's body, whatever the order of its keys.
 fn fingerprint(body: &Map<String, Value>) -> String {
-    Sha256::digest(Value::Object(body.clone()).to_string()).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(Value::Object(body.clone()).to_string()))
 }
 
 #[cfg(test)]

@@ -69,7 +69,8 @@ fn files(server: &Server, base: &str, job: &Job) -> Value {
         if server.links(base) {
             return Some(json!(format!("{base}/outputs/{id}/{name}?signature={}", server.sign(id, name))));
         }
-        let bytes = std::fs::read(outputs(&server.data, id).join(name)).ok()?;
+        // Other requests go on while the disk is waited for.
+        let bytes = tokio::task::block_in_place(|| std::fs::read(outputs(&server.data, id).join(name))).ok()?;
         Some(json!(format!("data:{};base64,{}", crate::api::media_type(name), STANDARD.encode(bytes))))
     };
     names.iter().map(one).collect::<Option<Vec<_>>>().map_or(Value::Null, Value::Array)

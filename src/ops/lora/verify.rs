@@ -15,6 +15,7 @@ use super::{Lora, Sources};
 use crate::config::Config;
 use crate::engine::{self, DeviceChoice, LoraMode, Pipeline, Selected};
 use crate::fetch::Progress;
+use crate::hex::hex;
 use crate::ops::generate::Precision;
 use crate::ops::{Error, models};
 
@@ -140,5 +141,5 @@ fn digest(patches: &Patches) -> Result<String, Error> {
             }
         }
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&hasher.finalize()))
 }

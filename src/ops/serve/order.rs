@@ -4,6 +4,7 @@ use models::lora::Scales;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::hex::hex;
 use crate::image::Format;
 use crate::ops::Error;
 use crate::ops::generate::{Picture, Request};
@@ -74,7 +75,7 @@ impl Order {
             hasher.update(lora.reference.as_bytes());
             hasher.update(lora.scale.to_le_bytes());
         }
-        hasher.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+        hex(&hasher.finalize()[..16])
     }
 }
 

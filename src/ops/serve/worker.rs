@@ -120,14 +120,17 @@ impl Run<'_> {
         let order: Order = serde_json::from_value(claim.job.request["order"].clone())
             .map_err(|error| Error::invalid("request", &error.to_string(), "what this version stores"))?;
         let format = order.format()?;
-        let (mut job, remarks) = generate::prepare(&order.request()?, self.model)?;
+        let request = order.request()?;
+        let (mut job, remarks) = generate::prepare(&request, self.model)?;
         self.news.say(&format!("Using seed: {}\n", order.seed));
+        let notes = claim.job.request["notes"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        notes.for_each(|note| self.news.say(&format!("Note: {note}\n")));
         remarks.iter().for_each(|remark| self.news.say(&format!("Note: {remark}\n")));
         let go_on = || {
             let stop = self.news.stopped().is_some() || self.stop.load(Ordering::SeqCst);
             if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        job.loras = self.sources.open(&order.request()?.loras, &mut |progress| {
+        job.loras = self.sources.open(&request.loras, &mut |progress| {
             self.news.at(json!({ "stage": "fetching", "done": progress.done, "total": progress.total }));
             go_on()
         })?;
