@@ -10,7 +10,7 @@ use crate::engine::{DeviceChoice, LoraMode};
 use crate::fetch::Progress;
 use crate::ops::generate::Precision;
 use crate::ops::generate::Stage;
-use crate::ops::lora::{self, Format, MergeOrder, Sources, VerifyOrder};
+use crate::ops::lora::{self, ConvertOrder, Format, MergeOrder, Sources, VerifyOrder};
 
 /// Look into LoRA files, convert and merge them, and prove that they leave nothing behind
 #[derive(Debug, clap::Args)]
@@ -148,7 +148,8 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
             super::show(&extracted.path.display().to_string())
         }
         Verb::Convert { reference, out, to, dtype, force } => {
-            let converted = lora::convert((&reference, &out, force), (to, dtype), config, &mut fetching())?;
+            let order = ConvertOrder { reference, out, format: to, precision: dtype, force };
+            let converted = lora::convert(&order, config, &mut fetching())?;
             super::say(&format!("{} tensors, {:.1} MB", converted.tensors, converted.bytes as f64 / 1e6));
             super::show(&converted.path.display().to_string())
         }

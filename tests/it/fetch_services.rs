@@ -61,6 +61,30 @@ fn repositories_of_the_hub() {
 }
 
 #[test]
+fn a_fetched_adapter_is_read_once_whatever_its_scale() {
+    let site = hub(&["a.safetensors"], None);
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = darkroom::config::Config::from_environment();
+    config.cache = Some(folder.path().into());
+    config.hub.endpoint.clone_from(&site.address);
+    config.hub.token = None;
+    config.hub.offline = false;
+    let sources = darkroom::ops::lora::Sources::new(&config);
+    let open = |scale: &str| {
+        let loras = darkroom::ops::lora::parse(&[format!("me/mine@{scale}")], None, None).unwrap();
+        sources.open(&loras, &mut |_| std::ops::ControlFlow::Continue(())).unwrap().remove(0)
+    };
+    let first = open("0.5");
+    // Whoever read the file again would read this.
+    let blobs = folder.path().join("loras/blobs");
+    let blob = std::fs::read_dir(blobs).unwrap().next().unwrap().unwrap().path();
+    std::fs::write(&blob, b"nothing of use").unwrap();
+    let second = open("1.2");
+    assert!(Arc::ptr_eq(&first.adapter, &second.adapter) && second.scales.model == 1.2);
+    assert_eq!(site.count("/me/mine/resolve/"), 1);
+}
+
+#[test]
 fn one_tenants_token_opens_nothing_to_another() {
     let site = hub(&["a.safetensors"], Some("hf_right"));
     let bench = Bench::with(|options| options.hub = site.address.clone());

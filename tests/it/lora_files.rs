@@ -235,6 +235,29 @@ fn replacements_are_there_at_any_scale_but_zero() {
 }
 
 #[test]
+fn schnell_has_no_guidance_and_says_so() {
+    let folder = Folder::new();
+    let tensors = named(&[
+        ("guidance_in.in_layer.lora_A.weight", &random(&[4, 256])),
+        ("guidance_in.in_layer.lora_B.weight", &random(&[D, 4])),
+        ("double_blocks.0.img_attn.proj.lora_A.weight", &random(&[4, D])),
+        ("double_blocks.0.img_attn.proj.lora_B.weight", &random(&[D, 4])),
+    ]);
+    let adapter = Arc::new(Adapter::open(&folder.write("dev.safetensors", &tensors, DType::F32)).unwrap());
+    let set = [Selected { adapter, scales: Scales::uniform(1.) }];
+    let apply = |model: &str| {
+        let bundle = Bundle::from_folder(&fixtures::path(model)).unwrap();
+        let pipeline = darkroom::engine::Pipeline::load(&bundle, &Device::Cpu, DType::F32, &mut |_| {}).unwrap();
+        pipeline.patches().apply(&set, Mode::Auto).unwrap()
+    };
+    let schnell = apply("tiny-schnell");
+    assert_eq!(schnell.changed, 1);
+    assert!(schnell.notes.len() == 1 && schnell.notes[0].contains("guidance embedding"), "{:?}", schnell.notes);
+    let dev = apply("tiny-dev");
+    assert_eq!((dev.changed, dev.notes.len()), (2, 0));
+}
+
+#[test]
 fn alpha_comes_from_the_tensor_then_the_header_then_the_rank() {
     let folder = Folder::new();
     let (up, down) = (random(&[D, 4]), random(&[4, D]));

@@ -3,14 +3,13 @@
 use std::collections::HashMap;
 use std::io::{BufWriter, Write};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use ::models::lora::{Adapter, Format, convert as tensors};
 use ::models::weights::{Checkpoint, write};
 use serde::Serialize;
 
-use super::Sources;
-use super::merge::parent;
+use super::{Sources, target};
 use crate::config::Config;
 use crate::fetch::{Progress, shown};
 use crate::ops::Error;
@@ -26,25 +25,29 @@ pub struct Converted {
     pub bytes: u64,
 }
 
-/// Writes the adapter that `reference` names to `out`, which is there either whole or not at all.
+#[derive(Debug, Clone)]
+pub struct ConvertOrder {
+    pub reference: String,
+    pub out: PathBuf,
+    pub format: Format,
+    /// As it is stored if not given.
+    pub precision: Option<Precision>,
+    pub force: bool,
+}
+
+/// Writes the adapter under the other names; `out` is there either whole or not at all.
 pub fn convert(
-    (reference, out, force): (&str, &Path, bool),
-    (format, precision): (Format, Option<Precision>),
+    order: &ConvertOrder,
     config: &Config,
     told: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Converted, Error> {
+    let (reference, out) = (order.reference.as_str(), order.out.as_path());
     let failed = |source| Error::Write { path: out.into(), source };
-    if out.exists() && !force {
-        return Err(Error::Exists { path: out.into() });
-    }
-    let folder = parent(out);
-    if !folder.is_dir() {
-        return Err(Error::NoFolder { field: "out", folder: folder.into() });
-    }
+    let folder = target::check(out, order.force)?;
     let refused = |source: ::models::lora::Error| Error::Lora { reference: shown(reference), source: Box::new(source) };
     let file = Sources::new(config).file(reference, told)?;
     let adapter = Adapter::open(file.path()).map_err(refused)?;
-    let tensors = tensors(&adapter, format, precision.map(Precision::dtype)).map_err(refused)?;
+    let tensors = tensors(&adapter, order.format, order.precision.map(Precision::dtype)).map_err(refused)?;
     let header = Checkpoint::open(&[file.path().into()]).map_err(|e| refused(e.into()))?;
     let kept = |(key, _): &(&String, &String)| KEPT.iter().any(|kept| key.starts_with(kept));
     let mut metadata: HashMap<String, String> =

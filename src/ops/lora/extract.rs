@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::merge::parent;
+use super::target;
 use crate::fetch;
 use crate::ops::Error;
 
@@ -22,13 +22,7 @@ pub struct Extracted {
 pub fn extract(archive: &Path, out: &Path, force: bool) -> Result<Extracted, Error> {
     let failed = |source| Error::Fetch { reference: archive.display().to_string(), source: Arc::new(source) };
     let write = |source| Error::Write { path: out.into(), source };
-    if out.exists() && !force {
-        return Err(Error::Exists { path: out.into() });
-    }
-    let folder = parent(out);
-    if !folder.is_dir() {
-        return Err(Error::NoFolder { field: "out", folder: folder.into() });
-    }
+    let folder = target::check(out, force)?;
     let from = File::open(archive).map_err(|source| failed(fetch::Error::Read { path: archive.into(), source }))?;
     let mut file = tempfile::NamedTempFile::new_in(folder).map_err(write)?;
     let member = fetch::extract(from, &mut file).map_err(failed)?;

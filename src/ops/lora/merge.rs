@@ -10,7 +10,7 @@ use ::models::lora::Baking;
 use ::models::weights::Component;
 use serde::Serialize;
 
-use super::{Lora, Sources};
+use super::{Lora, Sources, target};
 use crate::config::Config;
 use crate::engine::Selected;
 use crate::fetch::Progress;
@@ -44,13 +44,7 @@ pub fn merge(
 ) -> Result<MergedModel, Error> {
     let model = models::resolve(&order.base, config)?;
     let out = order.out.as_path();
-    if out.exists() && !order.force {
-        return Err(Error::Exists { path: out.into() });
-    }
-    let folder = parent(out);
-    if !folder.is_dir() {
-        return Err(Error::NoFolder { field: "out", folder: folder.into() });
-    }
+    let folder = target::check(out, order.force)?;
     let selected = Sources::new(config).open(&order.loras, told)?;
     let mut remarks: Vec<String> = selected.iter().flat_map(|selected| selected.adapter.report.warnings()).collect();
     let bundle = &model.bundle;
@@ -96,22 +90,22 @@ pub fn merge(
     Ok(MergedModel { path: out.into(), tensors_changed: changed, bytes: size(out), remarks })
 }
 
-/// Writes each file of a component to where `target` says.
+/// Writes each file of a component to where `place` says.
 fn bake(
     component: Component,
     files: &Files,
     selected: &[Selected],
     remarks: &mut Vec<String>,
-    target: &dyn Fn(&Path) -> Result<PathBuf, Error>,
+    place: &dyn Fn(&Path) -> Result<PathBuf, Error>,
 ) -> Result<usize, Error> {
     let checkpoint = files.checkpoint()?;
     let refused = |source| Error::Lora { reference: "merge".into(), source: Box::new(source) };
     let baking = Baking::new(component, &checkpoint, selected).map_err(refused)?;
     remarks.extend(baking.notes.iter().cloned());
     for (i, path) in checkpoint.paths().into_iter().enumerate() {
-        let to = target(path)?;
+        let to = place(path)?;
         let write = |source| Error::Write { path: to.clone(), source };
-        fs::create_dir_all(parent(&to)).map_err(write)?;
+        fs::create_dir_all(target::parent(&to)).map_err(write)?;
         let mut file = BufWriter::new(File::create(&to).map_err(write)?);
         baking.write(i, &mut file).and_then(|()| file.flush()).and_then(|()| file.get_ref().sync_all()).map_err(write)?;
     }
@@ -145,10 +139,6 @@ fn copy_rest(from: &Path, to: &Path) -> Result<(), Error> {
 fn unlike(path: &Path) -> Error {
     let problem = format!("has a file elsewhere: {}", path.display());
     Error::Combination { field: "base", problem, hint: "give an output that ends in .safetensors".into() }
-}
-
-pub(super) fn parent(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 fn size(path: &Path) -> u64 {

@@ -5,9 +5,10 @@ mod extract;
 mod merge;
 mod parse;
 mod sources;
+mod target;
 mod verify;
 
-pub use convert::{Converted, convert};
+pub use convert::{ConvertOrder, Converted, convert};
 pub use extract::{Extracted, extract};
 pub use merge::{MergeOrder, MergedModel, merge};
 pub use models::lora::{Format, Report};
