@@ -26,19 +26,7 @@ use watch::Watch;
 mod watch;
 
 const REPEATS: usize = 7;
-const CONFIG: Config = Config {
-    hidden: 3072,
-    heads: 24,
-    head_width: 128,
-    mlp: 12288,
-    channels: 64,
-    text_width: 4096,
-    pooled_width: 768,
-    double_blocks: 2,
-    single_blocks: 4,
-    guidance: true,
-    axes: [16, 56, 56],
-};
+const CONFIG: Config = Config { double_blocks: 2, single_blocks: 4, ..Config::DEV };
 
 fn main() {
     let folder = tempfile::tempdir().unwrap();

@@ -8,23 +8,8 @@ use models::flux::{Conditioning, Config, Flux, Rope};
 use models::weights::{Component, Source};
 use serde_json::{Value, json};
 
-/// FLUX.1-dev.
-const DEV: Config = Config {
-    hidden: 3072,
-    heads: 24,
-    head_width: 128,
-    mlp: 12288,
-    channels: 64,
-    text_width: 4096,
-    pooled_width: 768,
-    double_blocks: 19,
-    single_blocks: 38,
-    guidance: true,
-    axes: [16, 56, 56],
-};
-
 pub(crate) fn run(device: &Device, dtype: DType, full: bool, steps: usize) -> anyhow::Result<Value> {
-    let (config, side, l_txt) = if full { (DEV, 64, 512) } else { (tenth(), 16, 64) };
+    let (config, side, l_txt) = if full { (Config::DEV, 64, 512) } else { (tenth(), 16, 64) };
     let (name, l_img) = (if full { "FLUX.1-dev" } else { "a tenth of FLUX.1-dev" }, side * side);
     let watch = Watch::start(device);
 
@@ -70,7 +55,7 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, steps: usize) -> an
 }
 
 fn tenth() -> Config {
-    Config { hidden: 1024, heads: 8, mlp: 4096, double_blocks: 4, single_blocks: 8, text_width: 512, ..DEV }
+    Config { hidden: 1024, heads: 8, mlp: 4096, double_blocks: 4, single_blocks: 8, text_width: 512, ..Config::DEV }
 }
 
 fn milliseconds(time: Duration) -> f64 {

@@ -31,6 +31,21 @@ pub struct Config {
 }
 
 impl Config {
+    /// FLUX.1-dev's sizes: for benches without its weights.
+    pub const DEV: Self = Self {
+        hidden: 3072,
+        heads: 24,
+        head_width: 128,
+        mlp: 12288,
+        channels: 64,
+        text_width: 4096,
+        pooled_width: 768,
+        double_blocks: 19,
+        single_blocks: 38,
+        guidance: true,
+        axes: [16, 56, 56],
+    };
+
     /// `json` is the component's `config.json`, of which only what shapes cannot tell is used.
     pub fn read(source: &Source, json: Option<&Value>) -> Result<Self, Error> {
         let matrix = |name: &str| match source.shape(format_args!("{name}.weight")).as_deref() {

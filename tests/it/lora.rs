@@ -1,6 +1,6 @@
 //! LoRAs on whole jobs: against diffusers and PEFT, and off again without a trace.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::sync::{Arc, LazyLock};
 
@@ -16,11 +16,15 @@ use crate::fixtures::{self, Fixture, relative_l2};
 /// Largest relative L2 error of the final latents.
 const LATENTS: f64 = 1e-3;
 
+/// A job of a fixture.
 #[derive(Debug, Deserialize)]
-struct Case {
-    name: String,
+pub(crate) struct Case {
+    pub(crate) name: String,
     prompt: String,
     loras: Vec<Lora>,
+    /// Every tensor that differs from the base's, as `component/name`, where the fixture says so.
+    #[serde(default)]
+    pub(crate) changed: BTreeSet<String>,
     width: usize,
     height: usize,
     steps: usize,
@@ -48,7 +52,7 @@ impl Lora {
 }
 
 impl Case {
-    fn job(&self) -> Job {
+    pub(crate) fn job(&self) -> Job {
         Job {
             prompt: self.prompt.clone(),
             negative_prompt: String::new(),

@@ -336,6 +336,27 @@ fn what_is_no_adapter_of_flux_is_refused_by_name() {
 }
 
 #[test]
+fn odd_ranks_and_alphas_have_one_meaning() {
+    let folder = Folder::new();
+    let stem = "double_blocks.0.img_attn.proj";
+    let file = |name: &str, rank: usize, alpha: Option<f32>| {
+        let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let (down, up) = if rank == 0 { (zeros((0, D)), zeros((D, 0))) } else { (random(&[rank, D]), random(&[D, rank])) };
+        let mut tensors = named(&[(&format!("{stem}.lora_A.weight"), &down), (&format!("{stem}.lora_B.weight"), &up)]);
+        tensors.extend(alpha.map(|alpha| (format!("{stem}.alpha"), number(alpha))));
+        folder.write(name, &tensors, DType::F32)
+    };
+    let (code, reason) = refused(&file("none", 0, None));
+    assert!(code == "bad_module" && reason.contains("empty"), "{code}: {reason}");
+    let large = Adapter::open(&file("large", 4096, Some(4096.0))).unwrap();
+    assert_eq!((large.updates[0].change.factor, large.report.ranks[&4096]), (1.0, 1));
+    for alpha in [f32::NAN, f32::INFINITY] {
+        let (code, reason) = refused(&file("alpha", 4, Some(alpha)));
+        assert!(code == "bad_module" && reason.contains("its alpha is"), "{code}: {reason}");
+    }
+}
+
+#[test]
 fn damaged_files_and_other_kinds_are_refused_by_name() {
     let folder = Folder::new();
     let (up, down) = (random(&[D, 4]), random(&[4, D]));

@@ -2,15 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use darkroom::engine::{Adapter, Job, LoraMode, NoiseKind, Pipeline, Scales, Selected};
+use darkroom::engine::{Job, LoraMode, Pipeline};
 use models::bundle::Bundle;
 use models::weights::Component;
-use serde::Deserialize;
 
 use crate::fixtures::{self, Fixture, relative_error, relative_l2};
+use crate::lora::Case;
 
 /// Largest relative L2 error of the final latents.
 const LATENTS: f64 = 1e-3;
@@ -18,53 +17,6 @@ const LATENTS: f64 = 1e-3;
 const WEIGHT: f64 = 2e-6;
 /// Rows of each matrix that the fixture holds.
 const ROWS: usize = 8;
-
-#[derive(Debug, Deserialize)]
-struct Case {
-    name: String,
-    prompt: String,
-    loras: Vec<Lora>,
-    /// Every tensor that differs from the base's, as `component/name`.
-    changed: BTreeSet<String>,
-    width: usize,
-    height: usize,
-    steps: usize,
-    seed: u64,
-    guidance: f64,
-}
-
-#[derive(Debug, Deserialize)]
-struct Lora {
-    file: String,
-    scale: f64,
-}
-
-impl Case {
-    fn job(&self) -> Job {
-        Job {
-            prompt: self.prompt.clone(),
-            negative_prompt: String::new(),
-            width: self.width,
-            height: self.height,
-            steps: self.steps,
-            guidance: self.guidance,
-            true_cfg: 1.,
-            seed: self.seed,
-            outputs: 1,
-            noise: NoiseKind::Cpu,
-            start: None,
-            loras: self.loras.iter().map(Lora::selected).collect(),
-            lora_mode: LoraMode::Auto,
-        }
-    }
-}
-
-impl Lora {
-    fn selected(&self) -> Selected {
-        let adapter = Adapter::open(&fixtures::path("lora").join(&self.file)).unwrap_or_else(|e| panic!("{}: {e}", self.file));
-        Selected { adapter: Arc::new(adapter), scales: Scales::uniform(self.scale) }
-    }
-}
 
 fn weights(pipeline: &Pipeline) -> BTreeMap<String, Tensor> {
     let patches = pipeline.patches();
