@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 
 use candle_core::{DType, Device, Tensor};
-use darkroom::engine::{Job, LoraMode, Pipeline};
+use darkroom::engine::{LoraMode, Pipeline};
 use models::bundle::Bundle;
 use models::weights::Component;
 
