@@ -139,6 +139,13 @@ mod tests {
         header.set_mode(0o644);
         // Not `set_path`, which refuses what these tests want.
         header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
+        if kind == EntryType::GNUSparse {
+            // A gigabyte of hole and no byte of content, as `tar --sparse` writes it.
+            let gnu = header.as_gnu_mut().unwrap();
+            gnu.set_real_size(1 << 30);
+            gnu.sparse[0].offset.copy_from_slice(b"10000000000\0");
+            gnu.sparse[0].numbytes.copy_from_slice(b"00000000000\0");
+        }
         header.set_cksum();
         header
     }
