@@ -15,6 +15,8 @@ pub enum Error {
     Newer { found: i64, known: i64 },
     #[error("the database holds something unexpected in {0}")]
     Damaged(&'static str),
+    #[error("the system has no random numbers")]
+    Random,
     #[error("the database fails")]
     Database(#[from] sqlx::Error),
 }

@@ -120,6 +120,8 @@ pub struct Job {
     pub error_code: Option<String>,
     pub error: Option<String>,
     pub webhook: Option<Webhook>,
+    /// Pictures, input and logs were removed because they were old.
+    pub data_removed: bool,
 }
 
 /// The right to run a job, until the lease ends or another gets it.

@@ -7,11 +7,19 @@
 mod error;
 mod id;
 mod job;
+mod keys;
+mod outbox;
 mod rows;
 mod schema;
 mod store;
+mod uploads;
+mod watch;
 
 pub use error::Error;
 pub use id::JobId;
 pub use job::{Claim, Event, Job, NewJob, Outcome, Status, Stop, Webhook};
-pub use store::{Delivery, Limits, Store};
+pub use keys::Key;
+pub use outbox::Delivery;
+pub use store::{Limits, Store};
+pub use uploads::{NewUpload, Upload};
+pub use watch::{Ended, Waiting};

@@ -8,7 +8,7 @@ use super::{Error, Event, Job, Webhook};
 
 /// The columns of a job, in the order in which they are read.
 pub(super) const COLUMNS: &str = "id, tenant, status, request, affinity, created_at, started_at, completed_at, deadline, epoch, progress, \
-     logs, result, error_code, error, webhook, webhook_events";
+     logs, result, error_code, error, webhook, webhook_events, data_removed";
 
 pub(super) fn job(row: &AnyRow) -> Result<Job, Error> {
     let text = |column: &str| row.try_get::<String, _>(column);
@@ -37,5 +37,6 @@ pub(super) fn job(row: &AnyRow) -> Result<Job, Error> {
         error_code: maybe("error_code")?,
         error: maybe("error")?,
         webhook: webhook.transpose()?,
+        data_removed: row.try_get::<i64, _>("data_removed")? != 0,
     })
 }

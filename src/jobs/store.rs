@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use sqlx::any::{AnyPoolOptions, AnyRow};
+use sqlx::any::AnyPoolOptions;
 use sqlx::{Any, AnyPool, AssertSqlSafe, Executor, Row, Transaction};
 
 use super::rows::{COLUMNS, job};
@@ -12,8 +12,8 @@ use super::{Claim, Error, Event, Job, JobId, NewJob, Outcome, Status, Stop, sche
 /// How long an idempotency key is remembered.
 const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 
-/// How long a delivery is left to whoever took it.
-const DELIVERING: Duration = Duration::from_secs(60);
+/// A job that took so many workers with it runs only when no other waits.
+const QUARANTINE: i64 = 2;
 
 #[derive(Debug, Clone)]
 pub struct Limits {
@@ -66,15 +66,6 @@ impl Dialect {
     }
 }
 
-/// An event that a webhook must be told. Whoever has it has a minute to do so.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Delivery {
-    pub job: JobId,
-    pub event: Event,
-    /// Deliveries that failed so far.
-    pub attempts: i64,
-}
-
 /// The queue and its history. Clones share the connections.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -83,7 +74,7 @@ pub struct Store {
     limits: Limits,
 }
 
-type Query<'q> = sqlx::query::Query<'q, Any, sqlx::any::AnyArguments>;
+pub(super) type Query<'q> = sqlx::query::Query<'q, Any, sqlx::any::AnyArguments>;
 
 impl Store {
     /// `sqlite:PATH` (made if it is not there) or `postgres://...`, brought to this version's schema.
@@ -119,11 +110,15 @@ impl Store {
         AssertSqlSafe(text.replace("{columns}", COLUMNS))
     }
 
-    fn query<'q>(&self, text: &str) -> Query<'q> {
+    pub(super) fn pool(&self) -> &AnyPool {
+        &self.pool
+    }
+
+    pub(super) fn query<'q>(&self, text: &str) -> Query<'q> {
         sqlx::query(self.sql(text))
     }
 
-    async fn begin(&self) -> Result<Transaction<'static, Any>, Error> {
+    pub(super) async fn begin(&self) -> Result<Transaction<'static, Any>, Error> {
         Ok(self.pool.begin_with(self.dialect.begin()).await?)
     }
 
@@ -223,13 +218,16 @@ impl Store {
         };
         let next = format!(
             "SELECT id FROM (
-                 SELECT id, affinity, created_at FROM jobs WHERE status = 'queued' AND tenant = (
-                     SELECT waiting.tenant FROM (SELECT tenant, MIN(id) AS first FROM jobs WHERE status = 'queued' GROUP BY tenant) waiting
-                     LEFT JOIN tenants ON tenants.tenant = waiting.tenant
-                     ORDER BY COALESCE(tenants.last_start, 0), waiting.first LIMIT 1
-                 ) ORDER BY id LIMIT $1 {{skip}}
+                 SELECT id, affinity, created_at, crashes FROM jobs WHERE status = 'queued' AND tenant = (
+                     SELECT waiting.tenant FROM (
+                         SELECT tenant, MIN(id) AS first, MIN(crashes) AS crashes FROM jobs WHERE status = 'queued' GROUP BY tenant
+                     ) waiting LEFT JOIN tenants ON tenants.tenant = waiting.tenant
+                     ORDER BY CASE WHEN waiting.crashes < {QUARANTINE} THEN 0 ELSE 1 END, COALESCE(tenants.last_start, 0), waiting.first
+                     LIMIT 1
+                 ) ORDER BY CASE WHEN crashes < {QUARANTINE} THEN 0 ELSE 1 END, id LIMIT $1 {{skip}}
              ) first_ones
-             ORDER BY CASE WHEN created_at < {{now}} - $2 THEN 0 WHEN {warm_there} THEN 1 ELSE 2 END, id LIMIT 1"
+             ORDER BY CASE WHEN crashes >= {QUARANTINE} THEN 3 WHEN created_at < {{now}} - $2 THEN 0 WHEN {warm_there} THEN 1 ELSE 2 END,
+             id LIMIT 1"
         );
         let mut next = self.query(&next).bind(self.limits.window).bind(milliseconds(self.limits.patience));
         for set in warm {
@@ -357,49 +355,8 @@ impl Store {
         }
         Ok(())
     }
-
-    /// Events to be told now, at most `limit`, with the jobs that they are of. Taken for a minute.
-    pub async fn due(&self, limit: i64) -> Result<Vec<(Delivery, Job)>, Error> {
-        let mut transaction = self.begin().await?;
-        let take = "UPDATE outbox SET next_at = {now} + $1 WHERE (job, event) IN \
-             (SELECT job, event FROM outbox WHERE next_at <= {now} ORDER BY next_at LIMIT $2 {skip}) RETURNING job, event, attempts";
-        let rows = self.query(take).bind(milliseconds(DELIVERING)).bind(limit).fetch_all(&mut *transaction).await?;
-        let mut due = Vec::new();
-        for row in &rows {
-            let delivery = delivery(row)?;
-            let find = self.query("SELECT {columns} FROM jobs WHERE id = $1").bind(delivery.job.as_str());
-            if let Some(row) = find.fetch_optional(&mut *transaction).await? {
-                due.push((delivery, job(&row)?));
-            }
-        }
-        transaction.commit().await?;
-        Ok(due)
-    }
-
-    /// Told, or given up.
-    pub async fn delivered(&self, delivery: &Delivery) -> Result<(), Error> {
-        let done = self.query("DELETE FROM outbox WHERE job = $1 AND event = $2").bind(delivery.job.as_str());
-        done.bind(delivery.event.as_str()).execute(&self.pool).await?;
-        Ok(())
-    }
-
-    /// To be told again after `pause`.
-    pub async fn undelivered(&self, delivery: &Delivery, pause: Duration) -> Result<(), Error> {
-        let again = "UPDATE outbox SET attempts = attempts + 1, next_at = {now} + $1 WHERE job = $2 AND event = $3";
-        let again = self.query(again).bind(milliseconds(pause)).bind(delivery.job.as_str()).bind(delivery.event.as_str());
-        again.execute(&self.pool).await?;
-        Ok(())
-    }
 }
 
-fn delivery(row: &AnyRow) -> Result<Delivery, Error> {
-    Ok(Delivery {
-        job: row.try_get::<String, _>("job")?.parse().map_err(|()| Error::Damaged("outbox"))?,
-        event: row.try_get::<String, _>("event")?.parse().map_err(|()| Error::Damaged("outbox"))?,
-        attempts: row.try_get("attempts")?,
-    })
-}
-
-fn milliseconds(time: Duration) -> i64 {
+pub(super) fn milliseconds(time: Duration) -> i64 {
     i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
 }

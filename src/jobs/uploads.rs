@@ -1,0 +1,90 @@
+//! Files that clients send ahead of their jobs. Here is what is known of them; the bytes are in the object store.
+
+use serde_json::Value;
+use sqlx::Row;
+use sqlx::any::AnyRow;
+
+use super::{Error, JobId, Store};
+
+/// A file to be stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewUpload {
+    pub tenant: String,
+    pub name: String,
+    pub content_type: String,
+    /// In bytes.
+    pub size: i64,
+    pub sha256: String,
+    pub metadata: Value,
+    /// Milliseconds for which it is kept.
+    pub lives: i64,
+}
+
+/// A stored file. Times are in milliseconds since 1970.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Upload {
+    pub id: JobId,
+    pub tenant: String,
+    pub name: String,
+    pub content_type: String,
+    pub size: i64,
+    pub sha256: String,
+    pub metadata: Value,
+    pub created_at: i64,
+    pub expires_at: i64,
+}
+
+impl Store {
+    /// Notes a file under `id`, under which its bytes are stored already.
+    pub async fn add_upload(&self, id: &JobId, new: &NewUpload) -> Result<Upload, Error> {
+        let insert = "INSERT INTO uploads (id, tenant, name, content_type, size, sha256, metadata, created_at, expires_at) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, {now}, {now} + CAST($8 AS BIGINT)) RETURNING *";
+        let insert = self.query(insert).bind(id.as_str()).bind(&new.tenant).bind(&new.name).bind(&new.content_type);
+        let insert = insert.bind(new.size).bind(&new.sha256).bind(new.metadata.to_string()).bind(new.lives);
+        upload(&insert.fetch_one(self.pool()).await?)
+    }
+
+    /// A tenant's file, while it lives. What belongs to another is not there.
+    pub async fn upload(&self, tenant: &str, id: &JobId) -> Result<Option<Upload>, Error> {
+        let find = "SELECT * FROM uploads WHERE id = $1 AND tenant = $2 AND expires_at > {now}";
+        let find = self.query(find).bind(id.as_str()).bind(tenant);
+        find.fetch_optional(self.pool()).await?.as_ref().map(upload).transpose()
+    }
+
+    /// A tenant's files, newest first, from below `before`.
+    pub async fn uploads(&self, tenant: &str, before: Option<&JobId>, limit: i64) -> Result<Vec<Upload>, Error> {
+        let list = "SELECT * FROM uploads WHERE tenant = $1 AND id < $2 AND expires_at > {now} ORDER BY id DESC LIMIT $3";
+        let list = self.query(list).bind(tenant).bind(before.map_or("~", JobId::as_str)).bind(limit);
+        list.fetch_all(self.pool()).await?.iter().map(upload).collect()
+    }
+
+    /// Forgets a tenant's file. `false` if there is none.
+    pub async fn remove_upload(&self, tenant: &str, id: &JobId) -> Result<bool, Error> {
+        let remove = self.query("DELETE FROM uploads WHERE id = $1 AND tenant = $2").bind(id.as_str()).bind(tenant);
+        Ok(remove.execute(self.pool()).await?.rows_affected() > 0)
+    }
+
+    /// Forgets the files whose time is over, and names them so that their bytes can go as well.
+    pub async fn expired_uploads(&self) -> Result<Vec<JobId>, Error> {
+        let expired = self.query("DELETE FROM uploads WHERE expires_at <= {now} RETURNING id").fetch_all(self.pool()).await?;
+        expired.iter().map(id).collect()
+    }
+}
+
+fn id(row: &AnyRow) -> Result<JobId, Error> {
+    row.try_get::<String, _>("id")?.parse().map_err(|()| Error::Damaged("uploads"))
+}
+
+fn upload(row: &AnyRow) -> Result<Upload, Error> {
+    Ok(Upload {
+        id: id(row)?,
+        tenant: row.try_get("tenant")?,
+        name: row.try_get("name")?,
+        content_type: row.try_get("content_type")?,
+        size: row.try_get("size")?,
+        sha256: row.try_get("sha256")?,
+        metadata: serde_json::from_str(&row.try_get::<String, _>("metadata")?).map_err(|_| Error::Damaged("uploads"))?,
+        created_at: row.try_get("created_at")?,
+        expires_at: row.try_get("expires_at")?,
+    })
+}

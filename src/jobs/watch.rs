@@ -1,0 +1,80 @@
+//! What the service asks the queue as a whole: what ended lately, what waits, what is next, what grew old.
+
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+use sqlx::Row;
+
+use super::rows::job;
+use super::store::milliseconds;
+use super::{Error, Job, JobId, Store};
+
+/// Jobs that ended, and the database's time, from which the next question goes on.
+#[derive(Debug, Clone)]
+pub struct Ended {
+    pub jobs: Vec<JobId>,
+    pub now: i64,
+}
+
+/// How long the queue is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Waiting {
+    pub queued: i64,
+    pub running: i64,
+    /// Milliseconds that the longest waiting job has waited.
+    pub longest: i64,
+    /// Events that webhooks were not told yet.
+    pub untold: i64,
+}
+
+impl Store {
+    /// Jobs that ended at `since` or later, in milliseconds since 1970 by the database's clock.
+    pub async fn ended(&self, since: i64) -> Result<Ended, Error> {
+        let ended = self.query("SELECT id FROM jobs WHERE completed_at >= $1").bind(since).fetch_all(self.pool()).await?;
+        let id = |row: &sqlx::any::AnyRow| row.try_get::<String, _>(0)?.parse().map_err(|()| Error::Damaged("id"));
+        let jobs = ended.iter().map(id).collect::<Result<_, Error>>()?;
+        Ok(Ended { jobs, now: self.now().await? })
+    }
+
+    /// The database's time in milliseconds since 1970.
+    pub async fn now(&self) -> Result<i64, Error> {
+        Ok(self.query("SELECT {now}").fetch_one(self.pool()).await?.try_get(0)?)
+    }
+
+    pub async fn waiting(&self) -> Result<Waiting, Error> {
+        let count = "SELECT COALESCE(SUM(CASE WHEN status = 'queued' THEN 1 ELSE 0 END), 0), \
+             COALESCE(SUM(CASE WHEN status = 'running' THEN 1 ELSE 0 END), 0), \
+             COALESCE({now} - MIN(CASE WHEN status = 'queued' THEN created_at END), 0), \
+             (SELECT COUNT(*) FROM outbox) FROM jobs WHERE status IN ('queued', 'running')";
+        let row = self.query(count).fetch_one(self.pool()).await?;
+        Ok(Waiting { queued: row.try_get(0)?, running: row.try_get(1)?, longest: row.try_get(2)?, untold: row.try_get(3)? })
+    }
+
+    /// The first `limit` jobs that wait, of all tenants: what a worker may soon need.
+    pub async fn upcoming(&self, limit: i64) -> Result<Vec<Job>, Error> {
+        let next = self.query("SELECT {columns} FROM jobs WHERE status = 'queued' ORDER BY id LIMIT $1").bind(limit);
+        next.fetch_all(self.pool()).await?.iter().map(job).collect()
+    }
+
+    /// Removes input, logs and result of jobs that ended longer ago than `age`, and names them so that their pictures can go as well. Of
+    /// the requests the members `kept` stay.
+    pub async fn strip(&self, age: Duration, kept: &[&str]) -> Result<Vec<JobId>, Error> {
+        let old = "SELECT {columns} FROM jobs WHERE data_removed = 0 AND completed_at < {now} - $1 AND id NOT IN (SELECT job FROM outbox) LIMIT 100";
+        let mut stripped = Vec::new();
+        for row in self.query(old).bind(milliseconds(age)).fetch_all(self.pool()).await? {
+            let Job { id, request, .. } = job(&row)?;
+            let rest: Map<String, Value> = kept.iter().map(|name| ((*name).into(), request[*name].clone())).collect();
+            let strip = "UPDATE jobs SET data_removed = 1, logs = '', result = NULL, request = $1, progress = NULL, webhook = NULL \
+                 WHERE id = $2";
+            self.query(strip).bind(Value::Object(rest).to_string()).bind(id.as_str()).execute(self.pool()).await?;
+            stripped.push(id);
+        }
+        Ok(stripped)
+    }
+
+    /// Forgets jobs that ended longer ago than `age` and whose data was removed.
+    pub async fn forget(&self, age: Duration) -> Result<u64, Error> {
+        let forget = self.query("DELETE FROM jobs WHERE data_removed = 1 AND completed_at < {now} - $1").bind(milliseconds(age));
+        Ok(forget.execute(self.pool()).await?.rows_affected())
+    }
+}
