@@ -78,6 +78,8 @@ pub struct Config {
     pub cache: Option<PathBuf>,
     /// `RUST_LOG`, as `tracing-subscriber` reads it.
     pub log: Option<String>,
+    /// `DARKROOM_LOG_FORMAT=json`: a line of JSON for each event.
+    pub log_json: bool,
     /// `NO_COLOR` is set to anything.
     pub no_color: bool,
 }
@@ -111,6 +113,7 @@ impl Config {
             lora_cache_bytes: (gigabytes.unwrap_or(20.0) * 1e9) as u64,
             cache: caches.map(|caches| caches.join("darkroom")),
             log: variable("RUST_LOG"),
+            log_json: variable("DARKROOM_LOG_FORMAT").is_some_and(|format| format.eq_ignore_ascii_case("json")),
             no_color: variable("NO_COLOR").is_some(),
         }
     }

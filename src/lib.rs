@@ -7,6 +7,7 @@
 //! crate `models`, fused operations in the crate `kernels`.
 
 pub mod api;
+pub mod blobs;
 pub mod cli;
 pub mod config;
 pub mod engine;

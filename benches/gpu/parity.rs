@@ -79,6 +79,7 @@ fn job(case: &serde_json::Value) -> Job {
         start: None,
         loras: Vec::new(),
         lora_mode: LoraMode::Auto,
+        previews: None,
     }
 }
 

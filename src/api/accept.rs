@@ -1,16 +1,22 @@
 //! The accept loop. axum's own has no limits for headers that never end, idle connections and their number.
 
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
-/// For a request's head to arrive.
+use super::{Peer, Tls};
+
+/// For a request's head to arrive, and for the handshake before it.
 const HEADER: Duration = Duration::from_secs(15);
 
 /// Connections at a time; others wait to be accepted.
@@ -20,8 +26,8 @@ const CONNECTIONS: usize = 4096;
 const DRAIN: Duration = Duration::from_secs(60);
 
 /// Serves connections until `stop`, then no new ones.
-pub(super) async fn serve(listener: TcpListener, router: Router, stop: impl Future<Output = ()>) {
-    let permits = std::sync::Arc::new(Semaphore::new(CONNECTIONS));
+pub(super) async fn serve(listener: TcpListener, tls: Option<Tls>, router: Router, stop: impl Future<Output = ()>) {
+    let permits = Arc::new(Semaphore::new(CONNECTIONS));
     let graceful = GracefulShutdown::new();
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER);
@@ -36,7 +42,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, stop: impl Futu
             accepted = listener.accept() => accepted,
             () = &mut stop => break,
         };
-        let (stream, _) = match accepted {
+        let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 // Out of file descriptors, most likely: others end first.
@@ -46,13 +52,28 @@ pub(super) async fn serve(listener: TcpListener, router: Router, stop: impl Futu
             }
         };
         let _ = stream.set_nodelay(true);
-        let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone())).into_owned();
-        let connection = graceful.watch(connection);
+        let (builder, router, watcher, tls) = (builder.clone(), router.clone(), graceful.watcher(), tls.clone());
         tokio::spawn(async move {
-            let _ = connection.await;
+            match tls {
+                None => connection(&builder, stream, router, peer, watcher).await,
+                Some(tls) => {
+                    if let Ok(Ok(stream)) = timeout(HEADER, tls.0.accept(stream)).await {
+                        connection(&builder, stream, router, peer, watcher).await;
+                    }
+                }
+            }
             drop(permit);
         });
     }
     drop(listener);
-    let _ = tokio::time::timeout(DRAIN, graceful.shutdown()).await;
+    let _ = timeout(DRAIN, graceful.shutdown()).await;
+}
+
+async fn connection<S>(builder: &Builder<TokioExecutor>, stream: S, router: Router, peer: SocketAddr, watcher: Watcher)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let service = TowerToHyperService::new(router.layer(Extension(Peer(peer))));
+    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
+    let _ = watcher.watch(connection).await;
 }

@@ -1,120 +1,156 @@
 //! The HTTP service: faces of [`ops`](crate::ops) in the words of others.
+//!
+//! A request meets, in this order: the accept loop's limits ([`accept`]), a name for the logs ([`trace`]), the key ([`auth`]), then its
+//! dialect. All dialects accept work through [`submit`] and wait for it through [`wait`].
 
 mod accept;
+mod auth;
+mod cog;
+mod deliver;
+mod health;
+mod keep;
+mod openai;
+mod outputs;
+mod own;
+mod problem;
 mod replicate;
+mod submit;
 mod supervise;
+mod tls;
+mod trace;
+mod wait;
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
-use axum::extract::{DefaultBodyLimit, Path, Query, State};
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, HOST, X_CONTENT_TYPE_OPTIONS};
-use axum::http::{HeaderMap, StatusCode};
-use axum::response::{IntoResponse, Response};
+use axum::extract::DefaultBodyLimit;
+use axum::http::HeaderMap;
+use axum::http::header::HOST;
 use axum::routing::get;
-use axum::{Json, Router};
-use hmac::{Hmac, KeyInit, Mac};
-use serde::Deserialize;
-use serde_json::json;
-use sha2::Sha256;
+use axum::{Router, middleware};
 use tokio::net::TcpListener;
+use tokio::sync::{Notify, watch};
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::timeout::RequestBodyTimeoutLayer;
 
-use crate::hex::{hex, unhex};
-use crate::jobs::{JobId, Store};
-use crate::ops::models::Model;
-use crate::ops::serve::outputs;
+use self::auth::Gate;
+use self::health::Meters;
+use self::wait::Waiters;
+use crate::blobs::Blobs;
+use crate::fetch::Web;
+use crate::jobs::Store;
+use crate::ops::serve::Secret;
 
-pub(crate) use supervise::READY;
-pub use supervise::Worker;
+pub use keep::Keep;
+pub use outputs::Files;
+pub use supervise::{Unit, Worker};
+pub use tls::Tls;
 
-/// A request's body with a picture in it.
-const MOST_BODY: usize = 20 << 20;
+/// A request's body with pictures in it, in bytes.
+const MOST_BODY: usize = 32 << 20;
 
-/// How long a link to a picture works.
-const LINK_LIVES: Duration = Duration::from_secs(3600);
+/// Between two pieces of a body.
+const BODY_IDLE: Duration = Duration::from_secs(30);
 
-/// How pictures are given to clients.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Files {
-    /// Links over https, the pictures themselves over http: clients wrap only `https:` and `data:` as files.
-    Auto,
-    Links,
-    Data,
+/// Where a connection comes from.
+#[derive(Debug, Clone, Copy)]
+struct Peer(SocketAddr);
+
+/// How the service is set up.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub data: PathBuf,
+    /// As clients reach us, if that is not what their requests say.
+    pub public_url: Option<String>,
+    pub files: Files,
+    /// Only this machine can connect.
+    pub local: bool,
+    pub https: bool,
+    /// New jobs a minute for each tenant.
+    pub creates: Option<NonZeroU32>,
+    pub keep: Keep,
+    /// Unless a request says otherwise: the base model's picture instead of a failure when a LoRA cannot be used.
+    pub without_lora: bool,
 }
 
 /// What every request needs.
 #[derive(Debug)]
 pub struct Server {
-    pub store: Store,
-    /// The model that the worker runs.
-    pub model: Model,
-    pub data: PathBuf,
-    /// As clients reach us, if that is not what their requests say.
-    pub public_url: Option<String>,
-    pub files: Files,
-    /// Signs links; of this data folder.
-    pub secret: [u8; 32],
-    /// The worker has its model.
-    pub ready: AtomicBool,
+    store: Store,
+    blobs: Blobs,
+    secret: Secret,
+    web: Web,
+    /// One for each base model, the first for whatever fits none.
+    units: Vec<Arc<Unit>>,
+    data: PathBuf,
+    public_url: Option<String>,
+    files: Files,
+    https: bool,
+    keep: Keep,
+    without_lora: bool,
+    gate: Gate,
+    waiters: Waiters,
+    meters: Meters,
+    /// Milliseconds that a job takes, and jobs that wait: lately.
+    pace: AtomicU64,
+    queued: AtomicU64,
+    /// Something ended, or there is something to tell.
+    ended: Notify,
     /// No new jobs: the service ends.
-    pub draining: AtomicBool,
+    draining: AtomicBool,
 }
 
 impl Server {
+    #[must_use]
+    pub fn new(store: Store, blobs: Blobs, secret: Secret, web: Web, units: Vec<Arc<Unit>>, options: Options) -> Self {
+        let Options { data, public_url, files, local, https, creates, keep, without_lora } = options;
+        Self {
+            store,
+            blobs,
+            secret,
+            web,
+            units,
+            data,
+            public_url,
+            files,
+            https,
+            keep,
+            without_lora,
+            gate: Gate::new(local, creates),
+            waiters: Waiters::default(),
+            meters: Meters::new(),
+            pace: AtomicU64::new(1000),
+            queued: AtomicU64::new(0),
+            ended: Notify::new(),
+            draining: AtomicBool::new(false),
+        }
+    }
+
     /// Where the client reached us, without a slash at the end.
     fn base(&self, headers: &HeaderMap) -> String {
         if let Some(url) = &self.public_url {
             return url.trim_end_matches('/').into();
         }
         let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-        let scheme = header("x-forwarded-proto").filter(|scheme| *scheme == "https").unwrap_or("http");
+        let own = if self.https { "https" } else { "http" };
+        let scheme = header("x-forwarded-proto").filter(|scheme| *scheme == "https").unwrap_or(own);
         let host = header("x-forwarded-host").or_else(|| header(HOST.as_str())).unwrap_or("127.0.0.1");
         format!("{scheme}://{host}")
     }
 
-    fn links(&self, base: &str) -> bool {
-        match self.files {
-            Files::Auto => base.starts_with("https:"),
-            Files::Links => true,
-            Files::Data => false,
-        }
+    /// The unit whose model suits: with distilled guidance (dev) or without (schnell).
+    fn unit(&self, guidance: bool) -> &Arc<Unit> {
+        self.units.iter().find(|unit| unit.model.shape.guidance == guidance).unwrap_or(&self.units[0])
     }
 
-    /// Signature and expiry of a link to a picture.
-    fn sign(&self, job: &str, name: &str) -> String {
-        let expires = now() + LINK_LIVES.as_secs();
-        format!("{}&expires={expires}", hex(&self.mac(job, name, expires).finalize().into_bytes()))
-    }
-
-    fn mac(&self, job: &str, name: &str, expires: u64) -> Hmac<Sha256> {
-        let mut mac = Hmac::<Sha256>::new_from_slice(&self.secret).expect("any length is a key");
-        mac.update(format!("{job}\n{name}\n{expires}").as_bytes());
-        mac
-    }
-
-    fn accepting(&self) -> Result<(), replicate::Problem> {
-        if self.draining.load(Ordering::SeqCst) {
-            Err(replicate::Problem::Unavailable("The server is stopping.", 30))
-        } else {
-            Ok(())
-        }
-    }
-}
-
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-/// The MIME type of a picture's name.
-fn media_type(name: &str) -> &'static str {
-    match name.rsplit_once('.').map(|(_, end)| end) {
-        Some("webp") => "image/webp",
-        Some("jpg") => "image/jpeg",
-        Some("png") => "image/png",
-        _ => "application/octet-stream",
+    /// Notes how long a job took.
+    fn paced(&self, milliseconds: u64) {
+        let old = self.pace.load(Ordering::Relaxed);
+        self.pace.store((3 * old + milliseconds) / 4, Ordering::Relaxed);
     }
 }
 
@@ -122,75 +158,43 @@ fn media_type(name: &str) -> &'static str {
 pub fn router(server: Arc<Server>) -> Router {
     let replicate = replicate::router();
     Router::new()
-        .route("/health/live", get(|| async { Json(json!({ "status": "alive" })) }))
-        .route("/health/ready", get(ready))
-        .route("/outputs/{job}/{name}", get(picture))
+        .merge(health::router())
+        .merge(own::router())
+        .merge(cog::router())
         .merge(replicate.clone())
-        .nest("/v1", replicate.clone())
-        .nest("/v1/v1", replicate)
-        .fallback(replicate::not_found)
+        .nest("/v1", replicate.clone().merge(replicate::by_version()).merge(openai::router()))
+        .nest("/v1/v1", replicate.merge(replicate::by_version()).merge(openai::router()))
+        .merge(openai::router())
+        .route("/outputs/{job}/{name}", get(outputs::give))
+        .fallback(problem::not_found)
+        .method_not_allowed_fallback(problem::wrong_method)
+        .layer(middleware::from_fn_with_state(server.clone(), auth::guard))
         .layer(DefaultBodyLimit::max(MOST_BODY))
+        .layer(RequestBodyTimeoutLayer::new(BODY_IDLE))
+        .layer(CatchPanicLayer::new())
+        .layer(middleware::from_fn_with_state(server.clone(), trace::request))
         .with_state(server)
 }
 
-async fn ready(State(server): State<Arc<Server>>) -> Response {
-    let (ready, draining) = (server.ready.load(Ordering::SeqCst), server.draining.load(Ordering::SeqCst));
-    let code = if ready && !draining { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let why = if draining {
-        "stopping"
-    } else if ready {
-        "ready"
-    } else {
-        "the worker has no model yet"
-    };
-    (code, Json(json!({ "status": why, "model": server.model.name }))).into_response()
-}
-
-#[derive(Debug, Deserialize)]
-struct Signed {
-    #[serde(default)]
-    signature: String,
-    #[serde(default)]
-    expires: String,
-}
-
-/// A picture. The link's signature is the permission: clients send no token here.
-async fn picture(
-    State(server): State<Arc<Server>>,
-    Path((job, name)): Path<(String, String)>,
-    Query(signed): Query<Signed>,
-) -> Response {
-    let expires: u64 = signed.expires.parse().unwrap_or(0);
-    let signature = unhex(&signed.signature).unwrap_or_default();
-    // In constant time.
-    let permitted = expires >= now() && server.mac(&job, &name, expires).verify_slice(&signature).is_ok();
-    // Signed names are ours; both are checked all the same before they become a path.
-    let plain = job.parse::<JobId>().is_ok() && !name.contains(['/', '\\']) && !name.contains("..");
-    if !permitted || !plain {
-        return replicate::not_found().await;
-    }
-    match tokio::task::spawn_blocking(move || std::fs::read(outputs(&server.data, &job).join(&name)).map(|bytes| (bytes, name)))
-        .await
-    {
-        Ok(Ok((bytes, name))) => {
-            let headers = [
-                (CONTENT_TYPE, media_type(&name)),
-                (X_CONTENT_TYPE_OPTIONS, "nosniff"),
-                (CACHE_CONTROL, "private, max-age=3600"),
-            ];
-            (headers, bytes).into_response()
-        }
-        _ => replicate::not_found().await,
-    }
-}
-
 /// Serves until `stop` resolves; then lets open requests end.
-pub async fn serve(server: Arc<Server>, listener: TcpListener, stop: impl Future<Output = ()>) -> std::io::Result<SocketAddr> {
-    let address = listener.local_addr()?;
-    accept::serve(listener, router(server.clone()), async {
+pub async fn serve(
+    server: Arc<Server>,
+    listener: TcpListener,
+    tls: Option<Tls>,
+    stop: impl Future<Output = ()>,
+) -> std::io::Result<()> {
+    let (ending, ended) = watch::channel(false);
+    let tasks = [
+        tokio::spawn(server.clone().wake_waiting()),
+        tokio::spawn(server.clone().deliver(ended.clone())),
+        tokio::spawn(server.clone().clear(ended)),
+    ];
+    accept::serve(listener, tls, router(server.clone()), async {
         stop.await;
         server.draining.store(true, Ordering::SeqCst);
     })
     .await;
-    Ok(address)
+    ending.send_replace(true);
+    tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    Ok(())
 }

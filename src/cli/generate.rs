@@ -242,6 +242,7 @@ fn order(args: Args) -> anyhow::Result<Order> {
         prompt_strength: args.prompt_strength,
         loras: lora::parse(&args.loras, args.lora_text_scale, args.lora_blocks.as_deref())?,
         lora_mode: args.lora_mode,
+        previews: None,
         trigger_word: args.trigger_word,
         trigger_policy: args.trigger_policy,
         clean_prompt: args.clean_prompt,

@@ -4,6 +4,7 @@
 
 mod completions;
 mod generate;
+mod keys;
 mod lora;
 mod models;
 mod progress;
@@ -39,6 +40,7 @@ enum Verb {
     Lora(lora::Args),
     Models(models::Args),
     Serve(Box<serve::Args>),
+    Keys(keys::Args),
     Completions(completions::Args),
 }
 
@@ -54,12 +56,13 @@ pub fn main() -> ExitCode {
             return if error.print().is_ok() { ExitCode::from(code) } else { ExitCode::from(FAILED) };
         }
     };
-    log(&config);
+    log(&config, matches!(cli.verb, Verb::Serve(_)));
     let result = match cli.verb {
         Verb::Generate(args) => generate::run(*args, &config),
         Verb::Lora(args) => lora::run(args, &config),
         Verb::Models(args) => models::run(args, &config),
         Verb::Serve(args) => serve::run(*args, &config),
+        Verb::Keys(args) => keys::run(args),
         Verb::Completions(args) => completions::run(&args),
     };
     match result {
@@ -74,12 +77,12 @@ fn parse(config: &Config) -> Result<Cli, clap::Error> {
     Cli::from_arg_matches(&Cli::command().color(color).try_get_matches()?)
 }
 
-/// What `RUST_LOG` asks for, on standard error; nothing by default.
-fn log(config: &Config) {
-    let Some(filter) = &config.log else { return };
+/// What `RUST_LOG` asks for, on standard error; without it nothing, but of a service what its operator must know.
+fn log(config: &Config, service: bool) {
+    let Some(filter) = config.log.as_deref().or(service.then_some("warn")) else { return };
     let color = !config.no_color && std::io::stderr().is_terminal();
     let subscriber = tracing_subscriber::fmt().with_env_filter(EnvFilter::new(filter)).with_writer(std::io::stderr);
-    subscriber.with_ansi(color).init();
+    if config.log_json { subscriber.json().init() } else { subscriber.with_ansi(color).init() }
 }
 
 /// Shows an error with its causes.

@@ -35,6 +35,7 @@ impl JobBar {
             Stage::Engine(Event::Decoding { output, outputs }) => {
                 self.bar.set_message(format!("decoding{}", of(output, outputs)))
             }
+            Stage::Engine(Event::Preview { .. }) => {}
             Stage::Writing => self.bar.set_message("writing"),
         }
     }

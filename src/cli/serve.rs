@@ -1,24 +1,33 @@
 //! `darkroom serve`, and the worker process that it starts.
 
 use std::ffi::OsString;
-use std::io::Read;
+use std::io::BufRead;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use anyhow::Context;
+use tokio::runtime::Runtime;
 
 use super::generate::device;
-use crate::api::{self, Files, Server};
+use crate::api::{self, Files, Keep, Options, Server, Tls, Unit};
+use crate::blobs::Blobs;
 use crate::config::Config;
 use crate::engine::DeviceChoice;
+use crate::fetch::{Limits as FetchLimits, Web};
 use crate::jobs::{Limits, Store};
 use crate::ops::generate::Precision;
-use crate::ops::serve::{Work, work};
+use crate::ops::serve::{Secret, Sign, Work, work};
 use crate::ops::{self, models};
 
-/// Serve pictures over HTTP, to Replicate's clients among others
+/// For a webhook to answer.
+const WEBHOOK: Duration = Duration::from_secs(20);
+
+/// Serve pictures over HTTP, to the clients of Replicate, OpenAI and Cog
 ///
 /// Jobs are kept in the data folder (or in the database that --database names) and survive a crash of the service, of the worker and of
 /// the machine.
@@ -27,15 +36,17 @@ pub(super) struct Args {
     /// Where to listen
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8000")]
     listen: SocketAddr,
-    /// As for generate
+    /// As for generate; give it twice to serve a dev and a schnell model, each with a worker of its own
     #[arg(long, value_name = "MODEL", default_value = "pocket")]
-    model: String,
-    /// Queue, pictures and keys [default: darkroom in the user's data folder]
-    #[arg(long, value_name = "FOLDER")]
-    data: Option<PathBuf>,
-    /// postgres://... instead of a file in the data folder
-    #[arg(long, value_name = "ADDRESS")]
-    database: Option<String>,
+    model: Vec<String>,
+    #[command(flatten)]
+    place: Place,
+    /// s3://bucket/prefix for pictures and uploads (AWS_... set the access) [default: the data folder]
+    #[arg(long, value_name = "STORAGE")]
+    storage: Option<String>,
+    /// Encrypt: auto (a certificate of our own, made on the first start), or CERTIFICATE.pem,KEY.pem
+    #[arg(long, value_name = "HOW")]
+    tls: Option<String>,
     /// As clients reach this server, if a proxy is in front of it
     #[arg(long, value_name = "URL")]
     public_url: Option<String>,
@@ -51,9 +62,72 @@ pub(super) struct Args {
     /// Accept requests of others than this machine although there are no keys yet
     #[arg(long)]
     open_to_all: bool,
+    /// Jobs that may wait, in all
+    #[arg(long, value_name = "JOBS", default_value_t = 1000)]
+    queue: u32,
+    /// Jobs of one tenant that may wait
+    #[arg(long, value_name = "JOBS", default_value_t = 100)]
+    queue_of_tenant: u32,
+    /// New jobs a minute that a tenant may create; 0 for as many as they like
+    #[arg(long, value_name = "JOBS", default_value_t = 600)]
+    creates_per_minute: u32,
+    /// Remove pictures, inputs and logs this long after the end of their job, such as 1h or 30d [default: never]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    keep_pictures: Option<Duration>,
+    /// Then forget the job itself this long after its end [default: never]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    keep_jobs: Option<Duration>,
+    /// When a LoRA cannot be used: fail, or base (the base model's picture with a warning); requests may say otherwise
+    #[arg(long, value_name = "WHAT", value_parser = ["fail", "base"], default_value = "fail")]
+    on_lora_error: String,
+    /// A worker that shows no sign of life for so long in a job hangs and is replaced; fifteen times that on a CPU
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "120s")]
+    hang_after: Duration,
     /// Be the worker of this name
     #[arg(long, value_name = "NAME", hide = true)]
     worker: Option<String>,
+    /// The one of the models that the worker is for
+    #[arg(long, value_name = "INDEX", hide = true, default_value_t = 0)]
+    worker_model: usize,
+}
+
+/// Where a service keeps what it knows.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct Place {
+    /// Queue, pictures and keys [default: darkroom in the user's data folder]
+    #[arg(long, value_name = "FOLDER")]
+    data: Option<PathBuf>,
+    /// postgres://... instead of a file in the data folder
+    #[arg(long, value_name = "ADDRESS", env = "DATABASE_URL", hide_env_values = true)]
+    database: Option<String>,
+}
+
+impl Place {
+    /// The data folder, made if it is not there.
+    pub(super) fn folder(&self) -> anyhow::Result<PathBuf> {
+        let data = match &self.data {
+            Some(data) => data.clone(),
+            None => dirs::data_dir().context("there is no data folder; give one with --data")?.join("darkroom"),
+        };
+        std::fs::create_dir_all(&data).with_context(|| format!("the folder {} cannot be made", data.display()))?;
+        Ok(data)
+    }
+
+    pub(super) fn database(&self, data: &Path) -> String {
+        self.database.clone().unwrap_or_else(|| format!("sqlite:{}", data.join("jobs.db").display()))
+    }
+}
+
+/// The store of a place, and its folder.
+pub(super) fn open(place: &Place) -> anyhow::Result<(Runtime, Store, PathBuf)> {
+    open_within(place, Limits::default())
+}
+
+fn open_within(place: &Place, limits: Limits) -> anyhow::Result<(Runtime, Store, PathBuf)> {
+    let data = place.folder()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let store = runtime.block_on(Store::open(&place.database(&data), limits)).map_err(ops::Error::from)?;
+    Ok((runtime, store, data))
 }
 
 fn files(text: &str) -> Result<Files, String> {
@@ -65,80 +139,145 @@ fn files(text: &str) -> Result<Files, String> {
     }
 }
 
-pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
-    let data = match &args.data {
-        Some(data) => data.clone(),
-        None => dirs::data_dir().context("there is no data folder; give one with --data")?.join("darkroom"),
+/// `90s`, `15m`, `1h`, `30d`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || "must be a number with s, m, h or d, such as 90s or 30d".to_owned();
+    let unit = text.chars().last().ok_or_else(wrong)?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 86_400,
+        _ => return Err(wrong()),
     };
-    std::fs::create_dir_all(&data).with_context(|| format!("the folder {} cannot be made", data.display()))?;
-    let database = args.database.clone().unwrap_or_else(|| format!("sqlite:{}", data.join("jobs.db").display()));
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let store = runtime.block_on(Store::open(&database, Limits::default())).map_err(ops::Error::from)?;
+    let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
+    Ok(Duration::from_secs(number.checked_mul(seconds).ok_or_else(wrong)?))
+}
+
+pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
+    let limits = Limits { waiting: args.queue.into(), waiting_of_tenant: args.queue_of_tenant.into(), ..Limits::default() };
+    let (runtime, store, data) = open_within(&args.place, limits)?;
+    let storage = args.storage.clone().unwrap_or_else(|| data.join("files").display().to_string());
+    let blobs = Blobs::open(&storage, &config.store).map_err(ops::Error::from)?;
+    let secret = Secret::of(&data).context("the data folder's secret")?;
     match args.worker {
         Some(name) => {
-            let work = Work { store, data, name, model: args.model, device: args.device, precision: args.dtype };
+            let model = args.model.get(args.worker_model).context("there is no such model")?.clone();
+            let work = Work { store, blobs, secret, name, model, device: args.device, precision: args.dtype };
             be_worker(&work, config, &runtime)
         }
-        None => serve(&args, data, store, config, &runtime),
+        None => serve(&args, data, (store, blobs, secret), config, &runtime),
     }
 }
 
-fn be_worker(by: &Work, config: &Config, runtime: &tokio::runtime::Runtime) -> anyhow::Result<()> {
+fn be_worker(by: &Work, config: &Config, runtime: &Runtime) -> anyhow::Result<()> {
     let stop = Arc::new(AtomicBool::new(false));
     let seen = stop.clone();
-    // The service's end, however it comes, closes this.
+    let (wake, woken) = mpsc::channel();
+    // A line says that there is work. The service's end, however it comes, closes this.
     std::thread::spawn(move || {
-        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        for line in std::io::stdin().lock().lines() {
+            if line.is_err() || wake.send(()).is_err() {
+                break;
+            }
+        }
         seen.store(true, Ordering::SeqCst);
     });
-    work(by, config, runtime.handle(), &stop, || drop(super::show(api::READY)))?;
+    work(by, config, runtime.handle(), &stop, &woken, &|sign: Sign| drop(super::show(&sign.to_string())))?;
     Ok(())
 }
 
-fn serve(args: &Args, data: PathBuf, store: Store, config: &Config, runtime: &tokio::runtime::Runtime) -> anyhow::Result<()> {
-    if !args.listen.ip().is_loopback() && !args.open_to_all {
+fn serve(
+    args: &Args,
+    data: PathBuf,
+    (store, blobs, secret): (Store, Blobs, Secret),
+    config: &Config,
+    runtime: &Runtime,
+) -> anyhow::Result<()> {
+    let local = args.listen.ip().is_loopback();
+    let keys = runtime.block_on(store.has_keys()).map_err(ops::Error::from)?;
+    if !local && !args.open_to_all && !keys {
         anyhow::bail!(
-            "{} can be reached from other machines, and there are no keys: everybody could use this server; listen on 127.0.0.1 behind a \
-             proxy that asks for a key, or add --open-to-all",
+            "{} can be reached from other machines, and there are no keys: everybody could use this server; make a key with `darkroom \
+             keys create --tenant NAME`, or listen on 127.0.0.1, or add --open-to-all",
             args.listen
         );
     }
     let _lock = lock(&data)?;
-    let model = models::resolve(&args.model, config)?;
-    let name = model.name.clone();
-    let secret = secret(&data)?;
-    let server = Arc::new(Server {
-        store,
-        model,
+    let tls = args.tls.as_deref().map(|how| tls(how, &data, args.listen)).transpose()?;
+    if !local && tls.is_none() {
+        super::say(
+            "warning: without --tls keys and pictures travel in the open; put a proxy that encrypts in front of this server",
+        );
+    }
+    let found = args.model.iter().map(|name| models::resolve(name, config)).collect::<Result<Vec<_>, _>>()?;
+    let names: Vec<String> = found.iter().map(|model| model.name.clone()).collect();
+    let units: Vec<_> = found.into_iter().map(|model| Arc::new(Unit::new(model, args.hang_after))).collect();
+    let limits = FetchLimits { headers: WEBHOOK, stall: WEBHOOK, ..FetchLimits::default() };
+    let web = Web::new(config.private_urls, limits)?;
+    let options = Options {
         data,
         public_url: args.public_url.clone(),
         files: args.files,
-        secret,
-        ready: AtomicBool::new(false),
-        draining: AtomicBool::new(false),
-    });
-    let worker = api::Worker { program: std::env::current_exe()?.into(), arguments: worker_arguments() };
+        local,
+        https: tls.is_some(),
+        creates: NonZeroU32::new(args.creates_per_minute),
+        keep: Keep { pictures: args.keep_pictures, jobs: args.keep_jobs },
+        without_lora: args.on_lora_error == "base",
+    };
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let server = Arc::new(Server::new(store, blobs, secret, web, units.clone(), options));
     runtime.block_on(async {
         let listener =
             tokio::net::TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
-        let address = listener.local_addr()?;
+        let address = format!("{scheme}://{}", listener.local_addr()?);
         let (stop, stopped) = tokio::sync::watch::channel(false);
-        let supervisor = tokio::spawn(worker.supervise(server.clone(), stopped));
-        super::say(&format!("serving {name} on http://{address}; Replicate's clients: REPLICATE_BASE_URL=http://{address}"));
-        if name == "pocket" {
+        let supervisors: Vec<_> = (0..units.len())
+            .map(|i| {
+                let worker = api::Worker { program: program(), arguments: worker_arguments(i) };
+                tokio::spawn(worker.supervise(server.clone(), units[i].clone(), stopped.clone()))
+            })
+            .collect();
+        super::say(&format!("serving {} on {address}; Replicate's clients: REPLICATE_BASE_URL={address}", names.join(" and ")));
+        if names.iter().any(|name| name == "pocket") {
             super::say("note: this is pocket, the tiny model for trying it out; give it FLUX.1 with --model");
         }
-        super::show(&format!("http://{address}"))?;
-        api::serve(server, listener, signal()).await?;
+        super::show(&address)?;
+        api::serve(server, listener, tls, signal()).await?;
         stop.send_replace(true);
-        supervisor.await?;
+        for supervisor in supervisors {
+            supervisor.await?;
+        }
         anyhow::Ok(())
     })
 }
 
+fn program() -> OsString {
+    std::env::current_exe().map_or_else(|_| "darkroom".into(), Into::into)
+}
+
 /// What this process was started with; the worker's name follows.
-fn worker_arguments() -> Vec<OsString> {
-    std::env::args_os().skip(1).chain(["--worker".into()]).collect()
+fn worker_arguments(model: usize) -> Vec<OsString> {
+    std::env::args_os().skip(1).chain(["--worker-model".into(), model.to_string().into()]).collect()
+}
+
+/// A certificate of our own, for this machine's names, or somebody's files.
+fn tls(how: &str, data: &Path, listen: SocketAddr) -> anyhow::Result<Tls> {
+    if how != "auto" {
+        let (certificate, key) = how.split_once(',').context("--tls must be auto, or CERTIFICATE.pem,KEY.pem")?;
+        return Ok(Tls::open(Path::new(certificate), Path::new(key))?);
+    }
+    let mut names = vec!["localhost".to_owned(), "127.0.0.1".into(), "::1".into()];
+    if !listen.ip().is_loopback() && !listen.ip().is_unspecified() {
+        names.push(listen.ip().to_string());
+    }
+    names.extend(sysinfo::System::host_name());
+    let (tls, certificate) = Tls::own(data, &names).context("the certificate")?;
+    let path = certificate.display();
+    super::say(&format!(
+        "the certificate is our own; clients trust it with SSL_CERT_FILE={path} (Python), NODE_EXTRA_CA_CERTS={path} (Node)"
+    ));
+    Ok(tls)
 }
 
 /// The first SIGTERM or Ctrl-C. The second ends the process at once, as the system does.
@@ -167,22 +306,4 @@ fn lock(data: &Path) -> anyhow::Result<std::fs::File> {
         anyhow::bail!("another darkroom serves from {}; give this one its own --data", data.display());
     }
     Ok(file)
-}
-
-/// Signs links; made once, readable by its owner alone.
-fn secret(data: &Path) -> anyhow::Result<[u8; 32]> {
-    let path = data.join("secret");
-    if let Ok(bytes) = std::fs::read(&path) {
-        return bytes.try_into().map_err(|_| anyhow::anyhow!("{} is damaged; remove it", path.display()));
-    }
-    let mut secret = [0; 32];
-    // Two random identifiers of the system's randomness, 122 bits each.
-    secret[..16].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    secret[16..].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    // Readable by its owner alone, as temporary files are made.
-    let mut file = tempfile::NamedTempFile::new_in(data)?;
-    std::io::Write::write_all(&mut file, &secret)?;
-    file.as_file().sync_all()?;
-    file.persist(&path)?;
-    Ok(secret)
 }

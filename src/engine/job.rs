@@ -31,6 +31,8 @@ pub struct Job {
     /// On the weights for this job alone, in this order.
     pub loras: Vec<Selected>,
     pub lora_mode: LoraMode,
+    /// Show what is to come, but not more often than this.
+    pub previews: Option<Duration>,
 }
 
 impl Job {
@@ -53,7 +55,7 @@ pub struct Start {
 
 /// What the engine is doing, told as it happens. Answering `ControlFlow::Break` cancels the job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event {
+pub enum Event<'a> {
     Encoding,
     /// `step` of `steps` of output `output` (all from 1) is finished.
     Step {
@@ -61,6 +63,11 @@ pub enum Event {
         outputs: usize,
         step: usize,
         steps: usize,
+    },
+    /// What output `output` will look like, an eighth of its size, if the job asks for it.
+    Preview {
+        output: usize,
+        picture: &'a RgbImage,
     },
     Decoding {
         output: usize,

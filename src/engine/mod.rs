@@ -5,6 +5,7 @@ mod error;
 mod job;
 mod pipeline;
 mod pixels;
+mod preview;
 mod resize;
 
 pub use device::{DeviceChoice, default_dtype, device};

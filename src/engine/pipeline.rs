@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
@@ -17,6 +17,7 @@ use models::vae::Autoencoder;
 use models::weights::{Component, Source};
 use serde_json::Value;
 
+use super::preview::Preview;
 use super::{Error, Event, Finished, Job, Start, Timings, Truncation};
 use super::{device, pixels};
 
@@ -56,7 +57,12 @@ pub struct Pipeline {
     dtype: DType,
     /// Locked while a job runs: its weights are its own.
     patches: Mutex<Patches>,
+    /// Fitted when the first one is asked for.
+    preview: OnceLock<Preview>,
 }
+
+/// The latents at which the walk would end if it went on straight; computed when asked for.
+type Estimate<'a> = &'a dyn Fn() -> candle_core::Result<Tensor>;
 
 /// A prompt encoded for one picture.
 struct Prompts {
@@ -114,7 +120,19 @@ impl Pipeline {
         patches.home = device::home(device, weights as u64);
         tracing::info!(home = %patches.home, bytes = weights, "pristine weights while LoRAs are on them");
         let patches = Mutex::new(patches);
-        Ok(Self { tokenizers, t5, clip, flux, vae, schedule, text_tokens, device: device.clone(), dtype, patches })
+        Ok(Self {
+            tokenizers,
+            t5,
+            clip,
+            flux,
+            vae,
+            schedule,
+            text_tokens,
+            device: device.clone(),
+            dtype,
+            patches,
+            preview: OnceLock::new(),
+        })
     }
 
     #[must_use]
@@ -135,7 +153,7 @@ impl Pipeline {
     }
 
     /// Runs a job. `told` hears of progress and may cancel between two steps.
-    pub fn run(&self, job: &Job, told: &mut dyn FnMut(Event) -> ControlFlow<()>) -> Result<Finished, Error> {
+    pub fn run(&self, job: &Job, told: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>) -> Result<Finished, Error> {
         let mut timings = Timings::default();
         let mut truncated = Vec::new();
         let (mut latents, mut pictures) = (Vec::new(), Vec::new());
@@ -152,7 +170,15 @@ impl Pipeline {
 
         for (i, seed) in job.seeds().enumerate() {
             let (output, outputs) = (i + 1, job.outputs);
-            let mut step = |step| tell(told, Event::Step { output, outputs, step, steps: sigmas.len() - 1 });
+            let mut shown = Instant::now();
+            let mut step = |step, estimate: Estimate<'_>| {
+                if job.previews.is_some_and(|pause| step == 1 || shown.elapsed() >= pause) {
+                    let latents = sampler::unpack(&estimate()?, rows, columns)?;
+                    tell(told, Event::Preview { output, picture: &self.preview(&latents)? })?;
+                    shown = Instant::now();
+                }
+                tell(told, Event::Step { output, outputs, step, steps: sigmas.len() - 1 })
+            };
             let packed = self.timed(&mut timings.denoise, || self.denoise(job, seed, &prompts, sigmas, &rope, &mut step))?;
             let unpacked = sampler::unpack(&packed, rows, columns)?;
             tell(told, Event::Decoding { output, outputs })?;
@@ -160,6 +186,24 @@ impl Pipeline {
             latents.push(unpacked.to_device(&Device::Cpu)?);
         }
         Ok(Finished { pictures, latents: Tensor::cat(&latents, 0)?, timings, truncated, switch })
+    }
+
+    /// One step of `job` with the weights as they are; its adapters are not looked at. An error if no numbers come of it.
+    pub fn try_out(&self, job: &Job) -> Result<(), Error> {
+        let _weights = self.patches();
+        let (rows, columns) = (job.height / 16, job.width / 16);
+        let prompts = self.encode(job, &mut Vec::new())?;
+        let rope = Rope::new(self.flux.config(), self.text_tokens, rows, columns, &self.device)?;
+        let latents = self.denoise(job, job.seed, &prompts, &[1.0, 0.0], &rope, &mut |_, _| Ok(()))?;
+        self.decode(&sampler::unpack(&latents, rows, columns)?).map(drop)
+    }
+
+    /// What latents `(1, 16, y, x)` look like, x by y pixels.
+    fn preview(&self, latents: &Tensor) -> Result<image::RgbImage, Error> {
+        if self.preview.get().is_none() {
+            let _ = self.preview.set(Preview::fit(&self.vae, self.dtype, &self.device)?);
+        }
+        self.preview.get().expect("set above").show(latents)
     }
 
     /// Adds the wall time of `work`, device work included, to `total`.
@@ -208,7 +252,7 @@ impl Pipeline {
         prompts: &Prompts,
         sigmas: &[f32],
         rope: &Rope,
-        told: &mut dyn FnMut(usize) -> Result<(), Error>,
+        told: &mut dyn FnMut(usize, Estimate<'_>) -> Result<(), Error>,
     ) -> Result<Tensor, Error> {
         let mut generator = Generator::new(job.noise, seed);
         // The reference draws the autoencoder's sample before the noise, from the same generator.
@@ -227,7 +271,7 @@ impl Pipeline {
                 x = ((mask * x)? + ((1. - mask)? * kept)?)?;
             }
             self.device.synchronize()?;
-            told(step + 1)?;
+            told(step + 1, &|| &x - (&velocity * f64::from(pair[1]))?)?;
         }
         Ok(x)
     }
@@ -270,7 +314,7 @@ impl Pipeline {
     }
 }
 
-fn tell(told: &mut dyn FnMut(Event) -> ControlFlow<()>, event: Event) -> Result<(), Error> {
+fn tell(told: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>, event: Event<'_>) -> Result<(), Error> {
     match told(event) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(Error::Cancelled),

@@ -23,7 +23,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Client {
     http: reqwest::Client,
-    guard: Guard,
+    pub(super) guard: Guard,
     pub(super) limits: Limits,
 }
 
@@ -67,6 +67,16 @@ impl Client {
                 return Err(error);
             }
             self.pause(attempt, pause).await;
+        }
+    }
+
+    /// One request with a body, and its answer whatever the status.
+    pub(super) async fn post(&self, url: &Url, headers: HeaderMap, body: Vec<u8>) -> Result<Response, Error> {
+        self.guard.check(url)?;
+        let request = self.http.post(url.clone()).headers(headers).body(body);
+        match timeout(self.limits.headers, request.send()).await {
+            Ok(response) => response.map_err(|error| guard::explain(&error, url)),
+            Err(_) => Err(self.stalled(url, self.limits.headers)),
         }
     }
 

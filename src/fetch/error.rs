@@ -14,6 +14,8 @@ pub enum Error {
     Empty,
     #[error("{0:?} is no reference to a file; {FORMS}")]
     Unknown(String),
+    #[error("{0:?} cannot be fetched for a request; give an https link, owner/repo on Hugging Face, civitai:ID, or a data URI")]
+    NotRemote(String),
 
     #[error("the archive is damaged or not a tar: {0}")]
     Archive(io::Error),
@@ -32,6 +34,8 @@ pub enum Error {
 
     #[error("the file is larger than {}, which no LoRA of FLUX.1 is", size(*.0))]
     TooLarge(u64),
+    #[error("the picture is larger than {} MiB", .0 >> 20)]
+    PictureTooLarge(usize),
     #[error("it is {0}, not a safetensors file")]
     Foreign(&'static str),
     #[error("the data URI {0}")]
@@ -98,10 +102,10 @@ impl Error {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Read { .. } => "unreadable",
-            Self::Empty | Self::Unknown(_) => "bad_reference",
+            Self::Empty | Self::Unknown(_) | Self::NotRemote(_) => "bad_reference",
             Self::Archive(_) | Self::NoMember | Self::SeveralMembers(..) => "archive_invalid",
             Self::BadMember { .. } | Self::TooManyMembers(_) | Self::Bomb(_) => "archive_unsafe",
-            Self::TooLarge(_) => "too_large",
+            Self::TooLarge(_) | Self::PictureTooLarge(_) => "too_large",
             Self::Foreign(_) | Self::WebPage(_) => "not_safetensors",
             Self::Data(_) => "bad_data_uri",
             Self::NotAllowed { .. } => "url_not_allowed",

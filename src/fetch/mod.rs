@@ -21,6 +21,7 @@ mod local;
 mod locate;
 mod reference;
 mod sniff;
+mod web;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,6 +37,7 @@ pub use error::Error;
 pub use fetcher::{Fetcher, shown};
 pub use local::local;
 pub use reference::Reference;
+pub use web::{Web, shown_link};
 
 /// How far a download is, in bytes. `total` is what the server announces.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -33,6 +33,14 @@ impl Reference {
         Self::read(text, &|path| path.exists())
     }
 
+    /// What a stranger sends: nothing of this machine, and nothing that the operator's credentials open.
+    pub fn foreign(text: &str) -> Result<Self, Error> {
+        match Self::read(text, &|_| false)? {
+            Self::File(_) | Self::S3 { .. } => Err(Error::NotRemote(text.chars().take(80).filter(|c| !c.is_control()).collect())),
+            reference => Ok(reference),
+        }
+    }
+
     /// As [`Self::parse`], asking `exists` about local paths.
     pub(super) fn read(text: &str, exists: &dyn Fn(&Path) -> bool) -> Result<Self, Error> {
         let text = text.trim();

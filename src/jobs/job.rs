@@ -89,6 +89,8 @@ pub struct Webhook {
 #[derive(Debug, Clone)]
 pub struct NewJob {
     pub tenant: String,
+    /// The base model's name: only workers that have it take the job.
+    pub base: String,
     /// Everything that the job needs, seed and defaults included.
     pub request: Value,
     /// Names the set of adapters: a worker that has them on its weights is the quickest. Empty for none.

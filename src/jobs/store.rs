@@ -148,8 +148,8 @@ impl Store {
         }
         let id = JobId::new();
         let events = new.webhook.iter().flat_map(|webhook| &webhook.events).map(|event| event.as_str());
-        let insert = "INSERT INTO jobs (id, tenant, status, request, affinity, created_at, deadline, webhook, webhook_events) \
-             VALUES ($1, $2, 'queued', $3, $4, {now}, {now} + CAST($5 AS BIGINT), $6, $7) RETURNING {columns}";
+        let insert = "INSERT INTO jobs (id, tenant, status, request, affinity, created_at, deadline, webhook, webhook_events, base) \
+             VALUES ($1, $2, 'queued', $3, $4, {now}, {now} + CAST($5 AS BIGINT), $6, $7, $8) RETURNING {columns}";
         let insert = self
             .query(insert)
             .bind(id.as_str())
@@ -158,7 +158,8 @@ impl Store {
             .bind(&new.affinity)
             .bind(new.within)
             .bind(new.webhook.as_ref().map(|webhook| webhook.url.clone()))
-            .bind(events.collect::<Vec<_>>().join(" "));
+            .bind(events.collect::<Vec<_>>().join(" "))
+            .bind(&new.base);
         let accepted = job(&insert.fetch_one(&mut *transaction).await?)?;
         if let Some((key, body)) = &new.idempotency {
             let remember = "INSERT INTO idempotency (tenant, key, body, job, created_at) VALUES ($1, $2, $3, $4, {now})";
@@ -182,6 +183,19 @@ impl Store {
         let before = before.map_or("~", JobId::as_str);
         let list = self.query(list).bind(tenant).bind(before).bind(limit);
         list.fetch_all(&self.pool).await?.iter().map(job).collect()
+    }
+
+    /// A job, whosever it is: for the service itself.
+    pub async fn find(&self, id: &JobId) -> Result<Option<Job>, Error> {
+        let find = self.query("SELECT {columns} FROM jobs WHERE id = $1").bind(id.as_str());
+        find.fetch_optional(&self.pool).await?.as_ref().map(job).transpose()
+    }
+
+    /// The job that a tenant's idempotency key named.
+    pub async fn keyed(&self, tenant: &str, key: &str) -> Result<Option<Job>, Error> {
+        let find = "SELECT {columns} FROM jobs WHERE id = (SELECT job FROM idempotency WHERE tenant = $1 AND key = $2)";
+        let find = self.query(find).bind(tenant).bind(key);
+        find.fetch_optional(&self.pool).await?.as_ref().map(job).transpose()
     }
 
     /// How many jobs wait before this one, of all tenants.
@@ -209,18 +223,18 @@ impl Store {
         self.get(tenant, id).await
     }
 
-    /// The next job for a worker that has the adapter sets `warm`, for as long as `lease`.
-    pub async fn claim(&self, worker: &str, warm: &[String], lease: Duration) -> Result<Option<Claim>, Error> {
+    /// The next job for a worker that has the model `base` and the adapter sets `warm`, for as long as `lease`.
+    pub async fn claim(&self, worker: &str, base: &str, warm: &[String], lease: Duration) -> Result<Option<Claim>, Error> {
         let mut transaction = self.begin().await?;
         let warm_there = match warm.len() {
             0 => "1 = 0".into(),
-            n => format!("affinity IN ({})", (0..n).map(|i| format!("${}", i + 3)).collect::<Vec<_>>().join(", ")),
+            n => format!("affinity IN ({})", (0..n).map(|i| format!("${}", i + 4)).collect::<Vec<_>>().join(", ")),
         };
         let next = format!(
             "SELECT id FROM (
-                 SELECT id, affinity, created_at, crashes FROM jobs WHERE status = 'queued' AND tenant = (
+                 SELECT id, affinity, created_at, crashes FROM jobs WHERE status = 'queued' AND base = $3 AND tenant = (
                      SELECT waiting.tenant FROM (
-                         SELECT tenant, MIN(id) AS first, MIN(crashes) AS crashes FROM jobs WHERE status = 'queued' GROUP BY tenant
+                         SELECT tenant, MIN(id) AS first, MIN(crashes) AS crashes FROM jobs WHERE status = 'queued' AND base = $3 GROUP BY tenant
                      ) waiting LEFT JOIN tenants ON tenants.tenant = waiting.tenant
                      ORDER BY CASE WHEN waiting.crashes < {QUARANTINE} THEN 0 ELSE 1 END, COALESCE(tenants.last_start, 0), waiting.first
                      LIMIT 1
@@ -229,7 +243,7 @@ impl Store {
              ORDER BY CASE WHEN crashes >= {QUARANTINE} THEN 3 WHEN created_at < {{now}} - $2 THEN 0 WHEN {warm_there} THEN 1 ELSE 2 END,
              id LIMIT 1"
         );
-        let mut next = self.query(&next).bind(self.limits.window).bind(milliseconds(self.limits.patience));
+        let mut next = self.query(&next).bind(self.limits.window).bind(milliseconds(self.limits.patience)).bind(base);
         for set in warm {
             next = next.bind(set);
         }
@@ -350,8 +364,12 @@ impl Store {
     /// Writes an event for the job's webhook, if that wants it.
     async fn tell(&self, transaction: &mut Transaction<'static, Any>, job: &Job, event: Event) -> Result<(), Error> {
         if job.webhook.as_ref().is_some_and(|webhook| webhook.events.contains(&event)) {
-            let tell = "INSERT INTO outbox (job, event, next_at) VALUES ($1, $2, {now}) ON CONFLICT (job, event) DO NOTHING";
-            self.query(tell).bind(job.id.as_str()).bind(event.as_str()).execute(&mut **transaction).await?;
+            // What is logged within half a second is told at once.
+            let after = if event == Event::Logs { 500 } else { 0 };
+            let tell = format!(
+                "INSERT INTO outbox (job, event, next_at) VALUES ($1, $2, {{now}} + {after}) ON CONFLICT (job, event) DO NOTHING"
+            );
+            self.query(&tell).bind(job.id.as_str()).bind(event.as_str()).execute(&mut **transaction).await?;
         }
         Ok(())
     }

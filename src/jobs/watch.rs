@@ -50,9 +50,10 @@ impl Store {
         Ok(Waiting { queued: row.try_get(0)?, running: row.try_get(1)?, longest: row.try_get(2)?, untold: row.try_get(3)? })
     }
 
-    /// The first `limit` jobs that wait, of all tenants: what a worker may soon need.
-    pub async fn upcoming(&self, limit: i64) -> Result<Vec<Job>, Error> {
-        let next = self.query("SELECT {columns} FROM jobs WHERE status = 'queued' ORDER BY id LIMIT $1").bind(limit);
+    /// The first `limit` jobs that wait for the model `base`, of all tenants: what a worker may soon need.
+    pub async fn upcoming(&self, base: &str, limit: i64) -> Result<Vec<Job>, Error> {
+        let next = "SELECT {columns} FROM jobs WHERE status = 'queued' AND base = $1 ORDER BY id LIMIT $2";
+        let next = self.query(next).bind(base).bind(limit);
         next.fetch_all(self.pool()).await?.iter().map(job).collect()
     }
 

@@ -65,8 +65,16 @@ pub enum Error {
         #[source]
         source: std::sync::Arc<fetch::Error>,
     },
+    #[error("{field} cannot be had")]
+    Image {
+        field: &'static str,
+        #[source]
+        source: fetch::Error,
+    },
     #[error(transparent)]
     Jobs(#[from] crate::jobs::Error),
+    #[error(transparent)]
+    Storage(#[from] crate::blobs::Error),
     #[error("{0}")]
     Unequal(String),
     #[error(transparent)]
@@ -97,6 +105,24 @@ impl Error {
         fetching || matches!(self, Self::Engine(engine::Error::Cancelled))
     }
 
+    /// With its causes, in one line.
+    #[must_use]
+    pub fn told(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text += &format!(": {error}");
+            cause = error.source();
+        }
+        text
+    }
+
+    /// Whether an adapter is at fault, so that the picture could be had without it.
+    #[must_use]
+    pub fn is_lora(&self) -> bool {
+        matches!(self, Self::Lora { .. } | Self::Fetch { .. } | Self::Engine(engine::Error::Lora(_))) && !self.is_cancelled()
+    }
+
     /// A stable name for programs.
     #[must_use]
     pub fn code(&self) -> String {
@@ -107,7 +133,11 @@ impl Error {
             Self::Lora { source, .. } => format!("lora_{}", source.code()),
             Self::Fetch { source, .. } => format!("lora_{}", source.code()),
             Self::Write { .. } | Self::UnwritableFolder { .. } | Self::NoFolder { .. } | Self::Exists { .. } => "storage".into(),
+            Self::Engine(engine::Error::Lora(source)) => format!("lora_{}", source.code()),
+            Self::Engine(engine::Error::NotANumber { .. }) => "numerical_error".into(),
             Self::Engine(_) => "engine_failed".into(),
+            Self::Storage(_) => "storage".into(),
+            Self::Image { source, .. } => format!("image_{}", source.code()),
             Self::UnreadableFile { .. } | Self::Jobs(_) | Self::Unequal(_) | Self::Picture(_) => "internal".into(),
         }
     }

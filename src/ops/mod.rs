@@ -11,4 +11,5 @@ pub mod serve;
 mod sizes;
 
 pub use error::Error;
+pub(crate) use sizes::near;
 pub use sizes::{AspectRatio, Megapixels};

@@ -57,10 +57,19 @@ impl AspectRatio {
     }
 
     fn of_area(self, area: usize) -> (usize, usize) {
-        let height = (area as f64 * self.height as f64 / self.width as f64).sqrt();
-        let width = area as f64 / height;
-        (multiple(width), multiple(height))
+        of_area((self.width, self.height), area)
     }
+}
+
+/// About `area` pixels in the ratio of `width` to `height`.
+fn of_area((width, height): (usize, usize), area: usize) -> (usize, usize) {
+    let high = (area as f64 * height as f64 / width as f64).sqrt();
+    (multiple(area as f64 / high), multiple(high))
+}
+
+/// A model's own area in the ratio of a size that is meant for another.
+pub(crate) fn near(wanted: (usize, usize), native: (usize, usize)) -> (usize, usize) {
+    of_area(wanted, native.0 * native.1)
 }
 
 impl fmt::Display for AspectRatio {

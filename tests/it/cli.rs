@@ -124,6 +124,7 @@ fn help_is_what_was_agreed() {
         ("models", &["models", "--help"]),
         ("models-pull", &["models", "pull", "--help"]),
         ("serve", &["serve", "--help"]),
+        ("keys", &["keys", "create", "--help"]),
     ] {
         let ran = place.run(arguments).succeeds();
         assert_eq!(ran.err(), "");

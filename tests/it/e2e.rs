@@ -67,6 +67,7 @@ impl Case {
             start,
             loras: Vec::new(),
             lora_mode: LoraMode::Auto,
+            previews: None,
         }
     }
 }

@@ -159,6 +159,7 @@ fn latents(mut bundle: Bundle) -> Tensor {
         start: None,
         loras: Vec::new(),
         lora_mode: LoraMode::Auto,
+        previews: None,
     };
     pipeline.run(&job, &mut |_| ControlFlow::Continue(())).unwrap().latents
 }

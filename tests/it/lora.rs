@@ -67,6 +67,7 @@ impl Case {
             start: None,
             loras: self.loras.iter().map(Lora::selected).collect(),
             lora_mode: LoraMode::Auto,
+            previews: None,
         }
     }
 }

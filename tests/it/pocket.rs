@@ -27,6 +27,7 @@ fn latents_equal_those_of_diffusers() {
         start: None,
         loras: Vec::new(),
         lora_mode: LoraMode::Auto,
+        previews: None,
     };
     let finished = pipeline.run(&job, &mut |_| ControlFlow::Continue(())).unwrap();
     let error = relative_l2(&finished.latents, &Fixture::open("pocket/pocket.safetensors").get("latents"));
@@ -79,6 +80,7 @@ fn pictures_have_the_colours_of_the_prompt() {
             start: None,
             loras: Vec::new(),
             lora_mode: LoraMode::Auto,
+            previews: None,
         };
         let picture = &pipeline.run(&job, &mut |_| ControlFlow::Continue(())).unwrap().pictures[0];
         for (i, name) in ["background", "shirt", "hair"].into_iter().enumerate() {

@@ -33,6 +33,7 @@ fn picture(pipeline: &Pipeline, adapter: Option<&Arc<Adapter>>, scale: f64, seed
         start: None,
         loras: loras.into_iter().collect(),
         lora_mode: LoraMode::Auto,
+        previews: None,
     };
     pipeline.run(&job, &mut |_: Event| ControlFlow::Continue(())).unwrap().pictures.remove(0)
 }

@@ -1,131 +1,14 @@
 //! `darkroom serve` as a process: what clients get, and what survives when processes are killed.
 
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 use crate::cli::Place;
+use crate::service::{DEV_LORA, Service, bytes, long, user1001};
 use crate::site::{Reply, Site};
-
-struct Service {
-    child: Child,
-    address: String,
-    runtime: tokio::runtime::Runtime,
-    client: reqwest::Client,
-}
-
-struct Answer {
-    status: u16,
-    headers: reqwest::header::HeaderMap,
-    body: Vec<u8>,
-}
-
-impl Answer {
-    fn json(&self) -> Value {
-        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
-    }
-}
-
-impl Service {
-    fn start(place: &Place, more: &[&str]) -> Self {
-        let data = place.path("data").display().to_string();
-        let arguments = [&["serve", "--listen", "127.0.0.1:0", "--data", &data][..], more].concat();
-        let mut command = place.command(&arguments);
-        command.env("DARKROOM_PRIVATE_URLS", "1").stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut child = command.spawn().unwrap();
-        let mut address = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut address).unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let client = reqwest::Client::builder().no_proxy().build().unwrap();
-        Self { child, address: address.trim().into(), runtime, client }
-    }
-
-    fn send(&self, request: reqwest::RequestBuilder) -> Answer {
-        self.runtime.block_on(async {
-            let response = request.send().await.unwrap();
-            let (status, headers) = (response.status().as_u16(), response.headers().clone());
-            Answer { status, headers, body: response.bytes().await.unwrap().to_vec() }
-        })
-    }
-
-    fn get(&self, path: &str) -> Answer {
-        let url = if path.starts_with("http") { path.into() } else { format!("{}{path}", self.address) };
-        self.send(self.client.get(url))
-    }
-
-    fn post(&self, path: &str, headers: &[(&str, &str)], body: &Value) -> Answer {
-        let mut request = self.client.post(format!("{}{path}", self.address)).header("content-type", "application/json");
-        for (name, value) in headers {
-            request = request.header(*name, *value);
-        }
-        self.send(request.body(body.to_string()))
-    }
-
-    /// A finished prediction of flux-dev-lora.
-    fn picture(&self, input: &Value) -> Value {
-        let answer = self.post(DEV_LORA, &[("prefer", "wait")], &json!({ "input": input }));
-        assert_eq!(answer.status, 201, "{}", String::from_utf8_lossy(&answer.body));
-        answer.json()
-    }
-
-    fn wait(&self, id: &str) -> Value {
-        let begun = Instant::now();
-        loop {
-            let prediction = self.get(&format!("/v1/predictions/{id}")).json();
-            if !["starting", "processing"].contains(&prediction["status"].as_str().unwrap()) {
-                return prediction;
-            }
-            assert!(begun.elapsed() < Duration::from_secs(120), "{prediction}");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-
-    fn until(&self, id: &str, is: impl Fn(&Value) -> bool) {
-        let begun = Instant::now();
-        while !is(&self.get(&format!("/v1/predictions/{id}")).json()) {
-            assert!(begun.elapsed() < Duration::from_secs(60));
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn worker(&self) -> u32 {
-        let found = Command::new("pgrep").args(["-P", &self.child.id().to_string()]).output().unwrap();
-        String::from_utf8(found.stdout).unwrap().trim().parse().unwrap()
-    }
-
-    fn kill(&mut self, signal: &str) -> Option<i32> {
-        Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
-        self.child.wait().unwrap().code()
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-const DEV_LORA: &str = "/v1/models/black-forest-labs/flux-dev-lora/predictions";
-
-/// Some seconds of work.
-fn long(seed: u64) -> Value {
-    json!({ "prompt": "a portrait", "seed": seed, "num_inference_steps": 50, "num_outputs": 4, "output_format": "png" })
-}
-
-fn bytes(output: &Value) -> Vec<u8> {
-    let uri = output.as_str().unwrap();
-    STANDARD.decode(uri.split_once(";base64,").unwrap().1).unwrap()
-}
-
-fn user1001() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pocket/people/user1001.safetensors")
-}
 
 #[test]
 fn pictures_for_replicates_clients() {
@@ -193,7 +76,10 @@ fn wrong_requests_have_replicates_answers() {
     fault(json!({ "prompt": "x", "aspect_ratio": "5:1" }), "enum", "\"21:9\"");
     fault(json!({ "prompt": "x", "megapixels": 1 }), "invalid_type", "Expected: string");
     fault(json!({ "prompt": "x", "image": "data:text/html;base64,AAAA" }), "invalid", "input.image");
-    fault(json!({ "prompt": "x", "image": "https://example.com/a.png" }), "invalid", "input.image");
+    fault(json!({ "prompt": "x", "image": "file:///etc/passwd" }), "invalid", "input.image");
+    fault(json!({ "prompt": "x", "lora_weights": "/etc/passwd" }), "invalid", "input.lora_weights");
+    fault(json!({ "prompt": "x", "lora_weights": "s3://operators/private.safetensors" }), "invalid", "cannot be fetched");
+    fault(json!({ "prompt": "x".repeat(9000) }), "invalid", "at most 8192 bytes");
 
     assert_eq!(create(&json!({ "version": "0".repeat(64), "input": {} })).json()["title"], "Invalid version or not permitted");
     assert_eq!(create(&json!({ "version": "black-forest-labs/flux-dev:latest", "input": {} })).status, 422);

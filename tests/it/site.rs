@@ -1,7 +1,7 @@
 //! A web site on 127.0.0.1 that answers each request as a test says, and remembers what it was asked.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -13,6 +13,7 @@ pub struct Request {
     pub path: String,
     /// Names in lower case.
     pub headers: BTreeMap<String, String>,
+    pub body: Vec<u8>,
 }
 
 impl Request {
@@ -131,6 +132,9 @@ fn answer(mut stream: TcpStream, log: &Mutex<Vec<Request>>, handler: &Handler) -
         let Some((name, value)) = line.trim().split_once(':') else { break };
         request.headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
     }
+    let length = request.header("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
+    request.body = vec![0; length];
+    reader.read_exact(&mut request.body)?;
     log.lock().unwrap().push(request.clone());
     let Reply { bytes, then } = handler(&request);
     match then {

@@ -32,9 +32,9 @@ pub(super) struct Field {
 
 /// A model as clients name it.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Served {
-    pub(super) owner: &'static str,
-    pub(super) name: &'static str,
+pub(in crate::api) struct Served {
+    pub(in crate::api) owner: &'static str,
+    pub(in crate::api) name: &'static str,
     /// The newest version's hash, and others seen in public code.
     pub(super) versions: &'static [&'static str],
     pub(super) about: &'static str,
@@ -72,6 +72,10 @@ const EXTRA_SCALE: Field = field("extra_lora_scale", Kind::Number(-1.0, 3.0), "1
 const MEGAPIXELS: Field = field("megapixels", Kind::Choice(&["1", "0.25"]), "\"1\"", "Approximate number of megapixels");
 const HF_TOKEN: Field = field("hf_api_token", Kind::Secret, "null", "Token for private LoRAs on Hugging Face");
 const CIVITAI_TOKEN: Field = field("civitai_api_token", Kind::Secret, "null", "Token for LoRAs on CivitAI");
+
+/// Ours, beside what the models publish: what to do when a LoRA cannot be used.
+pub(super) const POLICY: Field =
+    field("on_lora_error", Kind::Choice(&["fail", "base"]), "null", "fail, or base: the base model's picture with a warning");
 
 pub(super) const MODELS: &[Served] = &[
     Served {
@@ -154,7 +158,7 @@ pub(super) const MODELS: &[Served] = &[
 
 impl Served {
     /// By `owner/name`.
-    pub(super) fn named(owner: &str, name: &str) -> Option<&'static Self> {
+    pub(in crate::api) fn named(owner: &str, name: &str) -> Option<&'static Self> {
         MODELS.iter().find(|model| model.owner == owner && model.name == name)
     }
 
@@ -169,12 +173,17 @@ impl Served {
         }
     }
 
-    pub(super) fn version(&self) -> &'static str {
+    /// Whether it takes guidance, as dev does and schnell does not.
+    pub(in crate::api) fn is_dev(&self) -> bool {
+        self.fields.iter().any(|field| field.name.starts_with("guidance"))
+    }
+
+    pub(in crate::api) fn version(&self) -> &'static str {
         self.versions[0]
     }
 
     /// As Cog describes a model.
-    pub(super) fn openapi(&self) -> Value {
+    pub(in crate::api) fn openapi(&self) -> Value {
         let mut properties = Map::new();
         let mut schemas = Map::new();
         for (order, field) in self.fields.iter().enumerate() {

@@ -27,5 +27,8 @@ CREATE INDEX uploads_end ON uploads (expires_at);
 -- Whoever waits for results asks for what ended lately.
 CREATE INDEX jobs_ended ON jobs (completed_at);
 
+-- The base model that a job is for: workers take those of theirs.
+ALTER TABLE jobs ADD COLUMN base TEXT NOT NULL DEFAULT '';
+
 -- 1 once pictures, input and logs were removed because they were old.
 ALTER TABLE jobs ADD COLUMN data_removed BIGINT NOT NULL DEFAULT 0;

@@ -48,6 +48,7 @@ pub fn prepare(request: &Request, model: &Model) -> Result<(Job, Vec<String>), E
         start,
         loras: Vec::new(),
         lora_mode: request.lora_mode,
+        previews: request.previews,
     };
     Ok((job, remarks))
 }

@@ -39,6 +39,8 @@ pub struct Request {
     pub trigger_policy: Policy,
     /// Strip markdown and an assistant's chatter from the prompt.
     pub clean_prompt: bool,
+    /// Show what is to come, but not more often than this.
+    pub previews: Option<std::time::Duration>,
 }
 
 /// An encoded picture and what to call it in messages.

@@ -36,11 +36,11 @@ pub struct Order {
 
 /// What is being done, told as it happens. Answering `ControlFlow::Break` stops the run within a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
+pub enum Stage<'a> {
     /// A LoRA that is not on this machine.
     Fetching(Progress),
     Loading,
-    Engine(Event),
+    Engine(Event<'a>),
     Writing,
 }
 
@@ -113,7 +113,7 @@ pub struct Cut {
 }
 
 /// Checks everything that can be checked, then loads the model, runs the job and writes the pictures.
-pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage) -> ControlFlow<()>) -> Result<Report, Error> {
+pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage<'_>) -> ControlFlow<()>) -> Result<Report, Error> {
     let model = models::resolve(&order.model, config)?;
     let (mut job, mut remarks) = prepare(&order.request, &model)?;
     let seeds: Vec<u64> = job.seeds().collect();
@@ -202,7 +202,7 @@ fn latents(finished: &Finished) -> Result<Vec<u8>, Error> {
     Ok(safetensors::serialize([("latents", view)], None).expect("one tensor of a plain name"))
 }
 
-fn tell(told: &mut dyn FnMut(Stage) -> ControlFlow<()>, stage: Stage) -> Result<(), Error> {
+fn tell(told: &mut dyn FnMut(Stage<'_>) -> ControlFlow<()>, stage: Stage<'_>) -> Result<(), Error> {
     match told(stage) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(engine::Error::Cancelled.into()),

@@ -17,14 +17,15 @@ const CIVITAI: &str = "https://civitai.com";
 #[derive(Debug)]
 pub struct Sources {
     options: Option<Options>,
-    credentials: Credentials,
+    /// This machine's; `None` where requests are strangers': theirs come with them.
+    credentials: Option<Credentials>,
     fetcher: OnceLock<Fetcher>,
     /// Adapters that were read, the last used last: the same content is not read again.
     recent: Mutex<Vec<Arc<Adapter>>>,
 }
 
 /// Adapters that are kept in memory; hundreds of megabytes each at most.
-const RECENT: usize = 4;
+const RECENT: usize = 8;
 
 type Told<'a> = &'a mut dyn FnMut(Progress) -> ControlFlow<()>;
 
@@ -42,11 +43,22 @@ impl Sources {
             limits: Limits::default(),
         });
         let credentials = Credentials { hub: config.hub.token.clone(), civitai: config.civitai_token.clone() };
-        Self { options, credentials, fetcher: OnceLock::new(), recent: Mutex::default() }
+        Self { options, credentials: Some(credentials), fetcher: OnceLock::new(), recent: Mutex::default() }
+    }
+
+    /// For requests of others: no local files, no bucket, and none of this machine's credentials.
+    #[must_use]
+    pub fn for_strangers(config: &Config) -> Self {
+        Self { credentials: None, ..Self::new(config) }
     }
 
     /// Fetches, reads and checks all adapters, each once. `told` hears of downloads and may stop them.
     pub fn open(&self, loras: &[Lora], told: Told) -> Result<Vec<Selected>, Error> {
+        self.open_as(loras, &Credentials::default(), told)
+    }
+
+    /// As [`Self::open`], for one who has these credentials.
+    pub fn open_as(&self, loras: &[Lora], sent: &Credentials, told: Told) -> Result<Vec<Selected>, Error> {
         let mut opened: Vec<(&str, Arc<Adapter>)> = Vec::new();
         let mut selected = Vec::new();
         for Lora { reference, scales } in loras {
@@ -54,7 +66,7 @@ impl Sources {
             let adapter = match known {
                 Some(adapter) => adapter,
                 None => {
-                    let adapter = self.adapter(reference, told)?;
+                    let adapter = self.adapter(reference, sent, told)?;
                     opened.push((reference, adapter.clone()));
                     adapter
                 }
@@ -69,8 +81,8 @@ impl Sources {
         Ok(Adapter::inspect(self.file(reference, told)?.path()))
     }
 
-    fn adapter(&self, reference: &str, told: Told) -> Result<Arc<Adapter>, Error> {
-        let mut file = self.file(reference, told)?;
+    fn adapter(&self, reference: &str, sent: &Credentials, told: Told) -> Result<Arc<Adapter>, Error> {
+        let mut file = self.file_as(reference, sent, told)?;
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         // Only of fetched files the content is known without reading.
         if let Some(i) = file.digest().and_then(|digest| recent.iter().position(|adapter| adapter.digest() == digest)) {
@@ -83,7 +95,7 @@ impl Sources {
         if !intact {
             tracing::warn!(reference = fetch::shown(reference), "the copy in the cache is damaged; fetching it again");
             file.forget();
-            file = self.file(reference, told)?;
+            file = self.file_as(reference, sent, told)?;
             result = Adapter::open(file.path());
         }
         if result.is_err() {
@@ -102,12 +114,16 @@ impl Sources {
 
     /// The adapter's safetensors file on this machine.
     pub(super) fn file(&self, reference: &str, told: Told) -> Result<Fetched, Error> {
+        self.file_as(reference, &Credentials::default(), told)
+    }
+
+    fn file_as(&self, reference: &str, sent: &Credentials, told: Told) -> Result<Fetched, Error> {
+        let parse = if self.credentials.is_some() { Reference::parse } else { Reference::foreign };
+        let credentials = self.credentials.as_ref().unwrap_or(sent);
         let failed = |source| Error::Fetch { reference: fetch::shown(reference), source };
-        match Reference::parse(reference).map_err(|error| failed(Arc::new(error)))? {
+        match parse(reference).map_err(|error| failed(Arc::new(error)))? {
             Reference::File(path) => fetch::local(&path).map_err(|error| failed(Arc::new(error))),
-            remote => {
-                self.fetcher().map_err(|e| failed(Arc::new(e)))?.get_blocking(&remote, &self.credentials, told).map_err(failed)
-            }
+            remote => self.fetcher().map_err(|e| failed(Arc::new(e)))?.get_blocking(&remote, credentials, told).map_err(failed),
         }
     }
 

@@ -1,7 +1,14 @@
 //! Serving: what an accepted job is, and the worker that runs them one after another.
 
+mod ahead;
+mod news;
 mod order;
+mod run;
+mod secret;
+mod sign;
 mod worker;
 
-pub use order::{Order, OrderedLora, picture};
-pub use worker::{Work, outputs, work};
+pub use order::{LONGEST_PROMPT, MOST_LORAS, Order, OrderedLora, Origin, Tokens};
+pub use secret::Secret;
+pub use sign::Sign;
+pub use worker::{Work, outputs, preview, work};

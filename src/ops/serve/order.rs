@@ -4,19 +4,29 @@ use models::lora::Scales;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::config::Secret as Token;
+use crate::fetch::{Credentials, Reference};
 use crate::hex::hex;
-use crate::image::Format;
+use crate::image::{Format, Limits, decode_picture};
 use crate::ops::Error;
 use crate::ops::generate::{Picture, Request};
 use crate::ops::lora::Lora;
-use crate::{fetch, image};
+
+/// Adapters of one job.
+pub const MOST_LORAS: usize = 8;
+
+/// Longest prompt, in bytes; the encoders read some 2000.
+pub const LONGEST_PROMPT: usize = 8 << 10;
+
+/// Longest side of a picture to start from, in pixels; larger ones are shrunk.
+const LONGEST_SIDE: u32 = 1440;
 
 /// A job's request, every default filled in.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
 pub struct Order {
     pub prompt: String,
-    pub width: usize,
-    pub height: usize,
+    /// Width and height; that of `image` where there is none.
+    pub size: Option<(usize, usize)>,
     pub steps: usize,
     pub guidance: f64,
     pub seed: u64,
@@ -26,11 +36,23 @@ pub struct Order {
     pub quality: usize,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub loras: Vec<OrderedLora>,
-    /// A picture to start from, as a data URI.
+    /// A picture to start from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub image: Option<String>,
+    pub image: Option<Origin>,
+    /// White is painted anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask: Option<Origin>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt_strength: Option<f64>,
+    /// Make the base model's picture if a LoRA cannot be used, and say so.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub without_lora: bool,
+    /// Show what is to come.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub previews: bool,
+    /// The request's own tokens for private LoRAs, sealed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
@@ -39,25 +61,83 @@ pub struct OrderedLora {
     pub scale: f64,
 }
 
+/// Where a picture to start from is.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// Its key in the service's own storage.
+    Stored(String),
+    Link(String),
+}
+
+/// Tokens that a request brings for its LoRAs.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, PartialEq)]
+pub struct Tokens {
+    pub hub: Option<String>,
+    pub civitai: Option<String>,
+}
+
+impl Tokens {
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.hub.is_none() && self.civitai.is_none()
+    }
+
+    /// As the fetcher takes them.
+    #[must_use]
+    pub fn credentials(&self) -> Credentials {
+        Credentials { hub: self.hub.as_deref().map(Token::new), civitai: self.civitai.as_deref().map(Token::new) }
+    }
+}
+
 impl Order {
-    /// The same for `ops::generate`.
-    pub fn request(&self) -> Result<Request, Error> {
-        let image = self.image.as_deref().map(|uri| picture("image", uri)).transpose()?;
+    /// The same for `ops::generate`, with the pictures that `image` and `mask` name.
+    pub fn request(&self, image: Option<Picture>, mask: Option<Picture>) -> Result<Request, Error> {
         let lora = |lora: &OrderedLora| Lora { reference: lora.reference.clone(), scales: Scales::uniform(lora.scale) };
+        let (width, height) = match (self.size, &image) {
+            (Some(size), _) => size,
+            (None, Some(image)) => follow(image)?,
+            (None, None) => return Err(Error::invalid("size", &"missing", "given, or that of a picture to start from")),
+        };
         Ok(Request {
             prompt: self.prompt.clone(),
-            // A picture to start from brings its own size.
-            width: Some(self.width),
-            height: Some(self.height),
+            width: Some(width),
+            height: Some(height),
             steps: Some(self.steps),
             guidance: Some(self.guidance),
             seed: Some(self.seed),
             outputs: Some(self.outputs),
             prompt_strength: image.is_some().then_some(self.prompt_strength).flatten(),
             image,
+            mask,
             loras: self.loras.iter().map(lora).collect(),
+            previews: self.previews.then_some(std::time::Duration::from_millis(500)),
             ..Request::default()
         })
+    }
+
+    /// Everything that is wrong whatever the model: for requests of strangers.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.prompt.len() > LONGEST_PROMPT {
+            return Err(Error::invalid(
+                "prompt",
+                &format!("{} bytes long", self.prompt.len()),
+                format!("at most {LONGEST_PROMPT} bytes"),
+            ));
+        }
+        if self.prompt.contains('\0') {
+            return Err(Error::invalid("prompt", &"text with a NUL character", "text without it"));
+        }
+        if self.loras.len() > MOST_LORAS {
+            return Err(Error::invalid("loras", &self.loras.len(), format!("at most {MOST_LORAS}")));
+        }
+        for lora in &self.loras {
+            Reference::foreign(&lora.reference).map_err(|error| Error::Fetch {
+                reference: crate::fetch::shown(&lora.reference),
+                source: std::sync::Arc::new(error),
+            })?;
+        }
+        self.format().map(drop)
     }
 
     pub fn format(&self) -> Result<Format, Error> {
@@ -79,13 +159,78 @@ impl Order {
     }
 }
 
-/// The picture in a data URI.
-pub fn picture(field: &'static str, uri: &str) -> Result<Picture, Error> {
-    let unreadable = |looks_like: String| Error::UnreadablePicture {
-        field,
-        name: "the data URI".into(),
-        source: image::Error::NotAPicture { looks_like },
+/// The size of the output for a picture to start from: within 1440 a side, multiples of 16.
+fn follow(image: &Picture) -> Result<(usize, usize), Error> {
+    let limits = Limits { side: 8192, bytes: 256 << 20 };
+    let pixels = decode_picture(&image.bytes, limits).map_err(|source| Error::UnreadablePicture {
+        field: "image",
+        name: image.name.clone(),
+        source,
+    })?;
+    Ok(fit(pixels.width(), pixels.height()))
+}
+
+fn fit(width: u32, height: u32) -> (usize, usize) {
+    let longest = width.max(height);
+    let within = |side: u32| {
+        if longest > LONGEST_SIDE {
+            (f64::from(side) * f64::from(LONGEST_SIDE) / f64::from(longest)).floor()
+        } else {
+            f64::from(side)
+        }
     };
-    let bytes = fetch::decode_picture(uri).map_err(|error| unreadable(error.to_string()))?;
-    Ok(Picture { name: "the data URI".into(), bytes })
+    // The nearest, half to even, as Python rounds.
+    let near = |side: f64| ((side / 16.0).round_ties_even() as usize * 16).max(16);
+    (near(within(width)), near(within(height)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pictures_to_start_from_set_the_size() {
+        for ((width, height), size) in [
+            ((1600, 1000), (1440, 896)),
+            ((500, 333), (496, 336)),
+            ((4000, 3000), (1440, 1088)),
+            ((1080, 1920), (816, 1440)),
+            ((3, 5), (16, 16)),
+        ] {
+            assert_eq!(fit(width, height), size, "{width} x {height}");
+        }
+    }
+
+    #[test]
+    fn what_no_request_may_hold() {
+        let order = Order {
+            prompt: "x".into(),
+            size: Some((64, 64)),
+            steps: 1,
+            guidance: 3.0,
+            seed: 1,
+            outputs: 1,
+            format: "png".into(),
+            quality: 80,
+            loras: Vec::new(),
+            image: None,
+            mask: None,
+            prompt_strength: None,
+            without_lora: false,
+            previews: false,
+            tokens: None,
+        };
+        order.check().unwrap();
+        let lora = |reference: &str| OrderedLora { reference: reference.into(), scale: 1.0 };
+        for local in ["/etc/passwd", "./x.safetensors", "file:///etc/passwd", "s3://operators/private.safetensors", "~/x", "x"] {
+            let error = Order { loras: vec![lora(local)], ..order.clone() }.check().unwrap_err();
+            assert_eq!(error.code(), "lora_bad_reference", "{local}: {error}");
+        }
+        for good in ["someone/flux-lora", "https://example.com/a.safetensors", "civitai:12", "data:;base64,AAAA"] {
+            Order { loras: vec![lora(good)], ..order.clone() }.check().unwrap();
+        }
+        assert!(Order { loras: vec![lora("a/b"); 9], ..order.clone() }.check().is_err());
+        assert!(Order { prompt: "x".repeat(8193), ..order.clone() }.check().is_err());
+        assert!(Order { prompt: "a\0b".into(), ..order }.check().is_err());
+    }
 }

@@ -1,0 +1,133 @@
+//! Telling webhooks, from the outbox: signed, guarded, again after failures.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::Sha256;
+use tokio::sync::{Semaphore, watch};
+
+use super::outputs::now;
+use super::{Server, replicate};
+use crate::jobs::{Delivery, Event, Job};
+
+/// How often the outbox is looked at, if nothing ended in between.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Deliveries at a time; a slow receiver takes one of them.
+const AT_ONCE: usize = 32;
+
+/// Before each further attempt to tell of an end: some seconds at first, three days in all. Other events are told once.
+const PAUSES: [Duration; 9] = [
+    Duration::from_secs(5),
+    Duration::from_secs(60),
+    Duration::from_secs(5 * 60),
+    Duration::from_secs(30 * 60),
+    Duration::from_secs(2 * 3600),
+    Duration::from_secs(5 * 3600),
+    Duration::from_secs(10 * 3600),
+    Duration::from_secs(24 * 3600),
+    Duration::from_secs(30 * 3600),
+];
+
+/// A receiver may ask for a longer pause, but not for more than this.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
+impl Server {
+    /// Empties the outbox until `ended`. What is not told by then is told by whoever starts next.
+    pub(super) async fn deliver(self: Arc<Self>, ended: watch::Receiver<bool>) {
+        let places = Arc::new(Semaphore::new(AT_ONCE));
+        while !*ended.borrow() {
+            let free = places.available_permits() as i64;
+            let due = if free > 0 { self.store.due(free).await } else { Ok(Vec::new()) };
+            match due {
+                Ok(due) => {
+                    for (delivery, job) in due {
+                        let Ok(place) = places.clone().acquire_owned().await else { return };
+                        let server = self.clone();
+                        tokio::spawn(async move {
+                            server.tell(&delivery, &job).await;
+                            drop(place);
+                        });
+                    }
+                }
+                Err(error) => tracing::error!(%error, "the outbox cannot be read"),
+            }
+            let _ = tokio::time::timeout(LOOK, self.ended.notified()).await;
+        }
+    }
+
+    async fn tell(&self, delivery: &Delivery, job: &Job) {
+        let pause = match self.send(delivery, job).await {
+            Sent::Told => None,
+            // Whoever missed a start or a log line sees the end.
+            Sent::Again(_) if delivery.event != Event::Completed => None,
+            Sent::Again(asked) => {
+                PAUSES.get(delivery.attempts as usize).map(|own| asked.map_or(*own, |asked| asked.clamp(*own, LONGEST)))
+            }
+        };
+        let kept = match pause {
+            None => self.store.delivered(delivery).await,
+            Some(pause) => self.store.undelivered(delivery, pause).await,
+        };
+        if let Err(error) = kept {
+            tracing::error!(job = %job.id, %error, "the outbox cannot be written");
+        }
+    }
+
+    async fn send(&self, delivery: &Delivery, job: &Job) -> Sent {
+        let Some(webhook) = &job.webhook else { return Sent::Told };
+        let base = job.request["address"].as_str().unwrap_or_default();
+        // Links, never the pictures themselves: receivers refuse large bodies.
+        let Ok(prediction) = replicate::prediction(self, base, job, true).await else { return Sent::Again(None) };
+        let body = prediction.to_string();
+        // The same for every attempt, so that receivers can tell repetitions.
+        let id = format!("msg_{}_{}", job.id, delivery.event.as_str());
+        let time = now().to_string();
+        let headers = [
+            ("content-type", "application/json"),
+            ("webhook-id", &id),
+            ("webhook-timestamp", &time),
+            ("webhook-signature", &self.signature(&job.tenant, &id, &time, &body)),
+        ];
+        let headers: HeaderMap = headers
+            .into_iter()
+            .filter_map(|(name, value)| Some((HeaderName::from_static(name), HeaderValue::from_str(value).ok()?)))
+            .collect();
+        let event = delivery.event.as_str();
+        match self.web.post(&webhook.url, headers, body.into_bytes()).await {
+            Ok((200..=299, _)) => Sent::Told,
+            // Gone: it does not want to hear any more.
+            Ok((410, _)) => Sent::Told,
+            Ok((status, after)) => {
+                tracing::warn!(job = %job.id, event, status, attempt = delivery.attempts, "a webhook refused");
+                Sent::Again(after)
+            }
+            Err(error) => {
+                tracing::warn!(job = %job.id, event, %error, attempt = delivery.attempts, "a webhook was not reached");
+                Sent::Again(None)
+            }
+        }
+    }
+
+    /// As Standard Webhooks: HMAC-SHA256 of `id.timestamp.body`.
+    fn signature(&self, tenant: &str, id: &str, time: &str, body: &str) -> String {
+        let mut mac = Hmac::<Sha256>::new_from_slice(&self.secret.webhook_key(tenant)).expect("any length is a key");
+        mac.update(format!("{id}.{time}.{body}").as_bytes());
+        format!("v1,{}", STANDARD.encode(mac.finalize().into_bytes()))
+    }
+
+    /// What a tenant checks signatures with.
+    pub(super) fn webhook_secret(&self, tenant: &str) -> String {
+        format!("whsec_{}", STANDARD.encode(self.secret.webhook_key(tenant)))
+    }
+}
+
+enum Sent {
+    Told,
+    /// Not now; perhaps after a pause that the receiver asked for.
+    Again(Option<Duration>),
+}

@@ -1,0 +1,70 @@
+//! How long things are kept, and clearing away what is over.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::Server;
+use super::submit::upload_key;
+use crate::jobs::Error;
+use crate::ops::serve::{outputs, preview};
+
+/// How often the queue's clock is looked at: leases, deadlines.
+const REAP: Duration = Duration::from_millis(500);
+
+/// How often old things are looked for.
+const CLEAR: Duration = Duration::from_secs(5);
+
+/// What of an old job's request is kept with it.
+const REST: [&str; 3] = ["model", "version", "address"];
+
+/// How long things are kept once their job has ended; for ever if not set.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Keep {
+    /// Pictures, inputs and logs.
+    pub pictures: Option<Duration>,
+    /// The jobs themselves, without those.
+    pub jobs: Option<Duration>,
+}
+
+impl Server {
+    /// Keeps the queue in order and clears away what is old, until `ended`.
+    pub(super) async fn clear(self: Arc<Self>, ended: watch::Receiver<bool>) {
+        let mut next = Instant::now();
+        while !*ended.borrow() {
+            self.reap().await;
+            if let Ok(waiting) = self.store.waiting().await {
+                self.queued.store(waiting.queued.unsigned_abs(), Ordering::Relaxed);
+            }
+            if Instant::now() >= next {
+                if let Err(error) = self.clear_old().await {
+                    tracing::error!(%error, "old jobs are not cleared away");
+                }
+                next = Instant::now() + CLEAR;
+            }
+            tokio::time::sleep(REAP).await;
+        }
+    }
+
+    async fn clear_old(&self) -> Result<(), Error> {
+        let removed = |result: Result<(), crate::blobs::Error>| {
+            result.unwrap_or_else(|error| tracing::warn!(%error, "a file is not removed"));
+        };
+        for id in self.store.expired_uploads().await? {
+            removed(self.blobs.delete(&upload_key(&id)).await);
+        }
+        if let Some(age) = self.keep.pictures {
+            for id in self.store.strip(age, &REST).await? {
+                removed(self.blobs.remove(&outputs(id.as_str())).await);
+                removed(self.blobs.delete(&preview(id.as_str())).await);
+            }
+        }
+        if let Some(age) = self.keep.jobs {
+            self.store.forget(age).await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,130 @@
+//! Our own addresses, for what the other dialects lack: a job's place in the queue, its progress as it comes, previews.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use futures_util::stream;
+use serde_json::{Value, json};
+
+use super::auth::Caller;
+use super::openai::Request;
+use super::outputs::file;
+use super::problem::Problem;
+use super::{Server, replicate};
+use crate::jobs::{Job, JobId, Status};
+use crate::ops::serve::preview;
+
+/// How often a watched job is looked at.
+const LOOK: Duration = Duration::from_millis(200);
+
+type Answer = Result<Response, Problem>;
+
+pub(super) fn router() -> Router<Arc<Server>> {
+    Router::new()
+        .route("/darkroom/queue", get(queue))
+        .route("/darkroom/jobs", post(create))
+        .route("/darkroom/jobs/{id}", get(show))
+        .route("/darkroom/jobs/{id}/events", get(events))
+        .route("/darkroom/jobs/{id}/preview", get(picture))
+}
+
+/// Of all tenants together: numbers only.
+async fn queue(State(server): State<Arc<Server>>, _: Caller) -> Answer {
+    let waiting = server.store.waiting().await?;
+    let pace = server.pace.load(Ordering::Relaxed) as f64 / 1000.0;
+    let queue = json!({
+        "queued": waiting.queued,
+        "running": waiting.running,
+        "seconds_per_job": pace,
+        "seconds_of_work": waiting.queued as f64 * pace / server.units.len() as f64,
+    });
+    Ok(Json(queue).into_response())
+}
+
+/// The keys of OpenAI's generations, with `loras`, `seed` and the like. Answers at once.
+async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, body: Bytes) -> Answer {
+    let request = Request::new(replicate::object(&headers, &body)?)?;
+    let submission = request.submission(&server, &caller, &headers).await?;
+    let unit = server.unit(request.served.is_dev()).clone();
+    let (job, _) = server.submit(&caller, &unit, &headers, submission).await?;
+    Ok((StatusCode::ACCEPTED, Json(describe(&server, &server.base(&headers), &job).await?)).into_response())
+}
+
+async fn show(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Path(id): Path<String>) -> Answer {
+    let job = replicate::find(&server, &caller, &id).await?;
+    Ok(Json(describe(&server, &server.base(&headers), &job).await?).into_response())
+}
+
+async fn describe(server: &Server, base: &str, job: &Job) -> Result<Value, Problem> {
+    let id = &job.id;
+    let mut job_now = json!({
+        "id": id.as_str(),
+        "status": job.status.as_str(),
+        "progress": job.progress,
+        "created_at": replicate::time(job.created_at),
+        "started_at": job.started_at.map(replicate::time),
+        "completed_at": job.completed_at.map(replicate::time),
+        "pictures": server.pictures(job, base, true).await?,
+        "result": job.result,
+        "error": job.error.as_ref().map(|message| json!({ "code": job.error_code, "message": message })),
+        "urls": {
+            "get": format!("{base}/darkroom/jobs/{id}"),
+            "events": format!("{base}/darkroom/jobs/{id}/events"),
+            "preview": format!("{base}/darkroom/jobs/{id}/preview"),
+            "cancel": format!("{base}/v1/predictions/{id}/cancel"),
+        },
+    });
+    if job.status == Status::Queued {
+        let ahead = server.store.ahead(id).await?;
+        job_now["ahead"] = json!(ahead);
+    }
+    Ok(job_now)
+}
+
+/// The newest preview, if the job was created with `"stream": true` and has begun.
+async fn picture(State(server): State<Arc<Server>>, caller: Caller, Path(id): Path<String>) -> Answer {
+    let job = replicate::find(&server, &caller, &id).await?;
+    let bytes = server.blobs.get(&preview(job.id.as_str())).await?.ok_or(Problem::NotFound)?;
+    Ok(file("image/webp", bytes))
+}
+
+struct Watched {
+    tenant: String,
+    job: JobId,
+    base: String,
+    last: Option<String>,
+    over: bool,
+}
+
+/// `progress` whenever it changes (with `previews`, counting), `done` at the end: each the whole job.
+async fn events(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Path(id): Path<String>) -> Answer {
+    let job = replicate::find(&server, &caller, &id).await?;
+    let watched = Watched { tenant: caller.tenant, job: job.id, base: server.base(&headers), last: None, over: false };
+    let events = stream::unfold((server, watched), |(server, mut watched)| async move {
+        while !watched.over {
+            let Ok(Some(job)) = server.store.get(&watched.tenant, &watched.job).await else { return None };
+            let now = describe(&server, &watched.base, &job).await.ok()?;
+            watched.over = job.status.is_final();
+            let name = if watched.over { "done" } else { "progress" };
+            // Links are signed anew each time and are no news.
+            let state = format!("{}{}{}", now["status"], now["progress"], now["ahead"]);
+            if watched.over || watched.last.as_ref() != Some(&state) {
+                watched.last = Some(state);
+                let event = Event::default().event(name).data(now.to_string());
+                return Some((Ok::<_, Infallible>(event), (server, watched)));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        None
+    });
+    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(Duration::from_secs(10))).into_response())
+}

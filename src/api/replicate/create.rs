@@ -1,0 +1,140 @@
+//! Creating predictions.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{Path, State};
+use axum::http::header::LOCATION;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::IntoResponse;
+use serde_json::{Map, Value, json};
+
+use super::headers::{object, wait, webhook, within};
+use super::prediction::prediction;
+use super::schema::Served;
+use super::{Answer, input};
+use crate::api::Server;
+use crate::api::auth::Caller;
+use crate::api::problem::{Invalid, Problem};
+use crate::api::submit::{Submission, fingerprint};
+use crate::jobs::Job;
+
+/// Keys beside `input`, of today's clients and of old ones.
+const KEYS: [&str; 5] = ["input", "webhook", "webhook_events_filter", "stream", "webhook_completed"];
+
+pub(in crate::api) async fn by_version(
+    State(server): State<Arc<Server>>,
+    caller: Caller,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Answer {
+    let body = object(&headers, &body)?;
+    let Some(version) = body.get("version").and_then(Value::as_str) else {
+        return Err(Problem::invalid("required", "", "version is required"));
+    };
+    let served = Served::of_version(version).ok_or(Problem::UnknownVersion)?;
+    create(&server, &caller, &headers, served, &body, &["version"]).await
+}
+
+/// Also for deployments, which are called as the model that they are of.
+pub(super) async fn by_model(
+    State(server): State<Arc<Server>>,
+    caller: Caller,
+    Path((owner, name)): Path<(String, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Answer {
+    let served = Served::named(&owner, &name).ok_or(Problem::NotFound)?;
+    create(&server, &caller, &headers, served, &object(&headers, &body)?, &[]).await
+}
+
+async fn create(
+    server: &Server,
+    caller: &Caller,
+    headers: &HeaderMap,
+    served: &Served,
+    body: &Map<String, Value>,
+    more: &[&str],
+) -> Answer {
+    let unknown = |key: &&String| !KEYS.contains(&key.as_str()) && !more.contains(&key.as_str());
+    let refuse =
+        |key: &String| Invalid::new("additional_property_not_allowed", "", format!("Additional property {key} is not allowed"));
+    let unknown: Vec<_> = body.keys().filter(unknown).map(refuse).collect();
+    if !unknown.is_empty() {
+        return Err(Problem::Invalid(unknown));
+    }
+    let wait = wait(headers)?;
+    let job = accept(server, caller, headers, served, body).await?;
+    respond(server, headers, job, wait).await
+}
+
+/// Checks the body's `input` and accepts the job.
+pub(in crate::api) async fn accept(
+    server: &Server,
+    caller: &Caller,
+    headers: &HeaderMap,
+    served: &Served,
+    body: &Map<String, Value>,
+) -> Result<Job, Problem> {
+    let none = Map::new();
+    let input = match body.get("input") {
+        Some(Value::Object(input)) => input,
+        None | Some(Value::Null) => &none,
+        Some(_) => return Err(Problem::invalid("invalid_type", "input", "Invalid type. Expected: object")),
+    };
+    let within = within(headers)?;
+    let webhook = webhook(body)?;
+    let checked = input::check(served, input)?;
+    let unit = server.unit(served.is_dev());
+    let base = server.base(headers);
+    let mut shown = input::shown(served, input);
+    let mut pictures = Vec::new();
+    if let Some(text) = checked.values.get("image").and_then(Value::as_str).filter(|text| !text.trim().is_empty()) {
+        let sent = server.sent(caller, &base, "image", text.trim()).await?;
+        if let Some(link) = &sent.shown {
+            shown["image"] = json!(link);
+        }
+        pictures.push(sent);
+    }
+    let mut order = input::order(&checked.values, &unit.model, server, pictures.first().map(|sent| &sent.origin))?;
+    order.previews = body.get("stream").and_then(Value::as_bool).unwrap_or(false);
+    let model = unit.clone();
+    let tried = order.clone();
+    let picture = pictures.pop().and_then(|sent| sent.picture);
+    // Pictures are decoded to be checked.
+    let tried = tokio::task::spawn_blocking(move || Server::check(&model, &tried, picture, None));
+    tried.await.map_err(|_| Problem::Internal)??;
+    let submission = Submission {
+        order,
+        model: format!("{}/{}", served.owner, served.name),
+        version: served.version().into(),
+        input: shown,
+        notes: checked.notes,
+        within,
+        webhook,
+        idempotency: headers
+            .get("idempotency-key")
+            .and_then(|key| key.to_str().ok())
+            .map(|key| (key.to_owned(), fingerprint(body))),
+    };
+    Ok(server.submit(caller, unit, headers, submission).await?.0)
+}
+
+/// The prediction, once it has ended if the client waits.
+async fn respond(server: &Server, headers: &HeaderMap, mut job: Job, wait: Option<Duration>) -> Answer {
+    if let Some(wait) = wait {
+        job = server.wait(job, wait).await?;
+    }
+    let base = server.base(headers);
+    let mut prediction = prediction(server, &base, &job, server.gives_links(&base)).await?;
+    let ended = job.status.is_final();
+    if !ended {
+        // Clients take any other word for the end.
+        prediction["status"] = json!("starting");
+    }
+    let status = if wait.is_some() && !ended { StatusCode::ACCEPTED } else { StatusCode::CREATED };
+    let location = format!("{base}/v1/predictions/{}", job.id);
+    Ok((status, [(LOCATION, location)], Json(prediction)).into_response())
+}

@@ -1,0 +1,125 @@
+//! Where pictures and uploads are: a folder of this machine, or a bucket that several machines share.
+//!
+//! Keys are made by us alone, such as `outputs/JOB/out-0.webp`; nothing of a request gets into one.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path as Key;
+use object_store::prefix::PrefixStore;
+use object_store::{Error as StoreError, ObjectStore, ObjectStoreExt};
+
+use crate::config::Secret;
+
+/// Why a picture or an upload could not be kept or had. Without the store's own text, which may hold a signed request.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the storage {0:?} is neither a folder nor s3://bucket or s3://bucket/prefix")]
+    Address(String),
+    #[error("the storage cannot be opened; check the folder, or the bucket, AWS_REGION and AWS_ENDPOINT_URL")]
+    Open,
+    #[error("the storage has no room or does not answer ({0})")]
+    Failed(&'static str),
+}
+
+/// The pictures and uploads of a service. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Blobs {
+    store: Arc<dyn ObjectStore>,
+}
+
+impl Blobs {
+    /// A folder, which is made, or `s3://bucket/prefix` with these settings, such as `AWS_REGION`.
+    pub fn open(address: &str, settings: &[(String, Secret)]) -> Result<Self, Error> {
+        let store: Arc<dyn ObjectStore> = match address.split_once("://") {
+            Some(("s3", place)) => {
+                let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
+                if bucket.is_empty() {
+                    return Err(Error::Address(address.into()));
+                }
+                let mut builder = AmazonS3Builder::new().with_bucket_name(bucket);
+                for (name, value) in settings {
+                    if let Ok(name) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {
+                        builder = builder.with_config(name, value.reveal());
+                    }
+                }
+                Arc::new(PrefixStore::new(builder.build().map_err(|_| Error::Open)?, prefix.trim_matches('/')))
+            }
+            Some(_) => return Err(Error::Address(address.into())),
+            None => {
+                std::fs::create_dir_all(Path::new(address)).map_err(|_| Error::Open)?;
+                // Told to a client is on the disk.
+                Arc::new(LocalFileSystem::new_with_prefix(address).map_err(|_| Error::Open)?.with_fsync(true))
+            }
+        };
+        Ok(Self { store })
+    }
+
+    /// Keeps `bytes` under `key`, all or nothing, in the place of what was there.
+    pub async fn put(&self, key: &str, bytes: Vec<u8>) -> Result<(), Error> {
+        self.store.put(&Key::from(key), Bytes::from(bytes).into()).await.map(drop).map_err(|error| failed(&error))
+    }
+
+    /// What is under `key`.
+    pub async fn get(&self, key: &str) -> Result<Option<Bytes>, Error> {
+        match self.store.get(&Key::from(key)).await {
+            Ok(found) => found.bytes().await.map(Some).map_err(|error| failed(&error)),
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(failed(&error)),
+        }
+    }
+
+    /// Removes everything below `folder`, such as `outputs/JOB`.
+    pub async fn remove(&self, folder: &str) -> Result<(), Error> {
+        let below = self.store.list_with_delimiter(Some(&Key::from(folder))).await.map_err(|error| failed(&error))?;
+        for object in below.objects {
+            self.delete(object.location.as_ref()).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes what is under `key`, if there is anything.
+    pub async fn delete(&self, key: &str) -> Result<(), Error> {
+        match self.store.delete(&Key::from(key)).await {
+            Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
+            Err(error) => Err(failed(&error)),
+        }
+    }
+}
+
+fn failed(error: &StoreError) -> Error {
+    Error::Failed(match error {
+        StoreError::Unauthenticated { .. } | StoreError::PermissionDenied { .. } => "no permission",
+        StoreError::NotFound { .. } => "not there",
+        _ => "it failed",
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_kept_is_there_until_it_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(folder.path().join("new").to_str().unwrap(), &[]).unwrap();
+        assert_eq!(blobs.get("outputs/a/0.png").await.unwrap(), None);
+        blobs.put("outputs/a/0.png", vec![1, 2]).await.unwrap();
+        blobs.put("outputs/a/0.png", vec![3]).await.unwrap();
+        blobs.put("outputs/b/0.png", vec![4]).await.unwrap();
+        assert_eq!(blobs.get("outputs/a/0.png").await.unwrap().unwrap().as_ref(), [3]);
+        blobs.remove("outputs/a").await.unwrap();
+        blobs.delete("uploads/none").await.unwrap();
+        assert_eq!(blobs.get("outputs/a/0.png").await.unwrap(), None);
+        assert!(blobs.get("outputs/b/0.png").await.unwrap().is_some());
+        for wrong in ["gs://x", "s3://", "https://bucket"] {
+            assert!(matches!(Blobs::open(wrong, &[]), Err(Error::Address(_))), "{wrong}");
+        }
+        let file = folder.path().join("file");
+        std::fs::write(&file, b"").unwrap();
+        assert!(matches!(Blobs::open(file.to_str().unwrap(), &[]), Err(Error::Open)));
+    }
+}

@@ -1,0 +1,202 @@
+//! One accepted job, from its order to its stored pictures.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::runtime::Handle;
+
+use super::news::News;
+use super::worker::{Work, outputs};
+use super::{Order, Origin, Secret, Sign, Tokens};
+use crate::engine::{Event, Pipeline, Selected};
+use crate::fetch::{self, Credentials, Web};
+use crate::image::Format;
+use crate::jobs::Claim;
+use crate::ops::generate::{self, Picture, Setting};
+use crate::ops::lora::{Lora, Sources};
+use crate::ops::{Error, models};
+
+/// Largest file of a picture to start from, in bytes.
+const MOST_PICTURE: usize = 20 << 20;
+
+/// What every job of a worker needs.
+pub(super) struct Runner<'a> {
+    pub(super) work: &'a Work,
+    pub(super) model: &'a models::Model,
+    pub(super) digest: Option<&'a str>,
+    pub(super) pipeline: &'a Pipeline,
+    pub(super) device: &'a candle_core::Device,
+    pub(super) sources: &'a Sources,
+    pub(super) web: &'a Web,
+    pub(super) runtime: &'a Handle,
+    pub(super) stop: &'a AtomicBool,
+    pub(super) tell: &'a (dyn Fn(Sign) + Sync),
+}
+
+/// What is kept of a job that succeeded.
+pub(super) struct Done {
+    pub(super) result: Value,
+    pub(super) affinity: String,
+}
+
+pub(super) fn loras(order: &Order) -> Vec<Lora> {
+    let lora = |lora: &super::OrderedLora| Lora {
+        reference: lora.reference.clone(),
+        scales: ::models::lora::Scales::uniform(lora.scale),
+    };
+    order.loras.iter().map(lora).collect()
+}
+
+/// Of the request itself; this machine's are not for it.
+pub(super) fn credentials(order: &Order, secret: &Secret) -> Credentials {
+    let opened = order.tokens.as_deref().and_then(|sealed| secret.open(sealed));
+    opened.and_then(|text| serde_json::from_str::<Tokens>(&text).ok()).unwrap_or_default().credentials()
+}
+
+impl Runner<'_> {
+    pub(super) fn run(&self, claim: &Claim, news: &News) -> Result<Done, Error> {
+        let begun = Instant::now();
+        let order: Order = serde_json::from_value(claim.job.request["order"].clone())
+            .map_err(|error| Error::invalid("request", &error.to_string(), "what this version stores"))?;
+        let format = order.format()?;
+        news.say(&format!("Using seed: {}\n", order.seed));
+        let notes = claim.job.request["notes"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        notes.for_each(|note| news.say(&format!("Note: {note}\n")));
+        let request = order.request(self.picture("image", order.image.as_ref())?, self.picture("mask", order.mask.as_ref())?)?;
+        let (mut job, remarks) = generate::prepare(&request, self.model)?;
+        remarks.iter().for_each(|remark| news.say(&format!("Note: {remark}\n")));
+
+        let mut lora_error = None;
+        match self.adapters(&order, news) {
+            Ok(adapters) => job.loras = adapters,
+            Err(error) if order.without_lora && error.is_lora() => lora_error = Some(error),
+            Err(error) => return Err(error),
+        }
+        let fetched = begun.elapsed();
+        let paint = |job: &_| self.pipeline.run(job, &mut |event| self.heard(event, news)).map_err(Error::from);
+        let mut finished = lora_error.is_none().then(|| paint(&job));
+        if order.without_lora && matches!(&finished, Some(Err(error)) if error.is_lora()) {
+            lora_error = finished.take().and_then(Result::err);
+        }
+        let used = job.loras.len();
+        let finished = match (finished, &lora_error) {
+            (Some(finished), None) => finished?,
+            (_, error) => {
+                let why = error.as_ref().map(Error::told).unwrap_or_default();
+                news.say(&format!("Warning: {why}; this is the base model's picture, without the LoRA\n"));
+                job.loras.clear();
+                paint(&job)?
+            }
+        };
+        finished.switch.notes.iter().for_each(|note| news.say(&format!("Note: {note}\n")));
+
+        news.at(json!({ "stage": "writing" }));
+        let writing = Instant::now();
+        let name = generate::device_name(self.device);
+        let dtype = self.pipeline.dtype().as_str();
+        let setting = Setting { model: &self.model.name, digest: self.digest, device: &name, dtype };
+        let quality = u8::try_from(order.quality.min(100)).unwrap_or(100);
+        let encoded = generate::encode(&job, &finished, (format, quality), Some(setting))?;
+        let names: Vec<String> = (0..encoded.len()).map(|i| format!("out-{i}.{}", order.format)).collect();
+        let folder = outputs(claim.job.id.as_str());
+        for (name, bytes) in names.iter().zip(encoded) {
+            self.runtime.block_on(self.work.blobs.put(&format!("{folder}/{name}"), bytes))?;
+        }
+        let seconds = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e6;
+        let timings = finished.timings;
+        let used_loras = job.loras.iter().zip(&order.loras).map(|(selected, ordered)| {
+            let report = &selected.adapter.report;
+            json!({
+                "source": fetch::shown(&ordered.reference),
+                "sha256": report.digest,
+                "scale": ordered.scale,
+                "modules": report.modules_matched,
+                "trigger_words": report.trigger_words,
+            })
+        });
+        let result = json!({
+            "files": names,
+            "seed": order.seed,
+            "prompt": job.prompt,
+            "width": job.width,
+            "height": job.height,
+            "base": { "name": self.model.name, "sha256": self.digest },
+            "device": name,
+            "dtype": dtype,
+            "loras": used_loras.collect::<Vec<_>>(),
+            "lora_used": if order.loras.is_empty() { Value::Null } else { json!(used > 0 && lora_error.is_none()) },
+            "lora_error": lora_error.as_ref().map(|error| json!({ "code": error.code(), "message": error.told() })),
+            "switched": finished.switch.changed + finished.switch.restored > 0,
+            "timings": {
+                "fetch": seconds(fetched),
+                "switch": seconds(timings.switch),
+                "encode": seconds(timings.encode),
+                "denoise": seconds(timings.denoise),
+                "decode": seconds(timings.decode),
+                "write": seconds(writing.elapsed()),
+                "total": seconds(begun.elapsed()),
+            },
+        });
+        Ok(Done { result, affinity: order.affinity() })
+    }
+
+    /// The file of a picture to start from.
+    fn picture(&self, field: &'static str, origin: Option<&Origin>) -> Result<Option<Picture>, Error> {
+        let Some(origin) = origin else { return Ok(None) };
+        let (name, bytes) = match origin {
+            Origin::Stored(key) => {
+                let stored = self.runtime.block_on(self.work.blobs.get(key))?;
+                let gone = || Error::invalid(field, &"a file that was removed", "sent again");
+                ("the upload".to_owned(), stored.ok_or_else(gone)?.to_vec())
+            }
+            Origin::Link(link) => {
+                let got = self.runtime.block_on(self.web.get(link, MOST_PICTURE));
+                (fetch::shown_link(link), got.map_err(|source| Error::Image { field, source })?)
+            }
+        };
+        Ok(Some(Picture { name, bytes }))
+    }
+
+    fn adapters(&self, order: &Order, news: &News) -> Result<Vec<Selected>, Error> {
+        let credentials = credentials(order, &self.work.secret);
+        let adapters = self.sources.open_as(&loras(order), &credentials, &mut |progress| {
+            news.at(json!({ "stage": "fetching", "done": progress.done, "total": progress.total }));
+            (self.tell)(Sign::Alive);
+            self.go_on(news)
+        })?;
+        for selected in &adapters {
+            let report = &selected.adapter.report;
+            let (digest, modules, scale) = (&report.digest, report.modules_matched, selected.scales.model);
+            news.say(&format!("LoRA {digest:.12}: {modules} modules at scale {scale}\n"));
+            report.warnings().iter().for_each(|warning| news.say(&format!("Warning: {warning}\n")));
+        }
+        Ok(adapters)
+    }
+
+    fn go_on(&self, news: &News) -> ControlFlow<()> {
+        let stop = news.stopped().is_some() || self.stop.load(Ordering::SeqCst);
+        if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    fn heard(&self, event: Event<'_>, news: &News) -> ControlFlow<()> {
+        (self.tell)(Sign::Alive);
+        match event {
+            Event::Encoding => news.at(json!({ "stage": "encoding" })),
+            Event::Step { output, outputs, step, steps } => {
+                let (done, all) = ((output - 1) * steps + step, outputs * steps);
+                news.at(json!({ "stage": "denoising", "step": done, "steps": all }));
+                // As tqdm writes it: clients read their progress from this.
+                let bar = "#".repeat(10 * done / all);
+                news.say(&format!("{:3}%|{bar:<10}| {done}/{all}\n", 100 * done / all));
+            }
+            Event::Preview { picture, .. } => {
+                let encoded = crate::image::encode(picture, Format::Webp, 80, None);
+                encoded.map_or_else(|error| tracing::warn!(%error, "no preview"), |file| news.show(file));
+            }
+            Event::Decoding { output, .. } => news.at(json!({ "stage": "decoding", "output": output })),
+        }
+        self.go_on(news)
+    }
+}
