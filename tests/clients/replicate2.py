@@ -2,7 +2,9 @@
 
 import os
 
-import replicate
+# `replicate.use` knows no client but its own, which the environment sets up.
+os.environ.update(REPLICATE_API_TOKEN=os.environ["KEY"], REPLICATE_BASE_URL=os.environ["BASE"] + "/v1")
+import replicate  # noqa: E402
 
 client = replicate.Replicate(bearer_token=os.environ["KEY"], base_url=os.environ["BASE"] + "/v1")
 MODEL = "black-forest-labs/flux-dev-lora"
@@ -27,7 +29,7 @@ assert client.account.get().username == "me"
 assert client.webhooks.default.secret.get().key.startswith("whsec_")
 
 # `use` reads the model's schema and calls it like a function; also with the base address of the older client.
-dev = client.use(MODEL)
+dev = replicate.use(MODEL)
 pictures = dev(**SHORT)
 assert os.path.getsize(pictures[0]) > 1000, pictures
 other = replicate.Replicate(bearer_token=os.environ["KEY"], base_url=os.environ["BASE"])

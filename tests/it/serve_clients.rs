@@ -21,7 +21,7 @@ fn run(program: impl Fn(&Path) -> PathBuf, script: &str) {
     let clients = clients();
     let site = Site::serve(|request| match request.path.as_str() {
         "/user1001.safetensors" => Reply::ok(&std::fs::read(user1001()).unwrap()),
-        _ => Reply::ok(b""),
+        _ => Reply::ok(b"<!doctype html>"),
     });
     let place = Place::new();
     let data = place.path("data");
