@@ -11,6 +11,7 @@ pub mod blobs;
 pub mod cli;
 pub mod config;
 pub mod engine;
+mod failpoint;
 pub mod fetch;
 mod hex;
 pub mod image;

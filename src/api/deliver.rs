@@ -12,6 +12,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::outputs::now;
 use super::{Server, replicate};
+use crate::failpoint::failpoint;
 use crate::jobs::{Delivery, Event, Job};
 
 /// How often the outbox is looked at, if nothing ended in between.
@@ -61,6 +62,7 @@ impl Server {
     }
 
     async fn tell(&self, delivery: &Delivery, job: &Job) {
+        failpoint("telling");
         let pause = match self.send(delivery, job).await {
             Sent::Told => None,
             // Whoever missed a start or a log line sees the end.
@@ -69,6 +71,7 @@ impl Server {
                 PAUSES.get(delivery.attempts as usize).map(|own| asked.map_or(*own, |asked| asked.clamp(*own, LONGEST)))
             }
         };
+        failpoint("told");
         let kept = match pause {
             None => self.store.delivered(delivery).await,
             Some(pause) => self.store.undelivered(delivery, pause).await,

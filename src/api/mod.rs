@@ -10,6 +10,7 @@ mod deliver;
 mod health;
 mod keep;
 mod openai;
+mod openapi;
 mod outputs;
 mod own;
 mod problem;

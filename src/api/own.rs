@@ -30,6 +30,7 @@ type Answer = Result<Response, Problem>;
 
 pub(super) fn router() -> Router<Arc<Server>> {
     Router::new()
+        .route("/darkroom/openapi.json", get(|| async { Json(super::openapi::document()) }))
         .route("/darkroom/queue", get(queue))
         .route("/darkroom/jobs", post(create))
         .route("/darkroom/jobs/{id}", get(show))

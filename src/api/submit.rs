@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use super::auth::Caller;
 use super::problem::{Problem, faulty};
 use super::{Server, Unit};
+use crate::failpoint::failpoint;
 use crate::fetch::decode_picture;
 use crate::hex::hex;
 use crate::image;
@@ -99,11 +100,13 @@ impl Server {
             webhook,
             idempotency,
         };
+        failpoint("accepting");
         let accepted = self.store.submit(&new).await.map_err(|error| match Problem::from(error) {
             Problem::Throttled(_) => Problem::Throttled(self.seconds_of_work()),
             Problem::Unavailable("The queue is full.", _) => Problem::Unavailable("The queue is full.", self.seconds_of_work()),
             problem => problem,
         })?;
+        failpoint("accepted");
         unit.wake();
         Ok(accepted)
     }

@@ -204,6 +204,7 @@ fn serve(
         );
     }
     let _lock = lock(&data)?;
+    runtime.block_on(store.take_over()).map_err(ops::Error::from)?;
     let tls = args.tls.as_deref().map(|how| tls(how, &data, args.listen)).transpose()?;
     if !local && tls.is_none() {
         super::say(

@@ -22,6 +22,18 @@ pub struct Delivery {
 }
 
 impl Store {
+    /// Whoever used this database before is gone: what they held is free at once. Only a file that its caller has locked is known to be
+    /// nobody else's; with PostgreSQL leases end in their time.
+    pub async fn take_over(&self) -> Result<(), Error> {
+        if !self.is_file() {
+            return Ok(());
+        }
+        self.query("UPDATE jobs SET lease_until = 0 WHERE status = 'running'").execute(self.pool()).await?;
+        let free = "UPDATE outbox SET next_at = {now} WHERE next_at > {now} AND next_at <= {now} + $1";
+        self.query(free).bind(milliseconds(DELIVERING)).execute(self.pool()).await?;
+        Ok(())
+    }
+
     /// Events to be told now, at most `limit`, with the jobs that they are of. Taken for a minute.
     pub async fn due(&self, limit: i64) -> Result<Vec<(Delivery, Job)>, Error> {
         let mut transaction = self.begin().await?;

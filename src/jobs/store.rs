@@ -110,6 +110,10 @@ impl Store {
         AssertSqlSafe(text.replace("{columns}", COLUMNS))
     }
 
+    pub(super) fn is_file(&self) -> bool {
+        self.dialect == Dialect::Sqlite
+    }
+
     pub(super) fn pool(&self) -> &AnyPool {
         &self.pool
     }

@@ -553,3 +553,21 @@ fn a_job_that_kills_workers_waits_until_no_other_does() {
         assert_eq!(order, [yours.id, mine.id, killer.id], "whoever waited longest since the last start, then the rest");
     });
 }
+
+#[test]
+fn who_is_alone_takes_over_what_the_dead_held() {
+    on_both(Limits::default, |store, address| async move {
+        let webhook = Webhook { url: "https://example.com/".into(), events: vec![Event::Start] };
+        let (job, _) = store.submit(&NewJob { webhook: Some(webhook), ..new("me", "") }).await.unwrap();
+        let held = claim(&store, "w").await.unwrap();
+        assert_eq!(store.due(9).await.unwrap().len(), 1);
+        store.take_over().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        store.reap().await.unwrap();
+        let (now, due) = (store.get("me", &job.id).await.unwrap().unwrap(), store.due(9).await.unwrap().len());
+        let file = address.starts_with("sqlite:");
+        // Of a shared database nobody knows who else is at it.
+        assert_eq!((now.status, due), if file { (Status::Queued, 1) } else { (Status::Running, 0) });
+        assert_eq!(store.finish(&held, &done()).await.is_ok(), !file);
+    });
+}

@@ -30,6 +30,7 @@ mod pocket_person;
 mod readme;
 mod serve;
 mod serve_clients;
+mod serve_crashes;
 mod serve_dialects;
 mod serve_tenants;
 mod service;

@@ -89,3 +89,27 @@ fn openai_for_javascript() {
 fn litellm() {
     run(python("python1"), "litellm_client.py");
 }
+
+/// Requests made up from the OpenAPI document, right ones and wrong ones: every answer is one that the document names.
+#[test]
+#[ignore = "needs what scripts/clients installs from PyPI and npm; CI runs it"]
+fn schemathesis() {
+    let place = Place::new();
+    let data = place.path("data");
+    let made = place.run(&["keys", "create", "--tenant", "me", "--admin", "--data", data.to_str().unwrap()]);
+    // No job is taken, so that a thousand requests are no hours of work; all that is checked before is checked.
+    let service = Service::start(&place, &["--queue-of-tenant", "0", "--creates-per-minute", "0"]);
+    let output = Command::new(clients().join("python2/bin/schemathesis"))
+        .args(["run", &format!("{}/darkroom/openapi.json", service.address)])
+        .args(["-H", &format!("Authorization: Bearer {}", made.out().trim())])
+        .args(["--max-examples", "20", "--phases", "examples,coverage,fuzzing", "--request-timeout", "30", "--no-color"])
+        // Streams of jobs that there are none of; and what answers 501 on purpose.
+        .args(["--exclude-path-regex", "(stream|events|trainings)$", "--exclude-operation-id", "post__v1_models"])
+        // Texts such as a LoRA's reference or a version have more rules than the document can state.
+        .args(["--exclude-checks", "positive_data_acceptance"])
+        .current_dir(place.path("."))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains(" passed"), "{said}");
+}

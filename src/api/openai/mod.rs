@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
+use axum::extract::multipart::MultipartRejection;
 use axum::extract::{Multipart, Path, State};
 use axum::http::HeaderMap;
 use axum::response::sse::{Event, KeepAlive, Sse};
@@ -56,7 +57,13 @@ async fn generate(State(server): State<Arc<Server>>, caller: Caller, headers: He
     answer(server, caller, headers, Request::new(body)?).await
 }
 
-async fn edit(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, form: Multipart) -> Answer {
+async fn edit(
+    State(server): State<Arc<Server>>,
+    caller: Caller,
+    headers: HeaderMap,
+    form: Result<Multipart, MultipartRejection>,
+) -> Answer {
+    let form = form.map_err(|_| Problem::invalid("invalid", "", "the body is not multipart/form-data"))?;
     answer(server, caller, headers, Request::of_form(form).await?).await
 }
 

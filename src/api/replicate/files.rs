@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use axum::extract::multipart::MultipartRejection;
 use axum::extract::{DefaultBodyLimit, Multipart, Path, Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::IntoResponse;
@@ -41,7 +42,13 @@ pub(super) fn router() -> Router<Arc<Server>> {
 
 /// Three dialects of one form: the name and type of the file are in its part, or fields of their own; metadata is a text, a part of
 /// its own, or fields `metadata[key]`.
-async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, form: Multipart) -> Answer {
+async fn create(
+    State(server): State<Arc<Server>>,
+    caller: Caller,
+    headers: HeaderMap,
+    form: Result<Multipart, MultipartRejection>,
+) -> Answer {
+    let form = form.map_err(|_| Problem::invalid("invalid", "", "the body is not multipart/form-data"))?;
     let Form { content, name, kind, metadata } = read(form).await?;
     let Some(content) = content else { return Err(Problem::invalid("required", "content", "content is required")) };
     let name = name.unwrap_or_else(|| "file".into());

@@ -11,6 +11,7 @@ use super::news::News;
 use super::worker::{Work, outputs};
 use super::{Order, Origin, Secret, Sign, Tokens};
 use crate::engine::{Event, Pipeline, Selected};
+use crate::failpoint::failpoint;
 use crate::fetch::{self, Credentials, Web};
 use crate::image::Format;
 use crate::jobs::Claim;
@@ -75,6 +76,7 @@ impl Runner<'_> {
             Err(error) => return Err(error),
         }
         let fetched = begun.elapsed();
+        failpoint("fetched");
         let paint = |job: &_| self.pipeline.run(job, &mut |event| self.heard(event, news)).map_err(Error::from);
         let mut finished = lora_error.is_none().then(|| paint(&job));
         if order.without_lora && matches!(&finished, Some(Err(error)) if error.is_lora()) {
@@ -92,6 +94,7 @@ impl Runner<'_> {
         };
         finished.switch.notes.iter().for_each(|note| news.say(&format!("Note: {note}\n")));
 
+        failpoint("painted");
         news.at(json!({ "stage": "writing" }));
         let writing = Instant::now();
         let name = generate::device_name(self.device);
@@ -103,6 +106,7 @@ impl Runner<'_> {
         let folder = outputs(claim.job.id.as_str());
         for (name, bytes) in names.iter().zip(encoded) {
             self.runtime.block_on(self.work.blobs.put(&format!("{folder}/{name}"), bytes))?;
+            failpoint("written");
         }
         let seconds = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e6;
         let timings = finished.timings;
@@ -185,6 +189,7 @@ impl Runner<'_> {
         match event {
             Event::Encoding => news.at(json!({ "stage": "encoding" })),
             Event::Step { output, outputs, step, steps } => {
+                failpoint("step");
                 let (done, all) = ((output - 1) * steps + step, outputs * steps);
                 news.at(json!({ "stage": "denoising", "step": done, "steps": all }));
                 // As tqdm writes it: clients read their progress from this.

@@ -14,6 +14,7 @@ use super::{Secret, Sign, ahead};
 use crate::blobs::Blobs;
 use crate::config::Config;
 use crate::engine::{self, DeviceChoice, Pipeline};
+use crate::failpoint::failpoint;
 use crate::fetch::{Limits, Web};
 use crate::jobs::{Claim, Outcome, Store};
 use crate::ops::generate::{self, Precision, Request};
@@ -98,6 +99,7 @@ fn serve(runner: &Runner<'_>, wake: &Receiver<()>) -> Result<(), Error> {
         let claimed = runner.runtime.block_on(runner.work.store.claim(&runner.work.name, &runner.model.name, &warm, LEASE))?;
         if let Some(claim) = claimed {
             (runner.tell)(Sign::Begun(claim.job.id.clone()));
+            failpoint("claimed");
             let failed;
             (warm, failed) = runner.job(&claim)?;
             (runner.tell)(Sign::Ended(claim.job.id));
@@ -152,6 +154,7 @@ impl Runner<'_> {
         let lost = self.runtime.block_on(beating).unwrap_or(false);
         let warm = outcome.as_ref().map_or_else(|_| vec![String::new()], |done| vec![done.affinity.clone()]);
         let failed = matches!(&outcome, Err(error) if !error.is_cancelled());
+        failpoint("finishing");
         let ended = match outcome {
             _ if lost => Ok(()),
             Ok(done) => self.finish(claim, &Outcome::Succeeded(done.result)),
@@ -167,6 +170,7 @@ impl Runner<'_> {
             Err(crate::jobs::Error::Lost) => tracing::warn!(job = %claim.job.id, "the claim was lost"),
             ended => ended?,
         }
+        failpoint("finished");
         Ok((warm, failed))
     }
 
