@@ -20,6 +20,14 @@ impl Blob {
         }
     }
 
+    /// Its size in bytes.
+    pub fn size(&self) -> std::io::Result<u64> {
+        match self {
+            Self::File(path) => Ok(std::fs::metadata(path)?.len()),
+            Self::Embedded { bytes, .. } => Ok(bytes.len() as u64),
+        }
+    }
+
     /// For messages.
     #[must_use]
     pub fn path(&self) -> PathBuf {

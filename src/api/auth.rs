@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::extract::{FromRequestParts, Request, State};
-use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
+use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, ORIGIN};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Method};
 use axum::middleware::Next;
@@ -16,7 +16,7 @@ use std::num::NonZeroU32;
 use url::Url;
 
 use super::problem::{OpenAi, Problem};
-use super::{Peer, Server};
+use super::{MOST_BODY, MOST_FORM, Peer, Server};
 
 /// The tenant while there are no keys.
 pub(super) const LOCAL: &str = "local";
@@ -87,6 +87,12 @@ fn open(path: &str) -> bool {
 /// Lets a request through, with its [`Caller`].
 pub(super) async fn guard(State(server): State<Arc<Server>>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
+    let announced = request.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    let most = if path.ends_with("/files") { MOST_FORM } else { MOST_BODY };
+    if announced.is_some_and(|length| length > most) {
+        // Before it is read.
+        return answer(&path, Problem::TooLarge(most));
+    }
     if open(&path) {
         return next.run(request).await;
     }
@@ -96,9 +102,12 @@ pub(super) async fn guard(State(server): State<Arc<Server>>, mut request: Reques
             request.extensions_mut().insert(caller);
             next.run(request).await
         }
-        Err(problem) if path.contains("/images/") => OpenAi(problem).into_response(),
-        Err(problem) => problem.into_response(),
+        Err(problem) => answer(&path, problem),
     }
+}
+
+fn answer(path: &str, problem: Problem) -> Response {
+    if path.contains("/images/") { OpenAi(problem).into_response() } else { problem.into_response() }
 }
 
 impl Server {

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -12,7 +11,7 @@ use axum::{Json, Router};
 use serde_json::{Value, json};
 
 use super::auth::Caller;
-use super::problem::{Cog, Problem};
+use super::problem::{Body, Cog, Problem};
 use super::{Server, replicate};
 use crate::jobs::{Job, Status};
 
@@ -54,10 +53,10 @@ async fn discover() -> Response {
     Json(discovery).into_response()
 }
 
-async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, body: Bytes) -> Response {
+async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Body(body): Body) -> Response {
     let is_replicates = replicate::object(&headers, &body).is_ok_and(|body| body.contains_key("version"));
     if is_replicates {
-        return replicate::create_by_version(State(server), caller, headers, body).await.into_response();
+        return replicate::create_by_version(State(server), caller, headers, Body(body)).await.into_response();
     }
     predict(&server, &caller, headers, &body, None).await.into_response()
 }
@@ -67,7 +66,7 @@ async fn put(
     caller: Caller,
     Path(id): Path<String>,
     headers: HeaderMap,
-    body: Bytes,
+    Body(body): Body,
 ) -> Response {
     predict(&server, &caller, headers, &body, Some(id)).await.into_response()
 }

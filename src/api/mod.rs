@@ -54,6 +54,9 @@ pub use tls::Tls;
 /// A request's body with pictures in it, in bytes.
 const MOST_BODY: usize = 32 << 20;
 
+/// A form with a file in it, in bytes: Replicate's 100 MB, and the form's own parts.
+const MOST_FORM: usize = 101 << 20;
+
 /// Between two pieces of a body.
 const BODY_IDLE: Duration = Duration::from_secs(30);
 

@@ -342,7 +342,9 @@ fn input(name: &str) -> Value {
 }
 
 fn object(required: &[&str], properties: Value) -> Value {
-    json!({ "type": "object", "required": required, "properties": properties })
+    let mut object = json!({ "type": "object", "required": required });
+    object["properties"] = properties;
+    object
 }
 
 fn schemas() -> Vec<(&'static str, Value)> {

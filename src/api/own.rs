@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::sse::{Event, KeepAlive, Sse};
@@ -18,7 +17,7 @@ use serde_json::{Value, json};
 use super::auth::Caller;
 use super::openai::Request;
 use super::outputs::file;
-use super::problem::Problem;
+use super::problem::{Body, Problem};
 use super::{Server, replicate};
 use crate::jobs::{Job, JobId, Status};
 use crate::ops::serve::preview;
@@ -52,7 +51,7 @@ async fn queue(State(server): State<Arc<Server>>, _: Caller) -> Answer {
 }
 
 /// The keys of OpenAI's generations, with `loras`, `seed` and the like. Answers at once.
-async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, body: Bytes) -> Answer {
+async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Body(body): Body) -> Answer {
     let request = Request::new(replicate::object(&headers, &body)?)?;
     let submission = request.submission(&server, &caller, &headers).await?;
     let unit = server.unit(request.served.is_dev()).clone();

@@ -1,12 +1,15 @@
 //! What a client is told instead of an answer: one list of problems, and the bodies of each dialect.
 
 use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{FromRequest, Request};
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::MOST_BODY;
 use crate::{blobs, jobs};
 
 /// One faulty field.
@@ -33,6 +36,8 @@ pub(super) enum Problem {
     Invalid(Vec<Invalid>),
     UnknownVersion,
     Media,
+    /// Nothing of a body for too long.
+    Slow,
     /// More than so many bytes.
     TooLarge(usize),
     /// Of the tenant's own making; seconds to wait.
@@ -59,6 +64,7 @@ impl Problem {
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::Invalid(_) | Self::UnknownVersion | Self::Conflict => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Media => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Slow => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Throttled(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable(..) => StatusCode::SERVICE_UNAVAILABLE,
@@ -80,6 +86,7 @@ impl Problem {
             Self::Invalid(_) => "Input validation failed",
             Self::UnknownVersion => "Invalid version or not permitted",
             Self::Media => "Unsupported media type",
+            Self::Slow => "Timed out",
             Self::TooLarge(_) => "Too large",
             Self::Throttled(_) => "Request was throttled",
             Self::Unavailable(..) => "Service unavailable",
@@ -107,6 +114,7 @@ impl Problem {
                 "The specified version does not exist (or perhaps you don't have permission to use it?)".into()
             }
             Self::Media => "Send application/json.".into(),
+            Self::Slow => "The body did not come, or broke off.".into(),
             Self::TooLarge(most) => format!("The body is larger than {} MB.", most >> 20),
             Self::Throttled(seconds) => format!("Request was throttled. Your rate limit resets in ~{seconds}s."),
             Self::Failed(_, message) => message.clone(),
@@ -232,6 +240,22 @@ impl<P: Into<Problem>> From<P> for OpenAi {
 impl<P: Into<Problem>> From<P> for Cog {
     fn from(problem: P) -> Self {
         Self(problem.into())
+    }
+}
+
+/// A whole body, or the problem with it in our words.
+#[derive(Debug)]
+pub(super) struct Body(pub(super) Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        match Bytes::from_request(request, state).await {
+            Ok(bytes) => Ok(Self(bytes)),
+            Err(rejection) if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(Problem::TooLarge(MOST_BODY)),
+            Err(_) => Err(Problem::Slow),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 the command is wrong, 130 stopped with Ctrl-C.
 
 mod completions;
+mod doctor;
 mod generate;
 mod keys;
 mod lora;
@@ -41,6 +42,7 @@ enum Verb {
     Models(models::Args),
     Serve(Box<serve::Args>),
     Keys(keys::Args),
+    Doctor(doctor::Args),
     Completions(completions::Args),
 }
 
@@ -63,6 +65,7 @@ pub fn main() -> ExitCode {
         Verb::Models(args) => models::run(args, &config),
         Verb::Serve(args) => serve::run(*args, &config),
         Verb::Keys(args) => keys::run(args),
+        Verb::Doctor(args) => doctor::run(&args, &config),
         Verb::Completions(args) => completions::run(&args),
     };
     match result {

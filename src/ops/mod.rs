@@ -3,6 +3,7 @@
 //! [`generate`] turns a [`generate::Request`] (as sent) into a valid [`Job`](crate::engine::Job), runs it and writes pictures;
 //! [`lora`] finds and reads adapters; [`models`] knows the named base models, fetches and checks them; [`serve`] runs accepted jobs.
 
+pub mod doctor;
 mod error;
 pub mod generate;
 pub mod lora;

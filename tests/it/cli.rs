@@ -125,6 +125,7 @@ fn help_is_what_was_agreed() {
         ("models-pull", &["models", "pull", "--help"]),
         ("serve", &["serve", "--help"]),
         ("keys", &["keys", "create", "--help"]),
+        ("doctor", &["doctor", "--help"]),
     ] {
         let ran = place.run(arguments).succeeds();
         assert_eq!(ran.err(), "");

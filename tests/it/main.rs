@@ -32,6 +32,7 @@ mod serve;
 mod serve_clients;
 mod serve_crashes;
 mod serve_dialects;
+mod serve_faults;
 mod serve_tenants;
 mod service;
 mod site;

@@ -265,3 +265,30 @@ fn what_serve_refuses() {
     std::fs::write(place.path("file"), b"x").unwrap();
     place.run(&["serve", "--data", "file"]).fails(1, &["cannot be made"]);
 }
+
+#[test]
+fn the_doctor_says_what_is_wrong_before_it_is_needed() {
+    let place = Place::new();
+    let data = place.path("data");
+    let data = data.to_str().unwrap();
+    let healthy = place.run(&["doctor", "--data", data, "--device", "cpu", "--listen", "127.0.0.1:0", "--json"]).succeeds();
+    let found = healthy.json();
+    let of = |item: &str| {
+        found.as_array().unwrap().iter().find(|finding| finding["item"] == item).unwrap_or_else(|| panic!("{item}: {found}"))
+    };
+    for item in
+        ["machine", "driver", "device", "model", "models here", "data", "cache", "hub's cache", "database", "keys", "port"]
+    {
+        assert_ne!(of(item)["verdict"], "bad", "{item}");
+    }
+    assert!(of("model")["text"].as_str().unwrap().starts_with("pocket: weights need about"));
+    assert!(of("keys")["text"].as_str().unwrap().contains("darkroom keys create"));
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let sick = place.run(&["doctor", "--data", data, "--model", "flux9", "--device", "cuda", "--listen", &address]);
+    assert!(!sick.is_success());
+    for part in ["BAD   model: model is \"flux9\"", "BAD   device: ", "note  port: ", "cannot be listened on"] {
+        assert!(sick.out().contains(part), "{part}: {}", sick.out());
+    }
+    assert!(sick.err().contains("2 of 11 items are bad"), "{}", sick.err());
+}

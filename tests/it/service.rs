@@ -50,7 +50,8 @@ impl Service {
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut address).unwrap();
         assert!(address.starts_with("http"), "{}", std::fs::read_to_string(&log).unwrap());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let mut client = reqwest::Client::builder().no_proxy();
+        // The service closes a connection after 15 s without a request.
+        let mut client = reqwest::Client::builder().no_proxy().pool_idle_timeout(Duration::from_secs(10));
         if let Ok(certificate) = std::fs::read(data.join("tls/certificate.pem")) {
             client = client.tls_certs_only([reqwest::Certificate::from_pem(&certificate).unwrap()]);
         }

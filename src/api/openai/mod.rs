@@ -6,7 +6,6 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Bytes;
 use axum::extract::multipart::MultipartRejection;
 use axum::extract::{Multipart, Path, State};
 use axum::http::HeaderMap;
@@ -20,7 +19,7 @@ use serde_json::{Value, json};
 pub(super) use self::request::Request;
 use super::auth::Caller;
 use super::outputs::names;
-use super::problem::{OpenAi, Problem};
+use super::problem::{Body, OpenAi, Problem};
 use super::submit::{Submission, base64, fingerprint};
 use super::{Server, replicate};
 use crate::jobs::{Job, Status};
@@ -52,8 +51,8 @@ async fn one_model(Path(name): Path<String>) -> Answer {
     Ok(Json(model(served.name, served.owner)).into_response())
 }
 
-async fn generate(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, body: Bytes) -> Answer {
-    let body = replicate::object(&headers, &body)?;
+async fn generate(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, body: Result<Body, Problem>) -> Answer {
+    let body = replicate::object(&headers, &body?.0)?;
     answer(server, caller, headers, Request::new(body)?).await
 }
 

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::header::LOCATION;
 use axum::http::{HeaderMap, StatusCode};
@@ -17,7 +16,7 @@ use super::schema::Served;
 use super::{Answer, input};
 use crate::api::Server;
 use crate::api::auth::Caller;
-use crate::api::problem::{Invalid, Problem};
+use crate::api::problem::{Body, Invalid, Problem};
 use crate::api::submit::{Submission, fingerprint};
 use crate::jobs::Job;
 
@@ -28,7 +27,7 @@ pub(in crate::api) async fn by_version(
     State(server): State<Arc<Server>>,
     caller: Caller,
     headers: HeaderMap,
-    body: Bytes,
+    Body(body): Body,
 ) -> Answer {
     let body = object(&headers, &body)?;
     let Some(version) = body.get("version").and_then(Value::as_str) else {
@@ -44,7 +43,7 @@ pub(super) async fn by_model(
     caller: Caller,
     Path((owner, name)): Path<(String, String)>,
     headers: HeaderMap,
-    body: Bytes,
+    Body(body): Body,
 ) -> Answer {
     let served = Served::named(&owner, &name).ok_or(Problem::NotFound)?;
     create(&server, &caller, &headers, served, &object(&headers, &body)?, &[]).await

@@ -14,11 +14,11 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{Answer, Page};
-use crate::api::Server;
 use crate::api::auth::Caller;
 use crate::api::outputs::{file, now};
 use crate::api::problem::{Problem, not_found};
 use crate::api::submit::upload_key;
+use crate::api::{MOST_FORM, Server};
 use crate::jobs::{JobId, Upload};
 
 const MOST_FILE: usize = 100 << 20;
@@ -32,8 +32,7 @@ const MOST_METADATA: usize = 64 << 10;
 const PAGE: i64 = 100;
 
 pub(super) fn router() -> Router<Arc<Server>> {
-    // The form's own parts on top.
-    let limit = DefaultBodyLimit::max(MOST_FILE + (1 << 20));
+    let limit = DefaultBodyLimit::max(MOST_FORM);
     Router::new()
         .route("/files", get(list).post(create).layer(limit))
         .route("/files/{id}", get(show).delete(remove))

@@ -1,0 +1,83 @@
+//! `darkroom doctor`: whether this machine is fit, before it is needed.
+
+use std::net::{SocketAddr, TcpListener};
+
+use super::generate::device;
+use super::serve::{Place, open};
+use super::show;
+use crate::config::Config;
+use crate::engine::DeviceChoice;
+use crate::ops::doctor::{Finding, Verdict, examine};
+
+/// Look at this machine: device, driver, memory, models, disks, database, keys, port
+///
+/// Nothing is changed but the data folder and its database, which are made if they are not there. The exit code is 1 if something is
+/// bad.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// As for serve
+    #[arg(long, value_name = "MODEL", default_value = "pocket")]
+    model: String,
+    /// auto, cpu, cuda, cuda:1 (the second card) or metal
+    #[arg(long, value_name = "DEVICE", value_parser = device, default_value = "auto")]
+    device: DeviceChoice,
+    /// Where the server is to listen
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8000")]
+    listen: SocketAddr,
+    #[command(flatten)]
+    place: Place,
+    /// Print one JSON array
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &Args, config: &Config) -> anyhow::Result<()> {
+    let mut folders = Vec::new();
+    folders.extend(args.place.folder().ok().map(|folder| ("data", folder)));
+    folders.extend(config.cache.clone().map(|folder| ("cache", folder)));
+    folders.push(("hub's cache", config.hub.cache.clone()));
+    let mut findings = examine(&args.model, args.device, &folders, config);
+    findings.extend(database(args));
+    findings.push(match TcpListener::bind(args.listen) {
+        Ok(_) => Finding::new("port", Verdict::Good, format!("{} is free", args.listen)),
+        Err(error) => Finding::new("port", Verdict::Note, format!("{} cannot be listened on: {error}", args.listen)),
+    });
+    if args.json {
+        show(&serde_json::to_string_pretty(&findings)?)?;
+    } else {
+        for Finding { item, verdict, text } in &findings {
+            let verdict = match verdict {
+                Verdict::Good => "good",
+                Verdict::Note => "note",
+                Verdict::Bad => "BAD ",
+            };
+            show(&format!("{verdict}  {item}: {text}"))?;
+        }
+    }
+    let bad = findings.iter().filter(|finding| finding.verdict == Verdict::Bad).count();
+    if bad > 0 { anyhow::bail!("{bad} of {} items are bad", findings.len()) } else { Ok(()) }
+}
+
+fn database(args: &Args) -> Vec<Finding> {
+    let (runtime, store, data) = match open(&args.place) {
+        Ok(opened) => opened,
+        Err(error) => return vec![Finding::new("database", Verdict::Bad, format!("{error:#}"))],
+    };
+    let kind = if args.place.database(&data).starts_with("postgres") { "PostgreSQL" } else { "SQLite" };
+    let waiting = runtime.block_on(store.waiting());
+    let keys = runtime.block_on(store.keys());
+    let (Ok(waiting), Ok(keys)) = (waiting, keys) else {
+        return vec![Finding::new("database", Verdict::Bad, format!("{kind} does not answer"))];
+    };
+    let valid = keys.iter().filter(|key| key.revoked_at.is_none()).count();
+    let keys = match (keys.len(), valid) {
+        (0, _) => Finding::new("keys", Verdict::Note, "none: the server belongs to this machine; darkroom keys create makes one"),
+        (_, 0) => {
+            Finding::new("keys", Verdict::Bad, "all are revoked: nobody can use the server; darkroom keys create makes one")
+        }
+        _ => Finding::new("keys", Verdict::Good, format!("{valid} valid")),
+    };
+    let text =
+        format!("{kind}: {} jobs waiting, {} running, {} webhooks to tell", waiting.queued, waiting.running, waiting.untold);
+    vec![Finding::new("database", Verdict::Good, text), keys]
+}
