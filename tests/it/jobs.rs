@@ -12,13 +12,13 @@ use serde_json::json;
 const LEASE: Duration = Duration::from_secs(60);
 
 /// A server of our own, started once, stopped with the process group's end.
-struct Postgres {
+pub(crate) struct Postgres {
     address: String,
 }
 
 impl Postgres {
     /// `None` where PostgreSQL is not installed.
-    fn get() -> Option<&'static Self> {
+    pub(crate) fn get() -> Option<&'static Self> {
         static SERVER: OnceLock<Option<Postgres>> = OnceLock::new();
         SERVER.get_or_init(Self::start).as_ref()
     }
@@ -74,7 +74,7 @@ impl Postgres {
     }
 
     /// An empty database.
-    async fn database(&self) -> String {
+    pub(crate) async fn database(&self) -> String {
         use sqlx::Executor;
         sqlx::any::install_default_drivers();
         let name = format!("t{}", uuid::Uuid::now_v7().simple());

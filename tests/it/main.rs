@@ -16,7 +16,7 @@ mod fetch;
 mod fetch_services;
 mod fixtures;
 mod hub;
-mod jobs;
+pub(crate) mod jobs;
 mod layouts;
 mod lora;
 mod lora_convert;

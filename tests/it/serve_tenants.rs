@@ -313,3 +313,59 @@ fn old_pictures_go() {
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(service.get(link).status, 404);
 }
+
+#[test]
+fn two_services_share_a_queue_and_their_pictures() {
+    let Some(server) = crate::jobs::Postgres::get() else {
+        println!("PostgreSQL is not installed: nothing was tested");
+        return;
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let database = runtime.block_on(server.database());
+    let (one, two) = (Place::new(), Place::new());
+    let storage = one.path("shared").display().to_string();
+    let more = ["--database", &database, "--storage", &storage, "--files", "links"];
+    let first = Service::start(&one, &more);
+    // Links are signed with the data folder's secret, so that is shared as well.
+    std::fs::create_dir_all(two.path("data")).unwrap();
+    std::fs::copy(one.path("data/secret"), two.path("data/secret")).unwrap();
+    let second = Service::start(&two, &more);
+    let made = first.post(DEV_LORA, &[], &json!({ "input": long(5) })).json();
+    let id = made["id"].as_str().unwrap();
+    let done = second.wait(id);
+    assert_eq!(done["status"], "succeeded");
+    for link in done["output"].as_array().unwrap() {
+        assert!(first.get(&link.as_str().unwrap().replace(&second.address, &first.address)).body.starts_with(b"\x89PNG"));
+    }
+    // While one of them works, the other takes the next; whoever holds a request hears of what the other did.
+    let ids: Vec<String> =
+        (0..2).map(|i| first.post(DEV_LORA, &[], &json!({ "input": long(i) })).json()["id"].as_str().unwrap().to_owned()).collect();
+    let held = first.post(DEV_LORA, &[("prefer", "wait")], &tiny());
+    assert_eq!(held.json()["status"], "succeeded", "{}", held.json());
+    let workers: Vec<Value> = ids.iter().map(|id| second.wait(id)["status"].clone()).collect();
+    assert_eq!(workers, ["succeeded", "succeeded"]);
+    let ended = |service: &Service| {
+        let numbers = String::from_utf8(service.get("/metrics").body).unwrap();
+        let line = numbers.lines().find(|line| line.starts_with("darkroom_jobs_total{status=\"succeeded\"")).map(str::to_owned);
+        line.and_then(|line| line.rsplit(' ').next()?.parse::<u32>().ok()).unwrap_or(0)
+    };
+    assert!(ended(&first) > 0 && ended(&second) > 0, "both worked: {} and {}", ended(&first), ended(&second));
+}
+
+#[test]
+fn each_model_has_its_own_worker() {
+    let place = Place::new();
+    let tiny_schnell = crate::fixtures::path("tiny-schnell");
+    let service = Service::start(&place, &["--model", "pocket", "--model", tiny_schnell.to_str().unwrap()]);
+    let of = |name: &str| {
+        let input = json!({ "prompt": "x", "num_inference_steps": 1, "output_format": "png" });
+        let path = format!("/v1/models/black-forest-labs/{name}/predictions");
+        let done = service.post(&path, &[("prefer", "wait")], &json!({ "input": input })).json();
+        assert_eq!(done["status"], "succeeded", "{done}");
+        done["metrics"]["base"]["name"].as_str().unwrap().to_owned()
+    };
+    assert_eq!([of("flux-dev"), of("flux-schnell"), of("flux-schnell-lora")], ["pocket", "tiny-schnell", "tiny-schnell"]);
+    service.ready();
+    let workers = service.get("/health/ready").json()["workers"].as_array().unwrap().len();
+    assert_eq!(workers, 2);
+}
