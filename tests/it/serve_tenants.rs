@@ -338,8 +338,9 @@ fn two_services_share_a_queue_and_their_pictures() {
         assert!(first.get(&link.as_str().unwrap().replace(&second.address, &first.address)).body.starts_with(b"\x89PNG"));
     }
     // While one of them works, the other takes the next; whoever holds a request hears of what the other did.
-    let ids: Vec<String> =
-        (0..2).map(|i| first.post(DEV_LORA, &[], &json!({ "input": long(i) })).json()["id"].as_str().unwrap().to_owned()).collect();
+    let ids: Vec<String> = (0..2)
+        .map(|i| first.post(DEV_LORA, &[], &json!({ "input": long(i) })).json()["id"].as_str().unwrap().to_owned())
+        .collect();
     let held = first.post(DEV_LORA, &[("prefer", "wait")], &tiny());
     assert_eq!(held.json()["status"], "succeeded", "{}", held.json());
     let workers: Vec<Value> = ids.iter().map(|id| second.wait(id)["status"].clone()).collect();
