@@ -7,15 +7,18 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use axum::{Extension, Router};
+use axum::Router;
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
-use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::time::{Sleep, sleep, timeout};
+use tower_service::Service;
 
 use super::{Peer, Tls};
 
@@ -79,7 +82,11 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let stream = Awaited { stream, first: Some(Box::pin(sleep(HEADER))) };
-    let service = TowerToHyperService::new(router.layer(Extension(Peer(peer))));
+    // A layer would copy the whole router for every connection.
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(Peer(peer));
+        router.clone().call(request)
+    });
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
     let _ = watcher.watch(connection).await;
 }

@@ -270,6 +270,10 @@ impl From<jobs::Error> for Problem {
                 tracing::error!(%error, "the database fails");
                 Self::Unavailable("The database does not answer.", 5)
             }
+            jobs::Error::Failed(error) => {
+                tracing::error!(%error, "the database fails");
+                Self::Unavailable("The database does not answer.", 5)
+            }
             error => {
                 tracing::error!(%error, "the store failed");
                 Self::Internal

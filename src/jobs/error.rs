@@ -17,6 +17,9 @@ pub enum Error {
     Damaged(&'static str),
     #[error("the system has no random numbers")]
     Random,
+    /// As [`Self::Database`], told to all who shared the commit.
+    #[error("the database fails: {0}")]
+    Failed(std::sync::Arc<str>),
     #[error("the database fails")]
     Database(#[from] sqlx::Error),
 }

@@ -12,6 +12,7 @@ mod outbox;
 mod rows;
 mod schema;
 mod store;
+mod submit;
 mod uploads;
 mod watch;
 

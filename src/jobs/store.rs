@@ -1,13 +1,15 @@
 //! The statements. Every change of state is one transaction, fenced by the claim's epoch.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::any::AnyPoolOptions;
 use sqlx::{Any, AnyPool, AssertSqlSafe, Executor, Row, Transaction};
 
 use super::rows::{COLUMNS, job};
-use super::{Claim, Error, Event, Job, JobId, NewJob, Outcome, Status, Stop, schema};
+use super::submit::Counter;
+use super::{Claim, Error, Event, Job, JobId, Outcome, Status, Stop, schema};
 
 /// How long an idempotency key is remembered.
 const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
@@ -71,7 +73,8 @@ impl Dialect {
 pub struct Store {
     pool: AnyPool,
     dialect: Dialect,
-    limits: Limits,
+    pub(super) limits: Limits,
+    pub(super) counter: Arc<Counter>,
 }
 
 pub(super) type Query<'q> = sqlx::query::Query<'q, Any, sqlx::any::AnyArguments>;
@@ -102,7 +105,7 @@ impl Store {
             .connect(&url)
             .await?;
         schema::migrate(&pool, dialect, file.as_deref()).await?;
-        Ok(Self { pool, dialect, limits })
+        Ok(Self { pool, dialect, limits, counter: Arc::default() })
     }
 
     fn sql(&self, text: &str) -> AssertSqlSafe<String> {
@@ -124,54 +127,6 @@ impl Store {
 
     pub(super) async fn begin(&self) -> Result<Transaction<'static, Any>, Error> {
         Ok(self.pool.begin_with(self.dialect.begin()).await?)
-    }
-
-    /// Accepts a job: when this returns it is committed. `false` if an idempotency key named an earlier one, which is returned.
-    pub async fn submit(&self, new: &NewJob) -> Result<(Job, bool), Error> {
-        let mut transaction = self.begin().await?;
-        if let Some((key, body)) = &new.idempotency {
-            let earlier = "SELECT body, job FROM idempotency WHERE tenant = $1 AND key = $2";
-            let earlier = self.query(earlier).bind(&new.tenant).bind(key).fetch_optional(&mut *transaction).await?;
-            if let Some(row) = earlier {
-                if row.try_get::<String, _>("body")? != *body {
-                    return Err(Error::Conflict);
-                }
-                let find = self.query("SELECT {columns} FROM jobs WHERE id = $1").bind(row.try_get::<String, _>("job")?);
-                return Ok((job(&find.fetch_one(&mut *transaction).await?)?, false));
-            }
-        }
-        let waiting =
-            "SELECT COUNT(*), COALESCE(SUM(CASE WHEN tenant = $1 THEN 1 ELSE 0 END), 0) FROM jobs WHERE status = 'queued'";
-        let waiting = self.query(waiting).bind(&new.tenant).fetch_one(&mut *transaction).await?;
-        let (all, own): (i64, i64) = (waiting.try_get(0)?, waiting.try_get(1)?);
-        if own >= self.limits.waiting_of_tenant {
-            return Err(Error::TenantFull(own));
-        }
-        if all >= self.limits.waiting {
-            return Err(Error::Full(all));
-        }
-        let id = JobId::new();
-        let events = new.webhook.iter().flat_map(|webhook| &webhook.events).map(|event| event.as_str());
-        let insert = "INSERT INTO jobs (id, tenant, status, request, affinity, created_at, deadline, webhook, webhook_events, base) \
-             VALUES ($1, $2, 'queued', $3, $4, {now}, {now} + CAST($5 AS BIGINT), $6, $7, $8) RETURNING {columns}";
-        let insert = self
-            .query(insert)
-            .bind(id.as_str())
-            .bind(&new.tenant)
-            .bind(new.request.to_string())
-            .bind(&new.affinity)
-            .bind(new.within)
-            .bind(new.webhook.as_ref().map(|webhook| webhook.url.clone()))
-            .bind(events.collect::<Vec<_>>().join(" "))
-            .bind(&new.base);
-        let accepted = job(&insert.fetch_one(&mut *transaction).await?)?;
-        if let Some((key, body)) = &new.idempotency {
-            let remember = "INSERT INTO idempotency (tenant, key, body, job, created_at) VALUES ($1, $2, $3, $4, {now})";
-            let remember = self.query(remember).bind(&new.tenant).bind(key).bind(body).bind(id.as_str());
-            remember.execute(&mut *transaction).await?;
-        }
-        transaction.commit().await?;
-        Ok((accepted, true))
     }
 
     /// A tenant's job. What belongs to another is not there.

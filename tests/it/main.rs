@@ -17,6 +17,7 @@ mod fetch_services;
 mod fixtures;
 mod hub;
 pub(crate) mod jobs;
+mod jobs_service;
 mod layouts;
 mod lora;
 mod lora_convert;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 
+use super::ahead::Ahead;
 use super::news::News;
 use super::worker::{Work, outputs};
 use super::{Order, Origin, Secret, Sign, Tokens};
@@ -25,6 +26,7 @@ const MOST_PICTURE: usize = 20 << 20;
 /// What every job of a worker needs.
 pub(super) struct Runner<'a> {
     pub(super) work: &'a Work,
+    pub(super) ahead: &'a Ahead,
     pub(super) model: &'a models::Model,
     pub(super) digest: Option<&'a str>,
     pub(super) pipeline: &'a Pipeline,
@@ -70,7 +72,7 @@ impl Runner<'_> {
         remarks.iter().for_each(|remark| news.say(&format!("Note: {remark}\n")));
 
         let mut lora_error = None;
-        match self.adapters(&order, news) {
+        match self.adapters(claim, &order, news) {
             Ok(adapters) => job.loras = adapters,
             Err(error) if order.without_lora && error.is_lora() => lora_error = Some(error),
             Err(error) => return Err(error),
@@ -163,13 +165,15 @@ impl Runner<'_> {
         Ok(Some(Picture { name, bytes }))
     }
 
-    fn adapters(&self, order: &Order, news: &News) -> Result<Vec<Selected>, Error> {
-        let credentials = credentials(order, &self.work.secret);
-        let adapters = self.sources.open_as(&loras(order), &credentials, &mut |progress| {
-            news.at(json!({ "stage": "fetching", "done": progress.done, "total": progress.total }));
-            (self.tell)(Sign::Alive);
-            self.go_on(news)
-        })?;
+    fn adapters(&self, claim: &Claim, order: &Order, news: &News) -> Result<Vec<Selected>, Error> {
+        let fetch = || {
+            self.sources.open_as(&loras(order), &credentials(order, &self.work.secret), &mut |progress| {
+                news.at(json!({ "stage": "fetching", "done": progress.done, "total": progress.total }));
+                (self.tell)(Sign::Alive);
+                self.go_on(news)
+            })
+        };
+        let adapters = self.ahead.take(&claim.job.id).map_or_else(fetch, Ok)?;
         for selected in &adapters {
             let report = &selected.adapter.report;
             let (digest, modules, scale) = (&report.digest, report.modules_matched, selected.scales.model);

@@ -70,8 +70,10 @@ pub fn work(
     let digest = models::digest(&model.bundle, config.cache.as_deref()).ok();
     let sources = Sources::for_strangers(config);
     let web = Web::new(config.private_urls, Limits::default()).map_err(|source| Error::Image { field: "image", source })?;
+    let ready = ahead::Ahead::default();
     let runner = Runner {
         work,
+        ahead: &ready,
         model: &model,
         digest: digest.as_deref(),
         pipeline: &pipeline,
@@ -85,7 +87,7 @@ pub fn work(
     runner.try_out()?;
     tell(Sign::Ready(generate::device_name(&device)));
     std::thread::scope(|scope| {
-        scope.spawn(|| ahead::fetch(&work.store, &model.name, &sources, &work.secret, runtime, stop));
+        scope.spawn(|| ahead::fetch(&ready, &work.store, &model.name, &sources, &work.secret, runtime, stop));
         let ended = serve(&runner, wake);
         stop.store(true, Ordering::SeqCst);
         ended

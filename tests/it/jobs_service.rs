@@ -1,0 +1,172 @@
+//! What the service keeps beside the queue, on SQLite and PostgreSQL: keys, uploads, what ended, what grew old.
+
+use std::time::Duration;
+
+use darkroom::jobs::{Event, JobId, Limits, NewJob, NewUpload, Status, Store, Webhook};
+use serde_json::json;
+
+use crate::jobs::{claim, done, new, on_both};
+
+#[test]
+fn a_database_of_an_older_version_is_copied_and_brought_forward() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        use sqlx::Executor;
+        let folder = tempfile::tempdir().unwrap();
+        let address = format!("sqlite:{}", folder.path().join("jobs.db").display());
+        sqlx::any::install_default_drivers();
+        let pool = sqlx::AnyPool::connect(&format!("{address}?mode=rwc")).await.unwrap();
+        // As the first version left it, with a job that waits.
+        let first = include_str!("../../src/jobs/migrations/0001_jobs.sql");
+        for statement in first.split(";\n").filter(|part| part.contains("CREATE")) {
+            pool.execute(statement).await.unwrap();
+        }
+        for statement in [
+            "CREATE TABLE schema_version (version BIGINT NOT NULL)",
+            "INSERT INTO schema_version VALUES (1)",
+            "INSERT INTO jobs (id, tenant, status, request, affinity, created_at) \
+             VALUES ('01m7yqeftae4rvn2akdv04dse4', 'me', 'queued', '{\"seed\":9}', '', 1)",
+        ] {
+            pool.execute(statement).await.unwrap();
+        }
+        pool.close().await;
+        let store = Store::open(&address, Limits::default()).await.unwrap();
+        assert_eq!(claim(&store, "w").await.unwrap().job.request["seed"], 9);
+        assert!(!store.has_keys().await.unwrap());
+        let copy = format!("sqlite:{}", folder.path().join("jobs.before-2.db").display());
+        let copy = sqlx::AnyPool::connect(&copy).await.unwrap();
+        let status = sqlx::query("SELECT status FROM jobs").fetch_one(&copy).await.unwrap();
+        assert_eq!(sqlx::Row::get::<String, _>(&status, 0), "queued", "the copy is as it was");
+        // Opened again there is nothing to do.
+        Store::open(&address, Limits::default()).await.unwrap();
+    });
+}
+
+#[test]
+fn keys_are_their_owners_until_they_are_revoked() {
+    on_both(Limits::default, |store, address| async move {
+        assert!(!store.has_keys().await.unwrap());
+        let (made, text) = store.create_key("alice", "laptop", false).await.unwrap();
+        let (root, _) = store.create_key("ops", "", true).await.unwrap();
+        assert!(store.has_keys().await.unwrap() && root.admin && !made.admin);
+        let other = Store::open(&address, Limits::default()).await.unwrap();
+        assert_eq!(other.key(&text).await.unwrap(), Some(made.clone()));
+        for wrong in [
+            String::new(),
+            "dk".into(),
+            text[..text.len() - 1].into(),
+            format!("{text}a"),
+            otherwise_ended(&text),
+            text.replace(&made.id, &root.id),
+            text.replacen("dk_", "dk_'", 1),
+            "é".repeat(100_000),
+        ] {
+            assert_eq!(other.key(&wrong).await.unwrap(), None, "{wrong:.80}");
+        }
+        let secret = text.rsplit_once(&made.id).unwrap().1;
+        assert_eq!(store.keys().await.unwrap(), [made.clone(), root]);
+        assert!(!format!("{:?}", store.keys().await.unwrap()).contains(&secret[1..]));
+        assert!(store.revoke_key(&made.id).await.unwrap().unwrap().revoked_at.is_some());
+        assert_eq!((other.key(&text).await.unwrap(), store.revoke_key("nobody").await.unwrap()), (None, None));
+        assert!(store.has_keys().await.unwrap(), "a revoked key does not open the door for all");
+    });
+}
+
+/// The same with another last character.
+fn otherwise_ended(text: &str) -> String {
+    let (rest, last) = text.split_at(text.len() - 1);
+    format!("{rest}{}", if last == "A" { "E" } else { "A" })
+}
+
+#[test]
+fn uploads_belong_to_their_tenant_and_end() {
+    on_both(Limits::default, |store, _| async move {
+        let new = |tenant: &str, lives| NewUpload {
+            tenant: tenant.into(),
+            name: "me.png".into(),
+            content_type: "image/png".into(),
+            size: 3,
+            sha256: "00".into(),
+            metadata: json!({"a": 1}),
+            lives,
+        };
+        let (id, gone) = (JobId::new(), JobId::new());
+        let stored = store.add_upload(&id, &new("me", 60_000)).await.unwrap();
+        store.add_upload(&gone, &new("me", -1)).await.unwrap();
+        assert_eq!(
+            (store.upload("me", &id).await.unwrap(), stored.expires_at - stored.created_at),
+            (Some(stored.clone()), 60_000)
+        );
+        assert_eq!(store.upload("you", &id).await.unwrap(), None);
+        assert_eq!(store.upload("me", &gone).await.unwrap(), None);
+        assert_eq!(store.uploads("me", None, 10).await.unwrap(), [stored]);
+        assert_eq!(store.expired_uploads().await.unwrap(), [gone]);
+        assert!(!store.remove_upload("you", &id).await.unwrap() && store.remove_upload("me", &id).await.unwrap());
+        assert_eq!(store.uploads("me", None, 10).await.unwrap(), []);
+    });
+}
+
+#[test]
+fn what_ended_what_waits_and_what_grew_old() {
+    on_both(Limits::default, |store, _| async move {
+        let begun = store.now().await.unwrap();
+        let (first, _) = store.submit(&new("me", "")).await.unwrap();
+        let (second, _) = store.submit(&new("you", "")).await.unwrap();
+        let held = claim(&store, "w").await.unwrap();
+        let waiting = store.waiting().await.unwrap();
+        assert_eq!((waiting.queued, waiting.running, waiting.untold), (1, 1, 0));
+        let upcoming = store.upcoming("", 5).await.unwrap();
+        assert_eq!(upcoming.iter().map(|job| &job.id).collect::<Vec<_>>(), [&second.id]);
+        store.log(&held, "secret prompt\n").await.unwrap();
+        store.finish(&held, &done()).await.unwrap();
+        let ended = store.ended(begun).await.unwrap();
+        assert!(ended.jobs == [first.id.clone()] && ended.now >= begun);
+        assert_eq!(store.ended(ended.now + 1).await.unwrap().jobs, []);
+
+        let hour = Duration::from_secs(3600);
+        assert_eq!(store.strip(hour, &[]).await.unwrap(), [], "too young");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        assert_eq!(store.strip(Duration::ZERO, &["seed"]).await.unwrap(), std::slice::from_ref(&first.id), "what waits stays");
+        let left = store.get("me", &first.id).await.unwrap().unwrap();
+        assert!(left.data_removed && left.logs.is_empty() && left.result.is_none() && left.status == Status::Succeeded);
+        assert_eq!(left.request, json!({"seed": 5}));
+        assert_eq!((store.forget(hour).await.unwrap(), store.forget(Duration::ZERO).await.unwrap()), (0, 1));
+        assert!(store.get("me", &first.id).await.unwrap().is_none());
+    });
+}
+
+#[test]
+fn a_job_that_kills_workers_waits_until_no_other_does() {
+    on_both(Limits::default, |store, _| async move {
+        let (killer, _) = store.submit(&new("me", "")).await.unwrap();
+        for _ in 0..2 {
+            assert_eq!(claim(&store, "w").await.unwrap().job.id, killer.id);
+            store.abandon("w").await.unwrap();
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            store.reap().await.unwrap();
+        }
+        let (mine, _) = store.submit(&new("me", "")).await.unwrap();
+        let (yours, _) = store.submit(&new("you", "")).await.unwrap();
+        let order = [claim(&store, "w").await, claim(&store, "w").await, claim(&store, "w").await];
+        let order: Vec<_> = order.into_iter().map(|claim| claim.unwrap().job.id).collect();
+        assert_eq!(order, [yours.id, mine.id, killer.id], "whoever waited longest since the last start, then the rest");
+    });
+}
+
+#[test]
+fn who_is_alone_takes_over_what_the_dead_held() {
+    on_both(Limits::default, |store, address| async move {
+        let webhook = Webhook { url: "https://example.com/".into(), events: vec![Event::Start] };
+        let (job, _) = store.submit(&NewJob { webhook: Some(webhook), ..new("me", "") }).await.unwrap();
+        let held = claim(&store, "w").await.unwrap();
+        assert_eq!(store.due(9).await.unwrap().len(), 1);
+        store.take_over().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        store.reap().await.unwrap();
+        let (now, due) = (store.get("me", &job.id).await.unwrap().unwrap(), store.due(9).await.unwrap().len());
+        let file = address.starts_with("sqlite:");
+        // Of a shared database nobody knows who else is at it.
+        assert_eq!((now.status, due), if file { (Status::Queued, 1) } else { (Status::Running, 0) });
+        assert_eq!(store.finish(&held, &done()).await.is_ok(), !file);
+    });
+}
