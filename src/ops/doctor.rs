@@ -107,7 +107,7 @@ fn fits(name: &str, device: Option<&candle_core::Device>, config: &Config) -> Fi
     };
     // Files are mostly in 16 bits; a CPU computes in 32.
     let need = if device.is_cpu() { stored * 2 } else { stored };
-    let have = kernels::free_memory(device).map_or_else(|| memory().map_or(u64::MAX, |(free, _)| free), |bytes| bytes as u64);
+    let have = kernels::free_memory(device).unwrap_or_else(|| memory().map_or(u64::MAX, |(free, _)| free));
     let place = if device.is_cpu() { "in main memory" } else { "on the card" };
     let text = format!("{}: weights need about {} {place}, {} are free", model.name, size(need), size(have));
     if need > have {

@@ -287,7 +287,7 @@ fn soak(jobs: u64) {
     };
     let one = |i: u64| {
         let mut input = json!({ "prompt": format!("a person {i}"), "seed": i, "num_inference_steps": 1, "megapixels": "0.25" });
-        if i % 3 > 0 {
+        if !i.is_multiple_of(3) {
             input["lora_weights"] = json!(site.url(&format!("/{}.safetensors", i % 5)));
             input["lora_scale"] = json!(0.5 + (i % 4) as f64 / 4.0);
         }

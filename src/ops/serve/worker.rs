@@ -173,6 +173,9 @@ impl Runner<'_> {
             ended => ended?,
         }
         failpoint("finished");
+        if claim.job.request["order"]["previews"] == true {
+            let _ = self.runtime.block_on(self.work.blobs.delete(&preview(claim.job.id.as_str())));
+        }
         Ok((warm, failed))
     }
 
