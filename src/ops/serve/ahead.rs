@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -11,39 +11,62 @@ use tokio::runtime::Handle;
 use super::Order;
 use super::run::{credentials, loras};
 use crate::engine::Selected;
-use crate::jobs::{JobId, Store};
+use crate::jobs::{Job, JobId, Store};
 use crate::ops::lora::Sources;
 use crate::ops::serve::Secret;
 
-/// Jobs that are looked at.
-const AHEAD: usize = 3;
+/// Jobs that are looked at, each by a thread of its own.
+pub(super) const AHEAD: usize = 3;
+
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// Adapters of jobs that are to come, got with each job's own credentials just before.
 #[derive(Debug, Default)]
 pub(super) struct Ahead {
-    ready: Mutex<VecDeque<(JobId, Vec<Selected>)>>,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// Jobs that somebody looks after or has looked after.
+    seen: VecDeque<JobId>,
+    ready: VecDeque<(JobId, Vec<Selected>)>,
 }
 
 impl Ahead {
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first that nobody looks after yet.
+    fn choose(&self, upcoming: Vec<Job>) -> Option<Job> {
+        let mut known = self.known();
+        let job = upcoming.into_iter().find(|job| !known.seen.contains(&job.id))?;
+        known.seen.push_back(job.id.clone());
+        if known.seen.len() > 4 * AHEAD {
+            known.seen.pop_front();
+        }
+        Some(job)
+    }
+
     fn put(&self, job: JobId, adapters: Vec<Selected>) {
-        let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-        ready.push_back((job, adapters));
-        if ready.len() > AHEAD {
-            ready.pop_front();
+        let mut known = self.known();
+        known.ready.push_back((job, adapters));
+        if known.ready.len() > AHEAD {
+            known.ready.pop_front();
         }
     }
 
     /// Those of a job, once.
     pub(super) fn take(&self, job: &JobId) -> Option<Vec<Selected>> {
-        let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-        let i = ready.iter().position(|(known, _)| known == job)?;
-        ready.remove(i).map(|(_, adapters)| adapters)
+        let mut known = self.known();
+        let i = known.ready.iter().position(|(ready, _)| ready == job)?;
+        known.ready.remove(i).map(|(_, adapters)| adapters)
     }
 }
 
-const PAUSE: Duration = Duration::from_millis(200);
-
-/// Fetches and reads ahead until `stop`. What fails here fails again, and is told, when its job runs.
+/// Fetches and reads ahead until `stop`; as many threads as [`AHEAD`] may do it. What fails here fails again, and is told, when its
+/// job runs.
 pub(super) fn fetch(
     ahead: &Ahead,
     store: &Store,
@@ -53,11 +76,9 @@ pub(super) fn fetch(
     runtime: &Handle,
     stop: &AtomicBool,
 ) {
-    let mut seen: VecDeque<JobId> = VecDeque::new();
     while !stop.load(Ordering::SeqCst) {
         let upcoming = runtime.block_on(store.upcoming(base, AHEAD as i64)).unwrap_or_default();
-        let next = upcoming.into_iter().find(|job| !seen.contains(&job.id));
-        let Some(job) = next else {
+        let Some(job) = ahead.choose(upcoming) else {
             std::thread::sleep(PAUSE);
             continue;
         };
@@ -66,12 +87,8 @@ pub(super) fn fetch(
         {
             let go_on = |_| if stop.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
             if let Ok(adapters) = sources.open_as(&loras(&order), &credentials(&order, secret), &mut { go_on }) {
-                ahead.put(job.id.clone(), adapters);
+                ahead.put(job.id, adapters);
             }
-        }
-        seen.push_back(job.id);
-        if seen.len() > 4 * AHEAD {
-            seen.pop_front();
         }
     }
 }

@@ -87,7 +87,9 @@ pub fn work(
     runner.try_out()?;
     tell(Sign::Ready(generate::device_name(&device)));
     std::thread::scope(|scope| {
-        scope.spawn(|| ahead::fetch(&ready, &work.store, &model.name, &sources, &work.secret, runtime, stop));
+        for _ in 0..ahead::AHEAD {
+            scope.spawn(|| ahead::fetch(&ready, &work.store, &model.name, &sources, &work.secret, runtime, stop));
+        }
         let ended = serve(&runner, wake);
         stop.store(true, Ordering::SeqCst);
         ended
