@@ -257,6 +257,43 @@ fn no_job_is_lost_when_processes_are_killed() {
 }
 
 #[test]
+fn the_first_signal_lets_open_requests_end_and_the_second_does_not() {
+    let place = Place::new();
+    let mut service = Service::start(&place, &[]);
+    let body = json!({ "input": long(1) }).to_string();
+    let held = |service: &Service| {
+        let request = service.client.post(format!("{}{DEV_LORA}", service.address)).header("content-type", "application/json");
+        let request = request.header("prefer", "wait").body(body.clone());
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async { request.send().await.ok()?.json::<Value>().await.ok() })
+        })
+    };
+    let running = |service: &Service| {
+        let begun = Instant::now();
+        while service.get("/darkroom/queue").json()["running"] != 1 {
+            assert!(begun.elapsed() < Duration::from_secs(30));
+        }
+    };
+    let open = held(&service);
+    running(&service);
+    assert_eq!(service.kill("-TERM"), Some(0), "it ends by itself");
+    assert_eq!(open.join().unwrap().unwrap()["status"], "succeeded", "what was held is answered first");
+
+    let mut service = Service::start(&place, &[]);
+    let open = held(&service);
+    running(&service);
+    Command::new("kill").args(["-TERM", &service.child.id().to_string()]).status().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    let begun = Instant::now();
+    assert_eq!(service.kill("-TERM"), Some(130));
+    assert!(begun.elapsed() < Duration::from_secs(2) && open.join().unwrap().is_none());
+    let service = Service::start(&place, &[]);
+    let id = service.get("/v1/predictions").json()["results"][0]["id"].as_str().unwrap().to_owned();
+    assert_eq!(service.wait(&id)["status"], "succeeded", "and its job is not lost");
+}
+
+#[test]
 fn what_serve_refuses() {
     let place = Place::new();
     place.run(&["serve", "--listen", "0.0.0.0:0", "--data", "d"]).fails(1, &["no keys", "--open-to-all"]);

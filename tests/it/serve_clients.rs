@@ -4,7 +4,10 @@
 //! -- --ignored` runs these tests.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
 
 use crate::cli::Place;
 use crate::service::{Service, user1001};
@@ -112,4 +115,50 @@ fn schemathesis() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && said.contains(" passed"), "{said}");
+}
+
+/// Pictures, uploads and their removal in a bucket, on moto's S3.
+#[test]
+#[ignore = "needs what scripts/clients installs from PyPI and npm; CI runs it"]
+fn a_bucket() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("http://127.0.0.1:{port}");
+    let mut server = Command::new(clients().join("python1/bin/moto_server"));
+    let mut server = server.args(["-p", &port.to_string()]).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let signed = "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request";
+    let ask = |method: reqwest::Method, path: &str| {
+        let request = reqwest::Client::new().request(method, format!("{address}{path}")).header("authorization", signed);
+        runtime.block_on(async { request.send().await.ok()?.text().await.ok() })
+    };
+    let begun = Instant::now();
+    while ask(reqwest::Method::PUT, "/pictures").is_none() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "moto_server does not start");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let place = Place::new();
+    let environment = [
+        ("AWS_ACCESS_KEY_ID", "x"),
+        ("AWS_SECRET_ACCESS_KEY", "canary"),
+        ("AWS_REGION", "us-east-1"),
+        ("AWS_ALLOW_HTTP", "true"),
+        ("AWS_ENDPOINT_URL", &address),
+    ];
+    let more = ["--storage", "s3://pictures/some/prefix", "--files", "links", "--keep-pictures", "3s"];
+    let service = Service::start_with(&place, &more, &environment);
+    let done = service.picture(&json!({ "prompt": "x", "num_inference_steps": 1, "output_format": "png" }));
+    assert!(service.get(done["output"][0].as_str().unwrap()).body.starts_with(b"\x89PNG"), "{done}");
+    let there = || ask(reqwest::Method::GET, "/pictures?list-type=2").unwrap().contains("some/prefix/outputs/");
+    assert!(there() && !place.path("data/files").exists());
+    let begun = Instant::now();
+    while there() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "old pictures stay");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    // A bucket that is away fails jobs, not the service.
+    server.kill().unwrap();
+    server.wait().unwrap();
+    let failed = service.picture(&json!({ "prompt": "x", "num_inference_steps": 1 }));
+    assert_eq!(failed["error_code"], "storage", "{failed}");
+    assert!(!failed.to_string().contains("canary") && !service.said().contains("canary"));
 }
