@@ -31,7 +31,7 @@ const PAUSES: [Duration; 9] = [
     Duration::from_secs(5 * 3600),
     Duration::from_secs(10 * 3600),
     Duration::from_secs(24 * 3600),
-    Duration::from_secs(30 * 3600),
+    Duration::from_secs(31 * 3600),
 ];
 
 /// A receiver may ask for a longer pause, but not for more than this.
@@ -67,9 +67,7 @@ impl Server {
             Sent::Told => None,
             // Whoever missed a start or a log line sees the end.
             Sent::Again(_) if delivery.event != Event::Completed => None,
-            Sent::Again(asked) => {
-                PAUSES.get(delivery.attempts as usize).map(|own| asked.map_or(*own, |asked| asked.clamp(*own, LONGEST)))
-            }
+            Sent::Again(asked) => pause(delivery.attempts, asked),
         };
         failpoint("told");
         let kept = match pause {
@@ -129,8 +127,31 @@ impl Server {
     }
 }
 
+/// Before the attempt after this many failures; `None` once there were enough.
+fn pause(failures: i64, asked: Option<Duration>) -> Option<Duration> {
+    let own = *PAUSES.get(usize::try_from(failures).ok()?)?;
+    Some(asked.map_or(own, |asked| asked.min(LONGEST).max(own)))
+}
+
 enum Sent {
     Told,
     /// Not now; perhaps after a pause that the receiver asked for.
     Again(Option<Duration>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attempts_come_ever_later_and_end() {
+        let day = Duration::from_secs(24 * 3600);
+        let all: Vec<_> = (0..20).map_while(|failures| pause(failures, None)).collect();
+        assert!(all.len() == PAUSES.len() && all.windows(2).all(|pair| pair[0] < pair[1]));
+        assert!(all.iter().sum::<Duration>() > 3 * day, "three days in all");
+        // A receiver may ask for more, for no more than a day, and never for less.
+        assert_eq!(pause(0, Some(Duration::from_secs(100))), Some(Duration::from_secs(100)));
+        assert_eq!((pause(0, Some(100 * day)), pause(4, Some(Duration::ZERO))), (Some(day), pause(4, None)));
+        assert_eq!(pause(8, Some(day)), pause(8, None));
+    }
 }

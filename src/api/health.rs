@@ -21,6 +21,8 @@ use crate::jobs::{Job, JobId, Status};
 /// Bounds of the histograms, in seconds.
 const SECONDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
 
+const METHODS: [Method; 6] = [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::DELETE, Method::OPTIONS];
+
 const STAGES: [&str; 6] = ["fetch", "switch", "encode", "denoise", "decode", "write"];
 
 pub(super) fn router() -> Router<Arc<Server>> {
@@ -67,7 +69,8 @@ impl Meters {
 
     pub(super) fn answered(&self, method: &Method, route: &str, status: u16, seconds: f64) {
         let labels = vec![
-            Label::new("method", method.as_str().to_owned()),
+            // Clients may invent methods.
+            Label::new("method", if METHODS.contains(method) { method.as_str().to_owned() } else { "other".into() }),
             Label::new("route", route.to_owned()),
             Label::new("status", status.to_string()),
         ];
@@ -160,7 +163,7 @@ async fn metrics(State(server): State<Arc<Server>>, caller: Caller) -> Result<Re
     meters.gauge("darkroom_queue_jobs", Vec::new(), waiting.queued as f64);
     meters.gauge("darkroom_running_jobs", Vec::new(), waiting.running as f64);
     meters.gauge("darkroom_queue_oldest_seconds", Vec::new(), waiting.longest as f64 / 1000.0);
-    let seconds = waiting.queued as f64 * server.pace.load(Ordering::Relaxed) as f64 / 1000.0;
+    let seconds = waiting.queued as f64 * server.pace.load(Ordering::Relaxed) as f64 / 1000.0 / server.units.len() as f64;
     meters.gauge("darkroom_queue_work_seconds", Vec::new(), seconds);
     meters.gauge("darkroom_webhooks_waiting", Vec::new(), waiting.untold as f64);
     meters.gauge("darkroom_requests_held", Vec::new(), server.waiters.count() as f64);

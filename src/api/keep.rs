@@ -56,7 +56,7 @@ impl Server {
         for id in self.store.expired_uploads().await? {
             removed(self.blobs.delete(&upload_key(&id)).await);
         }
-        if let Some(age) = self.keep.pictures {
+        if let Some(age) = self.keep.pictures.or(self.keep.jobs) {
             for id in self.store.strip(age, &REST).await? {
                 removed(self.blobs.remove(&outputs(id.as_str())).await);
                 removed(self.blobs.delete(&preview(id.as_str())).await);

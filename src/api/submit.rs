@@ -91,7 +91,7 @@ impl Server {
             request: json!({
                 "order": order,
                 "input": input,
-                "model": model,
+                "model": model.clone(),
                 "version": version,
                 "notes": notes,
                 "address": self.base(headers),
@@ -106,6 +106,7 @@ impl Server {
             Problem::Unavailable("The queue is full.", _) => Problem::Unavailable("The queue is full.", self.seconds_of_work()),
             problem => problem,
         })?;
+        tracing::info!(job = %accepted.0.id, tenant = caller.tenant, model, "accepted");
         failpoint("accepted");
         unit.wake();
         Ok(accepted)

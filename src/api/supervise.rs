@@ -138,6 +138,9 @@ impl Worker {
         let mut command = Command::new(&self.program);
         command.args(&self.arguments).arg("--worker").arg(name);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
+        // Ctrl-C in a terminal is for the service, which then asks its worker to end.
+        #[cfg(unix)]
+        command.process_group(0);
         let mut child = command.spawn()?;
         let (mut input, output) = (child.stdin.take(), child.stdout.take());
         let mut lines = output.map(|output| BufReader::new(output).lines());
@@ -168,7 +171,8 @@ impl Worker {
                     let life = unit.life();
                     if unit.hangs(&life) {
                         let job = life.job.as_ref().map(ToString::to_string);
-                        tracing::error!(worker = name, job, seconds = unit.patience.as_secs(), "the worker hangs and is killed");
+                        let seconds = life.sign.map_or(0, |sign| sign.elapsed().as_secs());
+                        tracing::error!(worker = name, job, seconds, "the worker hangs and is killed");
                         child.start_kill()?;
                     }
                 }
@@ -201,6 +205,9 @@ impl Server {
                 for job in &changed {
                     tracing::warn!(job = %job.id, status = job.status.as_str(), "changed by time");
                     self.waiters.ended(&job.id);
+                    if job.status.is_final() {
+                        self.meters.ended(job);
+                    }
                 }
                 if changed.iter().any(|job| !job.status.is_final()) {
                     self.units.iter().for_each(|unit| unit.wake());

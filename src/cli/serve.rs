@@ -204,7 +204,10 @@ fn serve(
         );
     }
     let _lock = lock(&data)?;
-    runtime.block_on(store.take_over()).map_err(ops::Error::from)?;
+    if args.place.database.is_none() {
+        // The lock is on what is in the folder.
+        runtime.block_on(store.take_over()).map_err(ops::Error::from)?;
+    }
     let tls = args.tls.as_deref().map(|how| tls(how, &data, args.listen)).transpose()?;
     if !local && tls.is_none() {
         super::say(

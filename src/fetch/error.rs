@@ -63,6 +63,8 @@ pub enum Error {
     Broken(String),
     #[error("{host} sent nothing for {seconds} s")]
     Stalled { host: String, seconds: u64 },
+    #[error("{0} takes too long to come; try again, or put the file where it is faster")]
+    Slow(String),
     #[error("{host} answered with status {status}; try again later")]
     Status { host: String, status: u16 },
     #[error("{0} sends the file compressed, which weights never are")]
@@ -115,6 +117,7 @@ impl Error {
             Self::Redirects(_) => "too_many_redirects",
             Self::Certificate(_) => "tls_error",
             Self::Unreachable(_) | Self::Broken(_) | Self::Stalled { .. } | Self::Status { .. } => "unreachable",
+            Self::Slow(_) => "too_slow",
             Self::Encoded(_) | Self::Answer(_) | Self::Altered(_) => "bad_answer",
             Self::Offline(_) => "offline",
             Self::Store { .. } => "store_error",

@@ -34,6 +34,21 @@ pub fn decode_mask(bytes: &[u8], limits: Limits) -> Result<GrayImage, Error> {
     Ok(mask.into_luma8())
 }
 
+/// A mask as some services have it, painted where it is transparent, as one of ours: a PNG that is white there. `None` if it has no
+/// transparency, and so is one of ours already.
+pub fn mask_of_alpha(bytes: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+    let mask = decode(bytes, Limits::default())?;
+    if !mask.color().has_alpha() {
+        return Ok(None);
+    }
+    let mask = mask.to_rgba8();
+    let painted = GrayImage::from_fn(mask.width(), mask.height(), |x, y| image::Luma([255 - mask.get_pixel(x, y).0[3]]));
+    let mut file = Cursor::new(Vec::new());
+    let failed = |e: ImageError| Error::Encode { format: super::Format::Png, reason: e.to_string() };
+    painted.write_to(&mut file, ImageFormat::Png).map_err(failed)?;
+    Ok(Some(file.into_inner()))
+}
+
 fn decode(bytes: &[u8], limits: Limits) -> Result<DynamicImage, Error> {
     let format = match image::guess_format(bytes) {
         Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => format,

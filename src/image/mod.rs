@@ -10,7 +10,7 @@ mod metadata;
 #[cfg(test)]
 mod tests;
 
-pub use decode::{Limits, decode_mask, decode_picture};
+pub use decode::{Limits, decode_mask, decode_picture, mask_of_alpha};
 pub use encode::{Format, encode};
 pub use metadata::{JSON_KEY, Metadata, PARAMETERS_KEY};
 

@@ -243,10 +243,12 @@ impl Store {
     /// Adds to the job's logs.
     pub async fn log(&self, claim: &Claim, text: &str) -> Result<(), Error> {
         let mut transaction = self.begin().await?;
-        let add = "UPDATE jobs SET logs = logs || $1 WHERE id = $2 AND epoch = $3 AND status = 'running' RETURNING {columns}";
+        let add = "UPDATE jobs SET logs = logs || $1 WHERE id = $2 AND epoch = $3 AND status = 'running'";
         let add = self.query(add).bind(text).bind(claim.job.id.as_str()).bind(claim.job.epoch);
-        let row = add.fetch_optional(&mut *transaction).await?.ok_or(Error::Lost)?;
-        self.tell(&mut transaction, &job(&row)?, Event::Logs).await?;
+        if add.execute(&mut *transaction).await?.rows_affected() == 0 {
+            return Err(Error::Lost);
+        }
+        self.tell(&mut transaction, &claim.job, Event::Logs).await?;
         Ok(transaction.commit().await?)
     }
 

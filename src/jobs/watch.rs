@@ -76,6 +76,11 @@ impl Store {
     /// Forgets jobs that ended longer ago than `age` and whose data was removed.
     pub async fn forget(&self, age: Duration) -> Result<u64, Error> {
         let forget = self.query("DELETE FROM jobs WHERE data_removed = 1 AND completed_at < {now} - $1").bind(milliseconds(age));
-        Ok(forget.execute(self.pool()).await?.rows_affected())
+        let forgotten = forget.execute(self.pool()).await?.rows_affected();
+        if forgotten > 0 {
+            let keys = self.query("DELETE FROM idempotency WHERE job NOT IN (SELECT id FROM jobs)");
+            keys.execute(self.pool()).await?;
+        }
+        Ok(forgotten)
     }
 }

@@ -102,7 +102,8 @@ impl Error {
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         let fetching = matches!(self, Self::Fetch { source, .. } if matches!(**source, fetch::Error::Cancelled));
-        fetching || matches!(self, Self::Engine(engine::Error::Cancelled))
+        let linked = matches!(self, Self::Image { source: fetch::Error::Cancelled, .. });
+        fetching || linked || matches!(self, Self::Engine(engine::Error::Cancelled))
     }
 
     /// With its causes, in one line.

@@ -132,6 +132,15 @@ fn what_ended_what_waits_and_what_grew_old() {
         assert_eq!(left.request, json!({"seed": 5}));
         assert_eq!((store.forget(hour).await.unwrap(), store.forget(Duration::ZERO).await.unwrap()), (0, 1));
         assert!(store.get("me", &first.id).await.unwrap().is_none());
+        // With the job its key is forgotten.
+        let keyed = NewJob { idempotency: Some(("k".into(), "b".into())), ..new("me", "") };
+        let (once, _) = store.submit(&keyed).await.unwrap();
+        assert_eq!(store.submit(&keyed).await.unwrap().0.id, once.id);
+        store.cancel("me", &once.id).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        store.strip(Duration::ZERO, &[]).await.unwrap();
+        assert_eq!(store.forget(Duration::ZERO).await.unwrap(), 1);
+        assert_ne!(store.submit(&keyed).await.unwrap().0.id, once.id);
     });
 }
 

@@ -83,6 +83,9 @@ fn openais_images() {
     wrong(json!({ "model": "dall-e-3" }), "model");
     wrong(json!({ "background": "transparent" }), "background");
     wrong(json!({ "loras": [{ "scale": 1 }] }), "loras");
+    wrong(json!({ "lora_weights": 3 }), "lora_weights");
+    wrong(json!({ "on_lora_error": "ignore" }), "on_lora_error");
+    wrong(json!({ "num_inference_steps": 101 }), "num_inference_steps");
     wrong(json!({ "lora_weights": "/etc/passwd" }), "input.lora_weights");
     let failed = generate(&json!({ "prompt": "x", "lora_weights": "data:application/octet-stream;base64,AAAA" }));
     assert_eq!(
@@ -122,6 +125,12 @@ fn openais_edits_and_streams() {
     assert_eq!(masked.status, 200, "{}", masked.json());
     let masked = image::load_from_memory(&decode(&masked.json()["data"][0]["b64_json"])).unwrap().into_rgb8();
     assert_ne!(masked, picture);
+    // As OpenAI has it: painted where it is transparent.
+    let clear = image::RgbaImage::from_fn(64, 64, |x, _| image::Rgba([9, 9, 9, if x < 32 { 255 } else { 0 }]));
+    let mut file = std::io::Cursor::new(Vec::new());
+    clear.write_to(&mut file, image::ImageFormat::Png).unwrap();
+    let clear = edit(form().part("image", part(png(64))).part("mask", part(file.into_inner())));
+    assert_eq!(image::load_from_memory(&decode(&clear.json()["data"][0]["b64_json"])).unwrap().into_rgb8(), masked);
     for (form, part) in [
         (Form::new().text("prompt", "x"), "image is required"),
         (form().part("image", part(b"<html>".to_vec())), "not a picture"),
@@ -135,16 +144,17 @@ fn openais_edits_and_streams() {
 
     let body = json!({ "prompt": "a person", "stream": true, "partial_images": 2, "num_inference_steps": 40, "n": 1, "seed": 3 });
     let streamed = events(&service.post("/v1/images/generations", &[], &body));
-    let names: Vec<_> = streamed.iter().map(|(name, _)| name.trim_start_matches("image_generation.")).collect();
-    assert_eq!(names, ["partial_image", "partial_image", "completed"]);
     let data: Vec<Value> = streamed.iter().map(|(_, data)| serde_json::from_str(data).unwrap()).collect();
-    assert_eq!(
-        (data[1]["partial_image_index"].as_u64(), data[2]["type"].as_str()),
-        (Some(1), Some("image_generation.completed"))
-    );
+    let (last, partial) = data.split_last().unwrap();
+    // How many there is time for depends on the machine.
+    assert!((1..=2).contains(&partial.len()) && last["type"] == "image_generation.completed", "{streamed:?}");
+    for (i, (event, (name, _))) in partial.iter().zip(&streamed).enumerate() {
+        assert_eq!((name.as_str(), &event["type"]), ("image_generation.partial_image", &json!(name)));
+        assert_eq!(event["partial_image_index"], i);
+    }
     // The last partial picture, small as it is, looks like the finished one.
-    let small = image::load_from_memory(&decode(&data[1]["b64_json"])).unwrap().into_rgb8();
-    let done = image::load_from_memory(&decode(&data[2]["b64_json"])).unwrap().into_rgb8();
+    let small = image::load_from_memory(&decode(&partial.last().unwrap()["b64_json"])).unwrap().into_rgb8();
+    let done = image::load_from_memory(&decode(&last["b64_json"])).unwrap().into_rgb8();
     assert_eq!((small.dimensions(), done.dimensions()), ((16, 16), (128, 128)));
     let done = image::imageops::resize(&done, 16, 16, image::imageops::FilterType::Triangle);
     let apart = small.as_raw().iter().zip(done.as_raw()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / 768.0;

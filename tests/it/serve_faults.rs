@@ -137,6 +137,7 @@ fn malformed_requests_are_refused() {
     let seeded =
         |seed: Value| service.picture(&json!({ "prompt": "x", "num_inference_steps": 1, "seed": seed, "output_format": "png" }));
     assert_eq!(seeded(json!(-5))["output"], seeded(json!(5))["output"]);
+    assert_eq!(seeded(json!(7.0))["output"], seeded(json!(7))["output"]);
     let drawn = seeded(Value::Null);
     assert_eq!(seeded(drawn["metrics"]["seed"].clone())["output"], drawn["output"]);
     // Row 39: text is text.
@@ -179,6 +180,26 @@ fn clients_that_leave() {
     deaf.write_all(format!("GET /darkroom/jobs/{id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).unwrap();
     assert_eq!(service.wait(&id)["status"], "succeeded");
     drop(deaf);
+}
+
+/// Row 94: a download that hangs is stopped with its job, and holds up nobody for long.
+#[test]
+fn a_picture_that_never_comes() {
+    let site = Site::serve(|_| Reply::silence());
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    for input in [
+        json!({ "prompt": "x", "image": site.url("/never.png") }),
+        json!({ "prompt": "x", "lora_weights": site.url("/never.safetensors") }),
+    ] {
+        let id = service.post(DEV_LORA, &[], &json!({ "input": input })).json()["id"].as_str().unwrap().to_owned();
+        service.until(&id, |now| now["status"] == "processing");
+        let worker = service.worker();
+        let begun = Instant::now();
+        assert_eq!(service.post(&format!("/v1/predictions/{id}/cancel"), &[], &json!({})).status, 200);
+        assert_eq!(service.wait(&id)["status"], "canceled");
+        assert!(begun.elapsed() < Duration::from_secs(3) && service.worker() == worker);
+    }
 }
 
 /// Row 106: of a thousand at once as many are accepted as may wait; all of these end.

@@ -87,7 +87,11 @@ async fn pictures(server: &Server, headers: &HeaderMap, job: &Job, links: bool) 
             return Err(Problem::Failed(job.error_code.clone().unwrap_or_default(), message));
         }
         Status::Canceled | Status::Aborted => return Err(Problem::Failed("canceled".into(), "The job was canceled.".into())),
-        Status::Queued | Status::Running => return Err(Problem::Unavailable("The job has not ended in ten minutes.", 30)),
+        Status::Queued | Status::Running => {
+            // Asked again it would be a second job.
+            let message = format!("The job {} has not ended in ten minutes; it goes on: GET /darkroom/jobs/{}", job.id, job.id);
+            return Err(Problem::Failed("timeout".into(), message));
+        }
     }
     let base = server.base(headers);
     let mut data = Vec::new();

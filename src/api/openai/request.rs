@@ -3,6 +3,7 @@
 use axum::extract::Multipart;
 use axum::http::HeaderMap;
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 use super::{Submission, idempotency};
 use crate::api::Server;
@@ -10,8 +11,16 @@ use crate::api::auth::Caller;
 use crate::api::problem::{Invalid, Problem, faulty};
 use crate::api::replicate::{self, Served};
 use crate::api::submit::Sent;
+use crate::hex::hex;
+use crate::image;
 use crate::ops::serve::{LONGEST_PROMPT, MOST_LORAS, Order, OrderedLora, Tokens};
 use crate::ops::{generate, near};
+
+/// More bring nothing.
+const MOST_STEPS: u64 = 100;
+
+/// Largest side of a picture.
+const MOST_SIDE: usize = 2048;
 
 /// Largest part of a form that is a picture, in bytes.
 const MOST_PICTURE: usize = 20 << 20;
@@ -86,7 +95,10 @@ impl Request {
             }
             match name.as_str() {
                 "image" | "image[]" => images.push(bytes.to_vec()),
-                "mask" => mask = Some(bytes.to_vec()),
+                "mask" => {
+                    let painted = image::mask_of_alpha(&bytes).map_err(|error| faulty("mask", &error))?;
+                    mask = Some(painted.unwrap_or_else(|| bytes.to_vec()));
+                }
                 _ => {
                     let text = String::from_utf8_lossy(&bytes).into_owned();
                     // Numbers, lists and switches come as text; what is none of them is text.
@@ -102,6 +114,10 @@ impl Request {
             0 => Problem::invalid("required", "image", "image is required"),
             n => invalid("image", format!("{n} pictures were sent, but FLUX.1 starts from one")),
         })?;
+        // Requests that differ in their pictures are different ones.
+        let digest = |bytes: &Vec<u8>| hex(&Sha256::digest(bytes));
+        body.insert("image".into(), Value::String(digest(&image)));
+        body.insert("mask".into(), mask.as_ref().map_or(Value::Null, |mask| Value::String(digest(mask))));
         Ok(Self { image: Some(image), mask, edit: true, ..Self::new(body)? })
     }
 
@@ -142,7 +158,13 @@ impl Request {
             notes.push(format!("{} x {} is beyond this model; it draws {} x {}", wanted.0, wanted.1, own.0, own.1));
             size = Some(own);
         }
-        let steps = whole(body, "num_inference_steps", 1, 1000)?.map_or(defaults.steps, |steps| steps as usize);
+        let without_lora = match body.get("on_lora_error") {
+            None | Some(Value::Null) => server.without_lora,
+            Some(policy) if policy == "base" => true,
+            Some(policy) if policy == "fail" => false,
+            Some(_) => return Err(invalid("on_lora_error", "must be fail or base")),
+        };
+        let steps = whole(body, "num_inference_steps", 1, MOST_STEPS)?.map_or(defaults.steps, |steps| steps as usize);
         let loras = self.loras()?;
         let tokens = Tokens { hub: text("hf_api_token"), civitai: text("civitai_api_token") };
         let (image, mask) =
@@ -151,12 +173,12 @@ impl Request {
             prompt,
             size,
             steps,
-            guidance: number("guidance", 0.0, 100.0)?.unwrap_or(defaults.guidance),
+            guidance: number("guidance", 0.0, 100.0)?,
             seed: whole(body, "seed", 0, u64::MAX >> 1)?.unwrap_or_else(generate::random_seed),
             outputs: whole(body, "n", 1, 10)?.unwrap_or(1) as usize,
             format: if self.format == "jpeg" { "jpg".into() } else { self.format.clone() },
             quality: whole(body, "output_compression", 0, 100)?.unwrap_or(100) as usize,
-            without_lora: text("on_lora_error").map_or(server.without_lora, |policy| policy == "base"),
+            without_lora,
             loras,
             prompt_strength: if image.is_some() { Some(number("prompt_strength", 1e-6, 1.0)?.unwrap_or(0.8)) } else { None },
             image: image.as_ref().map(|sent| sent.origin.clone()),
@@ -205,11 +227,12 @@ impl Request {
                 .ok_or_else(|| invalid(field, "must be a number from -10 to 10")),
         };
         let mut loras = Vec::new();
-        if let Some(reference) = self.body.get("lora_weights").and_then(Value::as_str).filter(|text| !text.trim().is_empty()) {
-            loras.push(OrderedLora {
-                reference: reference.trim().into(),
-                scale: scale("lora_scale", self.body.get("lora_scale"))?,
-            });
+        match self.body.get("lora_weights") {
+            None | Some(Value::Null) => {}
+            Some(Value::String(text)) if text.trim().is_empty() => {}
+            Some(Value::String(text)) => loras
+                .push(OrderedLora { reference: text.trim().into(), scale: scale("lora_scale", self.body.get("lora_scale"))? }),
+            Some(_) => return Err(invalid("lora_weights", "must be a text")),
         }
         match self.body.get("loras") {
             None | Some(Value::Null) => {}
@@ -255,9 +278,10 @@ fn whole(body: &Map<String, Value>, name: &str, least: u64, most: u64) -> Result
 
 /// `1024x768`: multiples of 16.
 fn sides(text: &str) -> Result<(usize, usize), Problem> {
-    let wrong = || invalid("size", "must be auto or WIDTHxHEIGHT, both multiples of 16 from 64 to 4096");
+    let wrong = || invalid("size", "must be auto or WIDTHxHEIGHT, both multiples of 16 from 64 to 2048");
     let (width, height) = text.split_once('x').ok_or_else(wrong)?;
-    let side =
-        |text: &str| text.parse::<usize>().ok().filter(|side| side % 16 == 0 && (64..=4096).contains(side)).ok_or_else(wrong);
+    let side = |text: &str| {
+        text.parse::<usize>().ok().filter(|side| side % 16 == 0 && (64..=MOST_SIDE).contains(side)).ok_or_else(wrong)
+    };
     Ok((side(width)?, side(height)?))
 }

@@ -68,7 +68,7 @@ pub(super) fn schemas() -> Vec<(&'static str, Value)> {
         "partial_images": { "type": "integer", "minimum": 0, "maximum": 3 },
         "seed": { "type": "integer", "minimum": 0 },
         "guidance": { "type": "number", "minimum": 0, "maximum": 100 },
-        "num_inference_steps": { "type": "integer", "minimum": 1, "maximum": 1000 },
+        "num_inference_steps": { "type": "integer", "minimum": 1, "maximum": 100 },
         "lora_weights": text,
         "lora_scale": { "type": "number", "minimum": -10, "maximum": 10 },
         "loras": { "type": "array", "items": lora, "maxItems": 8 },

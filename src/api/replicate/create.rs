@@ -20,6 +20,9 @@ use crate::api::problem::{Body, Invalid, Problem};
 use crate::api::submit::{Submission, fingerprint};
 use crate::jobs::Job;
 
+/// A client that waits for 60 s in all gives up, and asks a second time, if the answer takes as long.
+const HOLD: Duration = Duration::from_secs(57);
+
 /// Keys beside `input`, of today's clients and of old ones.
 const KEYS: [&str; 5] = ["input", "webhook", "webhook_events_filter", "stream", "webhook_completed"];
 
@@ -105,12 +108,16 @@ pub(in crate::api) async fn accept(
     // Pictures are decoded to be checked.
     let tried = tokio::task::spawn_blocking(move || Server::check(&model, &tried, picture, None));
     tried.await.map_err(|_| Problem::Internal)??;
+    let mut notes = checked.notes;
+    if unit.model.shape.guidance != served.is_dev() {
+        notes.push(format!("this server has no model of this kind; {} is used", unit.model.name));
+    }
     let submission = Submission {
         order,
         model: format!("{}/{}", served.owner, served.name),
         version: served.version().into(),
         input: shown,
-        notes: checked.notes,
+        notes,
         within,
         webhook,
         idempotency: headers
@@ -124,7 +131,7 @@ pub(in crate::api) async fn accept(
 /// The prediction, once it has ended if the client waits.
 async fn respond(server: &Server, headers: &HeaderMap, mut job: Job, wait: Option<Duration>) -> Answer {
     if let Some(wait) = wait {
-        job = server.wait(job, wait).await?;
+        job = server.wait(job, wait.min(HOLD)).await?;
     }
     let base = server.base(headers);
     let mut prediction = prediction(server, &base, &job, server.gives_links(&base)).await?;

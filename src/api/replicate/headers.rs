@@ -87,6 +87,8 @@ pub(in crate::api) fn webhook(body: &Map<String, Value>) -> Result<Option<Webhoo
         return Err(bad("webhook", "Does not match format 'uri'"));
     }
     let events = match body.get("webhook_events_filter").filter(|filter| !filter.is_null()) {
+        // What old clients send names its one event.
+        None if !body.contains_key("webhook") => vec![Event::Completed],
         None => Event::ALL.to_vec(),
         Some(filter) => {
             let known = |event: &Value| event.as_str().and_then(|event| event.parse().ok());

@@ -112,8 +112,12 @@ pub(in crate::api) fn order(
         prompt: values.get("prompt").and_then(Value::as_str).unwrap_or_default().into(),
         size: image.is_none().then(|| ratio.size(megapixels, native)),
         steps: whole("num_inference_steps").unwrap_or(base.defaults.steps),
-        guidance: number("guidance").or(number("guidance_scale")).unwrap_or(base.defaults.guidance),
-        seed: values.get("seed").and_then(Value::as_i64).map_or_else(generate::random_seed, i64::unsigned_abs),
+        guidance: number("guidance").or(number("guidance_scale")),
+        // 7.0 is a whole number to most languages.
+        seed: number("seed").map_or_else(generate::random_seed, |seed| match values["seed"].as_i64() {
+            Some(seed) => seed.unsigned_abs(),
+            None => seed.abs() as u64,
+        }),
         outputs: whole("num_outputs").unwrap_or(1),
         format: text("output_format").unwrap_or("webp").into(),
         quality: whole("output_quality").unwrap_or(80),
@@ -127,11 +131,52 @@ pub(in crate::api) fn order(
     })
 }
 
-/// The input as it may be shown again: without secrets.
+/// Longest text of an input that is shown again, in bytes: files are sent inside requests.
+const LONGEST_SHOWN: usize = 16 << 10;
+
+/// The input as it may be shown again: without secrets, also those that the model does not ask for, and without whole files.
 pub(in crate::api) fn shown(model: &Served, input: &Map<String, Value>) -> Value {
-    let secret = |name: &str| model.fields.iter().any(|field| field.name == name && matches!(field.kind, Kind::Secret));
+    let secret = |name: &str| {
+        let name = name.to_ascii_lowercase();
+        let said = model.fields.iter().any(|field| field.name == name && matches!(field.kind, Kind::Secret));
+        said || ["token", "secret", "password", "api_key", "apikey", "auth"].iter().any(|part| name.contains(part))
+    };
     let shown = |(name, value): (&String, &Value)| {
-        (name.clone(), if secret(name) && !value.is_null() { json!("[REDACTED]") } else { value.clone() })
+        let shown = match value {
+            Value::Null => Value::Null,
+            _ if secret(name) => json!("[REDACTED]"),
+            value => shortened(value),
+        };
+        (name.clone(), shown)
     };
     Value::Object(input.iter().map(shown).collect())
+}
+
+fn shortened(value: &Value) -> Value {
+    match value {
+        Value::String(text) if text.len() > LONGEST_SHOWN => {
+            let head: String = text.chars().take(40).collect();
+            json!(format!("{head}... ({} bytes)", text.len()))
+        }
+        Value::Array(list) => list.iter().map(shortened).collect(),
+        Value::Object(map) => Value::Object(map.iter().map(|(key, value)| (key.clone(), shortened(value))).collect()),
+        value => value.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_secret_and_nothing_long_is_shown() {
+        let schnell = Served::named("black-forest-labs", "flux-schnell").unwrap();
+        let input = json!({
+            "prompt": "x", "hf_api_token": "hf_canary", "auth": { "a": "canary" }, "civitai_api_token": null,
+            "lora_weights": format!("data:;base64,{}", "A".repeat(100_000)), "loras": [{ "weights": "B".repeat(100_000) }],
+        });
+        let shown = shown(schnell, input.as_object().unwrap());
+        assert!(!shown.to_string().contains("canary") && shown.to_string().len() < 500, "{shown}");
+        assert_eq!((shown["prompt"].as_str(), &shown["civitai_api_token"]), (Some("x"), &Value::Null));
+    }
 }

@@ -99,6 +99,10 @@ async fn cancel(State(server): State<Arc<Server>>, caller: Caller, headers: Head
     if job.status.is_final() {
         server.waiters.ended(&job.id);
         server.ended.notify_one();
+        if job.started_at.is_none() {
+            // No worker tells of it.
+            server.meters.ended(&job);
+        }
     }
     answer(&server, &headers, &job).await
 }
@@ -147,7 +151,10 @@ pub(super) async fn find(server: &Server, caller: &Caller, id: &str) -> Result<J
 /// For Replicate's clients and OpenAI's, which ask the same address.
 async fn models(State(server): State<Arc<Server>>, headers: HeaderMap) -> Response {
     let results: Vec<Value> = MODELS.iter().map(|served| describe(served, &server.base(&headers))).collect();
-    let data: Vec<Value> = MODELS.iter().map(|served| super::openai::model(served.name, served.owner)).collect();
+    let named = |served: &Served| {
+        if served.owner == "black-forest-labs" { served.name.into() } else { format!("{}/{}", served.owner, served.name) }
+    };
+    let data: Vec<Value> = MODELS.iter().map(|served| super::openai::model(&named(served), served.owner)).collect();
     Json(json!({ "next": null, "previous": null, "results": results, "object": "list", "data": data })).into_response()
 }
 

@@ -28,7 +28,8 @@ pub struct Order {
     /// Width and height; that of `image` where there is none.
     pub size: Option<(usize, usize)>,
     pub steps: usize,
-    pub guidance: f64,
+    /// Where none is given, the model's own.
+    pub guidance: Option<f64>,
     pub seed: u64,
     pub outputs: usize,
     /// png, jpg or webp.
@@ -104,7 +105,7 @@ impl Order {
             width: Some(width),
             height: Some(height),
             steps: Some(self.steps),
-            guidance: Some(self.guidance),
+            guidance: self.guidance,
             seed: Some(self.seed),
             outputs: Some(self.outputs),
             prompt_strength: image.is_some().then_some(self.prompt_strength).flatten(),
@@ -207,7 +208,7 @@ mod tests {
             prompt: "x".into(),
             size: Some((64, 64)),
             steps: 1,
-            guidance: 3.0,
+            guidance: None,
             seed: 1,
             outputs: 1,
             format: "png".into(),

@@ -1,6 +1,7 @@
 //! One accepted job, from its order to its stored pictures.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,15 @@ use crate::ops::{Error, models};
 
 /// Largest file of a picture to start from, in bytes.
 const MOST_PICTURE: usize = 20 << 20;
+
+/// For a picture to start from, and for a job's LoRAs, to arrive: the device waits meanwhile. What came of a LoRA is kept, so that a
+/// second attempt goes on from there.
+const LONGEST_PICTURE: Duration = Duration::from_secs(60);
+const LONGEST_FETCH: Duration = Duration::from_secs(600);
+
+fn slow(name: &str) -> fetch::Error {
+    fetch::Error::Slow(name.to_owned())
+}
 
 /// What every job of a worker needs.
 pub(super) struct Runner<'a> {
@@ -67,7 +77,8 @@ impl Runner<'_> {
         news.say(&format!("Using seed: {}\n", order.seed));
         let notes = claim.job.request["notes"].as_array().into_iter().flatten().filter_map(Value::as_str);
         notes.for_each(|note| news.say(&format!("Note: {note}\n")));
-        let request = order.request(self.picture("image", order.image.as_ref())?, self.picture("mask", order.mask.as_ref())?)?;
+        let request = order
+            .request(self.picture("image", order.image.as_ref(), news)?, self.picture("mask", order.mask.as_ref(), news)?)?;
         let (mut job, remarks) = generate::prepare(&request, self.model)?;
         remarks.iter().for_each(|remark| news.say(&format!("Note: {remark}\n")));
 
@@ -149,7 +160,7 @@ impl Runner<'_> {
     }
 
     /// The file of a picture to start from.
-    fn picture(&self, field: &'static str, origin: Option<&Origin>) -> Result<Option<Picture>, Error> {
+    fn picture(&self, field: &'static str, origin: Option<&Origin>, news: &News) -> Result<Option<Picture>, Error> {
         let Some(origin) = origin else { return Ok(None) };
         let (name, bytes) = match origin {
             Origin::Stored(key) => {
@@ -158,22 +169,31 @@ impl Runner<'_> {
                 ("the upload".to_owned(), stored.ok_or_else(gone)?.to_vec())
             }
             Origin::Link(link) => {
-                let got = self.runtime.block_on(self.web.get(link, MOST_PICTURE));
-                (fetch::shown_link(link), got.map_err(|source| Error::Image { field, source })?)
+                let name = fetch::shown_link(link);
+                news.at(json!({ "stage": "fetching" }));
+                let got = self.runtime.block_on(self.patiently(self.web.get(link, MOST_PICTURE), &name, news));
+                (name, got.map_err(|source| Error::Image { field, source })?)
             }
         };
         Ok(Some(Picture { name, bytes }))
     }
 
     fn adapters(&self, claim: &Claim, order: &Order, news: &News) -> Result<Vec<Selected>, Error> {
+        let begun = Instant::now();
+        let late = std::cell::Cell::new(false);
         let fetch = || {
             self.sources.open_as(&loras(order), &credentials(order, &self.work.secret), &mut |progress| {
                 news.at(json!({ "stage": "fetching", "done": progress.done, "total": progress.total }));
                 (self.tell)(Sign::Alive);
-                self.go_on(news)
+                late.set(begun.elapsed() > LONGEST_FETCH);
+                if late.get() { ControlFlow::Break(()) } else { self.go_on(news) }
             })
         };
-        let adapters = self.ahead.take(&claim.job.id).map_or_else(fetch, Ok)?;
+        let adapters = self.ahead.take(&claim.job.id).map_or_else(fetch, Ok).map_err(|error| match error {
+            // Others wait for the device.
+            Error::Fetch { reference, .. } if late.get() => Error::Fetch { source: Arc::new(slow(&reference)), reference },
+            error => error,
+        })?;
         for selected in &adapters {
             let report = &selected.adapter.report;
             let (digest, modules, scale) = (&report.digest, report.modules_matched, selected.scales.model);
@@ -181,6 +201,29 @@ impl Runner<'_> {
             report.warnings().iter().for_each(|warning| news.say(&format!("Warning: {warning}\n")));
         }
         Ok(adapters)
+    }
+
+    /// Waits for a download, with signs of life, and not for ever; it may be stopped.
+    async fn patiently<T>(
+        &self,
+        download: impl Future<Output = Result<T, fetch::Error>>,
+        name: &str,
+        news: &News,
+    ) -> Result<T, fetch::Error> {
+        let begun = Instant::now();
+        tokio::pin!(download);
+        loop {
+            if let Ok(got) = tokio::time::timeout(Duration::from_millis(100), &mut download).await {
+                return got;
+            }
+            (self.tell)(Sign::Alive);
+            if self.go_on(news).is_break() {
+                return Err(fetch::Error::Cancelled);
+            }
+            if begun.elapsed() > LONGEST_PICTURE {
+                return Err(slow(name));
+            }
+        }
     }
 
     fn go_on(&self, news: &News) -> ControlFlow<()> {

@@ -165,8 +165,10 @@ impl Runner<'_> {
             Err(error) if error.is_cancelled() && news.stopped().is_none() => self.runtime.block_on(store.release(claim)),
             Err(error) if error.is_cancelled() => self.finish(claim, &Outcome::Canceled),
             Err(error) => {
-                tracing::warn!(job = %claim.job.id, code = error.code(), error = error.told(), "the job failed");
-                self.finish(claim, &Outcome::Failed { code: error.code(), message: error.told() })
+                // The hints are for the command line; a request has inputs for its tokens.
+                let message = error.told().replace("HF_TOKEN", "hf_api_token").replace("CIVITAI_API_TOKEN", "civitai_api_token");
+                tracing::warn!(job = %claim.job.id, code = error.code(), error = message, "the job failed");
+                self.finish(claim, &Outcome::Failed { code: error.code(), message })
             }
         };
         match ended {
