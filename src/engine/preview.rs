@@ -10,9 +10,9 @@ use super::Error;
 /// Latent channels, and one for the constant.
 const TERMS: usize = 17;
 
-/// Patches a side of the card to which the matrix is fitted, and pixels a side of each.
-const PATCHES: usize = 12;
-const PATCH: usize = 16;
+/// Pixels a side of the card to which the matrix is fitted, and shapes on it.
+const SIDE: usize = 256;
+const SHAPES: usize = 240;
 
 /// Channels and a constant to red, green and blue in -1..=1.
 #[derive(Debug, Clone)]
@@ -21,23 +21,26 @@ pub(super) struct Preview {
 }
 
 impl Preview {
-    /// Encodes a card of flat colours and solves for the matrix that gives them back, least squares.
+    /// Encodes a card of coloured shapes and solves for the matrix that gives the mean colour of each 8 x 8 pixels back, least squares.
     pub(super) fn fit(vae: &Autoencoder, dtype: DType, device: &Device) -> Result<Self, Error> {
-        let side = PATCHES * PATCH;
-        let card: Vec<f32> = (0..3)
-            .flat_map(|channel| (0..side * side).map(move |i| color((i / side) / PATCH, (i % side) / PATCH)[channel]))
-            .collect();
-        let card = Tensor::from_vec(card, (1, 3, side, side), device)?.to_dtype(dtype)?;
-        let latents = vae.to_latents(&vae.encode(&card)?.mean.to_dtype(DType::F32)?)?;
-        let columns = side / 8;
+        let card = card();
+        let values: Vec<f32> = (0..3).flat_map(|channel| card.iter().map(move |color| color[channel])).collect();
+        let pixels_of_card = Tensor::from_vec(values, (1, 3, SIDE, SIDE), device)?.to_dtype(dtype)?;
+        let latents = vae.to_latents(&vae.encode(&pixels_of_card)?.mean.to_dtype(DType::F32)?)?;
+        let columns = SIDE / 8;
         // normal equations: (x x^T) matrix = x y^T
         let mut left = [[0.0; TERMS]; TERMS];
         let mut right = [[0.0; 3]; TERMS];
         for (i, pixel) in pixels(&latents)?.iter().enumerate() {
-            let wanted = color(8 * (i / columns) / PATCH, 8 * (i % columns) / PATCH);
+            let (top, first) = (8 * (i / columns), 8 * (i % columns));
+            let mean = |channel: usize| {
+                let sum: f32 = (0..64).map(|j| card[(top + j / 8) * SIDE + first + j % 8][channel]).sum();
+                f64::from(sum) / 64.0
+            };
+            let wanted = [mean(0), mean(1), mean(2)];
             for (row, a) in pixel.iter().enumerate() {
                 pixel.iter().enumerate().for_each(|(column, b)| left[row][column] += a * b);
-                (0..3).for_each(|channel| right[row][channel] += a * f64::from(wanted[channel]));
+                (0..3).for_each(|channel| right[row][channel] += a * wanted[channel]);
             }
         }
         // Channels that the card does not move stay out.
@@ -68,11 +71,24 @@ fn pixels(latents: &Tensor) -> Result<Vec<[f64; TERMS]>, Error> {
     Ok(rows.iter().map(pixel).collect())
 }
 
-/// A patch's colour, -1 to 1: all corners and much between.
-fn color(row: usize, column: usize) -> [f32; 3] {
-    let i = row * PATCHES + column;
-    let level = |n: usize, levels: usize| 2.0 * (n % levels) as f32 / (levels - 1) as f32 - 1.0;
-    [level(7 * i, 12), level(5 * i, 9), level(3 * i, 7)]
+/// Overlapping rectangles of all colours and sizes, row by row, -1 to 1: flat colours alone would not tell channels that hold edges from
+/// those that hold colours.
+fn card() -> Vec<[f32; 3]> {
+    let mut state = 1u32;
+    // Numerical Recipes' generator; the upper bits are good enough for a card.
+    let mut below = |most: usize| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 16) as usize % most
+    };
+    let mut card = vec![[0.0; 3]; SIDE * SIDE];
+    for _ in 0..SHAPES {
+        let (x, y, width, height) = (below(SIDE), below(SIDE), 4 + below(60), 4 + below(60));
+        let color = [below(256), below(256), below(256)].map(|level| level as f32 / 127.5 - 1.0);
+        for row in y..(y + height).min(SIDE) {
+            card[row * SIDE + x..row * SIDE + (x + width).min(SIDE)].fill(color);
+        }
+    }
+    card
 }
 
 /// Gauss-Jordan with the largest pivot.

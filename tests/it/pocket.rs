@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use candle_core::{DType, Device};
-use darkroom::engine::{Job, LoraMode, NoiseKind, Pipeline};
+use darkroom::engine::{Event, Job, LoraMode, NoiseKind, Pipeline};
 
 use crate::fixtures::{Fixture, relative_l2};
 
@@ -34,6 +34,51 @@ fn latents_equal_those_of_diffusers() {
     println!("pocket: {error:.1e}");
     assert!(error <= 1e-3, "{error:e}");
     assert!(finished.truncated.is_empty());
+}
+
+/// How far apart two pictures are, mean of 255, at the size of the smaller one.
+fn apart(small: &image::RgbImage, large: &image::RgbImage) -> f64 {
+    let shrunk = image::imageops::resize(large, small.width(), small.height(), image::imageops::FilterType::Triangle);
+    let sum: f64 = small.as_raw().iter().zip(shrunk.as_raw()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
+    sum / small.as_raw().len() as f64
+}
+
+#[test]
+fn previews_show_what_is_to_come() {
+    let pipeline = Pipeline::load(&models::pocket::bundle(), &Device::Cpu, DType::F32, &mut |_| {}).unwrap();
+    let job = Job {
+        prompt: PROMPT.into(),
+        negative_prompt: String::new(),
+        width: models::pocket::SIDE,
+        height: models::pocket::SIDE,
+        steps: 8,
+        guidance: 3.,
+        true_cfg: 1.,
+        seed: 3,
+        outputs: 1,
+        noise: NoiseKind::Cpu,
+        start: None,
+        loras: Vec::new(),
+        lora_mode: LoraMode::Auto,
+        previews: Some(std::time::Duration::ZERO),
+    };
+    let mut previews = Vec::new();
+    let finished = pipeline.run(&job, &mut |event| {
+        if let Event::Preview { picture, .. } = event {
+            previews.push(picture.clone());
+        }
+        ControlFlow::Continue(())
+    });
+    let finished = finished.unwrap();
+    let far: Vec<f64> = previews.iter().map(|preview| apart(preview, &finished.pictures[0])).collect();
+    println!("{far:.1?} of 255 apart, step by step");
+    assert!(far.len() == 8 && previews[0].dimensions() == (16, 16));
+    assert!(far[7] < 25.0 && far[7] < far[0], "{far:?}");
+    // Another picture is further away: it is this one that is shown.
+    let other = pipeline.run(&Job { seed: 4, previews: None, ..job.clone() }, &mut |_| ControlFlow::Continue(())).unwrap();
+    assert!(apart(&previews[7], &other.pictures[0]) > far[7]);
+    let plain = pipeline.run(&Job { previews: None, ..job }, &mut |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(plain.pictures, finished.pictures, "watching changes nothing");
 }
 
 /// The colour that `models/pocket/probe.py` reads in a region: each pixel votes for the nearest colour.
