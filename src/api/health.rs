@@ -87,6 +87,10 @@ impl Meters {
             self.time("darkroom_job_waited_seconds", Vec::new(), (started - job.created_at) as f64 / 1000.0);
         }
         let Some(result) = job.result.as_ref().filter(|_| job.status == Status::Succeeded) else { return };
+        if let Some(free) = result["device_free_bytes"].as_f64() {
+            let model = result["base"]["name"].as_str().unwrap_or_default().to_owned();
+            self.gauge("darkroom_device_free_bytes", vec![Label::new("model", model)], free);
+        }
         for stage in STAGES {
             if let Some(seconds) = result["timings"][stage].as_f64() {
                 self.time("darkroom_stage_seconds", vec![Label::new("stage", stage)], seconds);

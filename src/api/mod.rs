@@ -42,7 +42,7 @@ use self::auth::Gate;
 use self::health::Meters;
 use self::wait::Waiters;
 use crate::blobs::Blobs;
-use crate::fetch::Web;
+use crate::fetch::{CacheView, Web};
 use crate::jobs::Store;
 use crate::ops::serve::Secret;
 
@@ -79,6 +79,8 @@ pub struct Options {
     pub keep: Keep,
     /// Unless a request says otherwise: the base model's picture instead of a failure when a LoRA cannot be used.
     pub without_lora: bool,
+    /// Of the workers.
+    pub loras: Option<CacheView>,
 }
 
 /// What every request needs.
@@ -96,6 +98,7 @@ pub struct Server {
     https: bool,
     keep: Keep,
     without_lora: bool,
+    loras: Option<CacheView>,
     gate: Gate,
     waiters: Waiters,
     meters: Meters,
@@ -111,7 +114,7 @@ pub struct Server {
 impl Server {
     #[must_use]
     pub fn new(store: Store, blobs: Blobs, secret: Secret, web: Web, units: Vec<Arc<Unit>>, options: Options) -> Self {
-        let Options { data, public_url, files, local, https, creates, keep, without_lora } = options;
+        let Options { data, public_url, files, local, https, creates, keep, without_lora, loras } = options;
         Self {
             store,
             blobs,
@@ -124,6 +127,7 @@ impl Server {
             https,
             keep,
             without_lora,
+            loras,
             gate: Gate::new(local, creates),
             waiters: Waiters::default(),
             meters: Meters::new(),

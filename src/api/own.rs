@@ -19,6 +19,7 @@ use super::openai::Request;
 use super::outputs::file;
 use super::problem::{Body, Problem};
 use super::{Server, replicate};
+use crate::fetch::CacheView;
 use crate::jobs::{Job, JobId, Status};
 use crate::ops::serve::preview;
 
@@ -31,6 +32,8 @@ pub(super) fn router() -> Router<Arc<Server>> {
     Router::new()
         .route("/darkroom/openapi.json", get(|| async { Json(super::openapi::document()) }))
         .route("/darkroom/queue", get(queue))
+        .route("/darkroom/loras", get(loras))
+        .route("/darkroom/loras/{digest}", axum::routing::delete(forget))
         .route("/darkroom/jobs", post(create))
         .route("/darkroom/jobs/{id}", get(show))
         .route("/darkroom/jobs/{id}/events", get(events))
@@ -48,6 +51,35 @@ async fn queue(State(server): State<Arc<Server>>, _: Caller) -> Answer {
         "seconds_of_work": waiting.queued as f64 * pace / server.units.len() as f64,
     });
     Ok(Json(queue).into_response())
+}
+
+fn cache<'a>(server: &'a Server, caller: &Caller) -> Result<&'a CacheView, Problem> {
+    if !caller.admin {
+        return Err(Problem::Forbidden("The cache is for admin keys."));
+    }
+    server.loras.as_ref().ok_or(Problem::NotFound)
+}
+
+/// Fetched LoRAs that are kept, the most recently used first: of all tenants, and so without where they came from.
+async fn loras(State(server): State<Arc<Server>>, caller: Caller) -> Answer {
+    let cached = cache(&server, &caller)?.list();
+    let time = |time: std::time::SystemTime| chrono::DateTime::<chrono::Utc>::from(time).to_rfc3339();
+    let total: u64 = cached.iter().map(|file| file.bytes).sum();
+    let files: Vec<Value> = cached
+        .iter()
+        .rev()
+        .map(|file| json!({ "sha256": file.digest, "bytes": file.bytes, "used_at": time(file.used) }))
+        .collect();
+    Ok(Json(json!({ "bytes": total, "loras": files })).into_response())
+}
+
+/// Whoever asks for it again fetches it again.
+async fn forget(State(server): State<Arc<Server>>, caller: Caller, Path(digest): Path<String>) -> Answer {
+    match cache(&server, &caller)?.remove(&digest) {
+        None => Err(Problem::NotFound),
+        Some(true) => Ok(StatusCode::NO_CONTENT.into_response()),
+        Some(false) => Err(Problem::invalid("invalid", "", "a job uses it now; try again later")),
+    }
 }
 
 /// The keys of OpenAI's generations, with `loras`, `seed` and the like. Answers at once.

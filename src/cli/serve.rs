@@ -18,7 +18,7 @@ use crate::api::{self, Files, Keep, Options, Server, Tls, Unit};
 use crate::blobs::Blobs;
 use crate::config::Config;
 use crate::engine::DeviceChoice;
-use crate::fetch::{Limits as FetchLimits, Web};
+use crate::fetch::{CacheView, Limits as FetchLimits, Web};
 use crate::jobs::{Limits, Store};
 use crate::ops::generate::Precision;
 use crate::ops::serve::{Secret, Sign, Work, work};
@@ -228,6 +228,7 @@ fn serve(
         creates: NonZeroU32::new(args.creates_per_minute),
         keep: Keep { pictures: args.keep_pictures, jobs: args.keep_jobs },
         without_lora: args.on_lora_error == "base",
+        loras: config.cache.as_ref().and_then(|cache| CacheView::open(cache.join("loras"), config.lora_cache_bytes).ok()),
     };
     let scheme = if tls.is_some() { "https" } else { "http" };
     let server = Arc::new(Server::new(store, blobs, secret, web, units.clone(), options));

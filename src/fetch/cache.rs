@@ -90,10 +90,10 @@ impl Cache {
         Ok(held)
     }
 
-    /// Least recently used first; what somebody holds stays.
-    fn make_room(&self) {
-        let Ok(entries) = fs::read_dir(self.folder.join("blobs")) else { return };
-        let mut blobs: Vec<(SystemTime, u64, PathBuf)> = entries
+    /// When each was used last, its size and place, in this order.
+    pub(super) fn blobs(&self) -> Vec<(SystemTime, u64, PathBuf)> {
+        let entries = fs::read_dir(self.folder.join("blobs")).into_iter().flatten();
+        let mut blobs: Vec<_> = entries
             .filter_map(|entry| {
                 let entry = entry.ok()?;
                 let data = entry.metadata().ok()?;
@@ -101,16 +101,18 @@ impl Cache {
             })
             .collect();
         blobs.sort();
+        blobs
+    }
+
+    /// Least recently used first; what somebody holds stays.
+    fn make_room(&self) {
+        let blobs = self.blobs();
         let mut total: u64 = blobs.iter().map(|(_, bytes, _)| bytes).sum();
         for (_, bytes, path) in blobs {
             if total <= self.bound {
                 break;
             }
-            let unused = File::options().read(true).write(true).open(&path).is_ok_and(|file| {
-                // The lock ends with the file, after the name is gone.
-                file.try_lock().is_ok() && fs::remove_file(&path).is_ok()
-            });
-            if unused {
+            if remove_unused(&path) {
                 tracing::debug!(path = %path.display(), "evicted");
                 total -= bytes;
             }
@@ -149,6 +151,14 @@ impl Cache {
         let full = Error::DiskFull { folder: self.folder.clone(), need, have };
         if have < need.saturating_add(MARGIN) { Err(full) } else { Ok(()) }
     }
+}
+
+/// Removes a blob that nobody holds.
+pub(super) fn remove_unused(path: &Path) -> bool {
+    File::options().read(true).write(true).open(path).is_ok_and(|file| {
+        // The lock ends with the file, after the name is gone.
+        file.try_lock().is_ok() && fs::remove_file(path).is_ok()
+    })
 }
 
 /// SHA-256 of a file.

@@ -39,6 +39,39 @@ pub use local::local;
 pub use reference::Reference;
 pub use web::{Web, shown_link};
 
+/// A file in the cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cached {
+    /// SHA-256.
+    pub digest: String,
+    pub bytes: u64,
+    pub used: std::time::SystemTime,
+}
+
+/// The cache of fetched adapters in a folder, as its operator sees it: what is in it and how large it is, not where it came from.
+#[derive(Debug, Clone)]
+pub struct CacheView(cache::Cache);
+
+impl CacheView {
+    pub fn open(folder: PathBuf, bound: u64) -> Result<Self, Error> {
+        cache::Cache::open(folder, bound).map(Self)
+    }
+
+    /// Least recently used first.
+    #[must_use]
+    pub fn list(&self) -> Vec<Cached> {
+        let digest = |path: &Path| path.file_stem().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        self.0.blobs().into_iter().map(|(used, bytes, path)| Cached { digest: digest(&path), bytes, used }).collect()
+    }
+
+    /// `None` if there is no such file, `false` if it is in use.
+    #[must_use]
+    pub fn remove(&self, digest: &str) -> Option<bool> {
+        let (.., path) = self.0.blobs().into_iter().find(|(.., path)| path.file_stem().is_some_and(|name| name == digest))?;
+        Some(cache::remove_unused(&path))
+    }
+}
+
 /// How far a download is, in bytes. `total` is what the server announces.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {

@@ -137,10 +137,21 @@ impl Store {
 
     /// A tenant's jobs, newest first, from below `before`.
     pub async fn list(&self, tenant: &str, before: Option<&JobId>, limit: i64) -> Result<Vec<Job>, Error> {
-        let list = "SELECT {columns} FROM jobs WHERE tenant = $1 AND id < $2 ORDER BY id DESC LIMIT $3";
-        // Behind every id.
-        let before = before.map_or("~", JobId::as_str);
-        let list = self.query(list).bind(tenant).bind(before).bind(limit);
+        self.list_from(tenant, None, before, limit).await
+    }
+
+    /// As [`Self::list`], down to `from`.
+    pub async fn list_from(
+        &self,
+        tenant: &str,
+        from: Option<&JobId>,
+        before: Option<&JobId>,
+        limit: i64,
+    ) -> Result<Vec<Job>, Error> {
+        let list = "SELECT {columns} FROM jobs WHERE tenant = $1 AND id < $2 AND id >= $3 ORDER BY id DESC LIMIT $4";
+        // Behind every id, and before.
+        let (before, from) = (before.map_or("~", JobId::as_str), from.map_or("", JobId::as_str));
+        let list = self.query(list).bind(tenant).bind(before).bind(from).bind(limit);
         list.fetch_all(&self.pool).await?.iter().map(job).collect()
     }
 

@@ -1,6 +1,6 @@
 // replicate for JavaScript, as its README uses it.
 const assert = require("node:assert");
-const crypto = require("node:crypto");
+const http = require("node:http");
 const { writeFile, readFile } = require("node:fs/promises");
 const Replicate = require("replicate");
 const { validateWebhook, parseProgressFromLogs } = Replicate;
@@ -65,8 +65,20 @@ const isPng = (bytes) => Buffer.from(bytes).subarray(0, 4).equals(Buffer.from([0
 
   // Webhooks by the client's own helper.
   const { key } = await replicate.webhooks.default.secret.get();
-  const body = '{"id":"x"}', time = String(Math.floor(Date.now() / 1000));
-  const signed = crypto.createHmac("sha256", Buffer.from(key.split("_")[1], "base64")).update(`msg_1.${time}.${body}`).digest("base64");
-  assert(await validateWebhook({ id: "msg_1", timestamp: time, body, secret: key, signature: `v1,${signed}` }));
+  const told = new Promise((resolve) => {
+    const receiver = http.createServer((request, response) => {
+      const parts = [];
+      request.on("data", (part) => parts.push(part));
+      request.on("end", () => { response.end(); receiver.close(); resolve({ headers: request.headers, body: Buffer.concat(parts).toString() }); });
+    });
+    receiver.listen(0, "127.0.0.1", () => {
+      const webhook = `http://127.0.0.1:${receiver.address().port}/hook`;
+      replicate.predictions.create({ model: MODEL, input: SHORT, webhook, webhook_events_filter: ["completed"] });
+    });
+  });
+  const { headers, body } = await told;
+  const sent = { id: headers["webhook-id"], timestamp: headers["webhook-timestamp"], signature: headers["webhook-signature"], secret: key };
+  assert(await validateWebhook({ ...sent, body }));
+  assert(!(await validateWebhook({ ...sent, body: body.replace("succeeded", "failed") })));
   console.log("all good");
 })();

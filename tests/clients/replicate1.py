@@ -80,15 +80,43 @@ try:
 except ReplicateError as error:
     assert error.status == 401, error
 
-# Webhooks are checked by the client's own helper.
+# Webhooks are checked by the client's own helper, and by Standard Webhooks' own library.
+import http.server  # noqa: E402
+import threading  # noqa: E402
+
+told = []
+
+
+class Receiver(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        told.append((dict(self.headers), self.rfile.read(int(self.headers["content-length"])).decode()))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+receiver = http.server.HTTPServer(("127.0.0.1", 0), Receiver)
+threading.Thread(target=receiver.serve_forever, daemon=True).start()
+hook = f"http://127.0.0.1:{receiver.server_port}/hook"
+prediction = client.predictions.create(model=MODEL, input=SHORT, webhook=hook, webhook_events_filter=["completed"])
+prediction.wait()
+import time  # noqa: E402
+
+begun = time.time()
+while not told and time.time() - begun < 20:
+    time.sleep(0.05)
 secret = client.webhooks.default.secret()
 from standardwebhooks import Webhook  # noqa: E402
 
-body = '{"id":"x"}'
-import datetime  # noqa: E402
-
-now = datetime.datetime.now(tz=datetime.timezone.utc)
-signed = Webhook(secret.key).sign("msg_1", now, body)
-headers = {"webhook-id": "msg_1", "webhook-timestamp": str(int(now.timestamp())), "webhook-signature": signed}
+headers, body = told[0]
+headers = {name.lower(): value for name, value in headers.items()}
+assert Webhook(secret.key).verify(body, headers)["id"] == prediction.id
 Webhooks.validate(headers=headers, body=body, secret=secret)
+try:
+    Webhooks.validate(headers=headers, body=body.replace("succeeded", "failed"), secret=secret)
+    raise AssertionError("a changed body was taken")
+except ValueError:
+    pass
 print("all good")

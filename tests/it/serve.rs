@@ -53,6 +53,14 @@ fn pictures_for_replicates_clients() {
     seen += 1;
     assert_eq!(service.get("/v1/predictions").json()["results"].as_array().unwrap().len(), seen);
     assert_eq!(service.get("/health/ready").status, 200);
+    let listed = |query: &str| service.get(&format!("/v1/predictions?{query}")).json()["results"].as_array().map(Vec::len);
+    let last = one["created_at"].as_str().unwrap();
+    assert_eq!(
+        (listed("created_after=2020-01-01T00:00:00Z"), listed("created_before=2020-01-01T00:00:00Z")),
+        (Some(seen), Some(0))
+    );
+    assert_eq!((listed(&format!("created_after={last}")), listed(&format!("created_before={last}"))), (Some(1), Some(seen - 1)));
+    assert_eq!(service.get("/v1/predictions?created_after=yesterday").status, 422);
 }
 
 #[test]

@@ -110,7 +110,7 @@ fn a_private_lora_needs_its_token_every_time() {
         }
     });
     let place = Place::new();
-    let (alice, bob) = (key(&place, "alice", &[]), key(&place, "bob", &[]));
+    let (alice, bob, admin) = (key(&place, "alice", &[]), key(&place, "bob", &[]), key(&place, "ops", &["--admin"]));
     // The operator's own token must not help anybody.
     let environment = [("HF_ENDPOINT", hub.address.as_str()), ("HF_TOKEN", "hf_canary_alice"), ("RUST_LOG", "debug,h2=info")];
     let service = Service::start_with(&place, &[], &environment);
@@ -136,6 +136,17 @@ fn a_private_lora_needs_its_token_every_time() {
         "{hers}"
     );
     assert!(hers["metrics"]["lora_used"] == true && hers["metrics"]["loras"][0]["sha256"].as_str().unwrap().len() == 64);
+    // The operator sees the file and its size, nobody else does, and nobody sees where it came from.
+    let cached = service.get_as(&admin, "/darkroom/loras");
+    let digest = cached.json()["loras"][0]["sha256"].as_str().unwrap().to_owned();
+    assert_eq!(hers["metrics"]["loras"][0]["sha256"], digest.as_str());
+    assert!(!cached.json().to_string().contains("alice"), "{}", cached.json());
+    assert_eq!((service.get_as(&alice, "/darkroom/loras").status, service.get_as(&bob, "/darkroom/loras").status), (403, 403));
+    let delete = |key: &str, digest: &str| {
+        let request = service.client.delete(format!("{}/darkroom/loras/{digest}", service.address)).bearer_auth(key);
+        service.send(request).status
+    };
+    assert_eq!((delete(&alice, &digest), delete(&admin, "../secret"), delete(&admin, "00")), (403, 404, 404));
     // It is in the cache now, and in memory; for him it is still not there.
     for token in [None, Some("hf_canary_bob")] {
         assert_eq!(ask(&bob, token)["error_code"], "lora_unauthorized");

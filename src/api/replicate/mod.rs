@@ -115,13 +115,38 @@ async fn answer(server: &Server, headers: &HeaderMap, job: &Job) -> Answer {
 #[derive(Debug, Deserialize)]
 pub(super) struct Page {
     cursor: Option<String>,
+    created_after: Option<String>,
+    created_before: Option<String>,
 }
 
 impl Page {
     fn before(&self) -> Result<Option<JobId>, Problem> {
         let wrong = |()| Problem::invalid("invalid", "cursor", "is none that this server gave");
-        self.cursor.as_ref().map(|cursor| cursor.parse().map_err(wrong)).transpose()
+        let cursor = self.cursor.as_ref().map(|cursor| cursor.parse().map_err(wrong)).transpose()?;
+        let before = moment("created_before", self.created_before.as_deref())?;
+        Ok(match (cursor, before) {
+            (Some(cursor), Some(before)) => Some(before.min(cursor)),
+            (cursor, before) => cursor.or(before),
+        })
     }
+
+    /// The query of the next page, which goes on from `last`.
+    fn next(&self, last: &JobId) -> String {
+        let mut query = url::form_urlencoded::Serializer::new(String::new());
+        query.append_pair("cursor", last.as_str());
+        for (name, value) in [("created_after", &self.created_after), ("created_before", &self.created_before)] {
+            query.extend_pairs(value.iter().map(|value| (name, value)));
+        }
+        query.finish()
+    }
+}
+
+/// A time of a query, as the first name that a job of then can have.
+fn moment(field: &str, text: Option<&str>) -> Result<Option<JobId>, Problem> {
+    let Some(text) = text else { return Ok(None) };
+    let time = chrono::DateTime::parse_from_rfc3339(text);
+    let time = time.map_err(|_| Problem::invalid("invalid", field, "must be a time such as 2026-01-31T12:00:00Z"))?;
+    Ok(Some(JobId::at(time.timestamp_millis())))
 }
 
 pub(super) async fn list(
@@ -130,11 +155,12 @@ pub(super) async fn list(
     headers: HeaderMap,
     Query(page): Query<Page>,
 ) -> Answer {
-    let mut jobs = server.store.list(&caller.tenant, page.before()?.as_ref(), PAGE + 1).await?;
+    let from = moment("created_after", page.created_after.as_deref())?;
+    let mut jobs = server.store.list_from(&caller.tenant, from.as_ref(), page.before()?.as_ref(), PAGE + 1).await?;
     let more = jobs.len() > PAGE as usize;
     jobs.truncate(PAGE as usize);
     let base = server.base(&headers);
-    let next = jobs.last().filter(|_| more).map(|last| format!("{base}/v1/predictions?cursor={}", last.id));
+    let next = jobs.last().filter(|_| more).map(|last| format!("{base}/v1/predictions?{}", page.next(&last.id)));
     let mut results = Vec::new();
     for job in &jobs {
         // A hundred pictures would be too much: links here, whatever is set.

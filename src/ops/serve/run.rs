@@ -141,6 +141,7 @@ impl Runner<'_> {
             "height": job.height,
             "base": { "name": self.model.name, "sha256": self.digest },
             "device": name,
+            "device_free_bytes": kernels::free_memory(self.device),
             "dtype": dtype,
             "loras": used_loras.collect::<Vec<_>>(),
             "lora_used": if order.loras.is_empty() { Value::Null } else { json!(used > 0 && lora_error.is_none()) },
