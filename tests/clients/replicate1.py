@@ -61,6 +61,8 @@ assert prediction.id in [p.id for p in client.predictions.list().results]
 events = list(client.stream(MODEL, input=SHORT))
 assert [str(e.event.value) for e in events][-2:] == ["output", "done"], events
 assert client.accounts.current().username == "me"
+mine = client.models.create(owner="me", name="mine", visibility="private", hardware="cpu")
+assert client.models.get("me/mine").name == mine.name and client.models.get("me/mine").latest_version is None
 
 # What goes wrong is told in the client's own words.
 try:

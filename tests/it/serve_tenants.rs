@@ -71,6 +71,25 @@ fn what_is_one_tenants_is_not_there_for_another() {
     let stolen = json!({ "input": { "prompt": "x", "image": format!("{}/v1/files/{file}", service.address) } });
     let answer = service.post_as(&bob, DEV_LORA, &stolen).json();
     assert!(answer["detail"].as_str().unwrap().contains("not there"), "{answer}");
+    // Names of models of their own, as training scripts make them.
+    let model = json!({ "owner": "alice", "name": "me", "visibility": "private", "hardware": "cpu" });
+    let made = service.post_as(&alice, "/v1/models", &model);
+    assert_eq!((made.status, made.json()["latest_version"].clone()), (201, Value::Null), "{}", made.json());
+    assert_eq!(service.post_as(&alice, "/v1/models", &model).status, 422, "there already");
+    assert_eq!(
+        service
+            .post_as(&bob, "/v1/models", &json!({ "owner": "a/b", "name": "x", "visibility": "private", "hardware": "x" }))
+            .status,
+        422
+    );
+    let seen = |key: &str| service.get_as(key, "/v1/models/alice/me").status;
+    assert_eq!((seen(&alice), seen(&bob), mine(&alice, "/v1/models"), mine(&bob, "/v1/models")), (200, 404, 6, 5));
+    let own = service.get_as(&alice, "/v1/models/alice/me/versions").json();
+    assert_eq!(own["results"], json!([]));
+    let delete = |key: &str| {
+        service.send(service.client.delete(format!("{}/v1/models/alice/me", service.address)).bearer_auth(key)).status
+    };
+    assert_eq!((delete(&bob), delete(&alice), seen(&alice)), (404, 204, 404));
     // The same idempotency key is another one for another tenant.
     let created = |key: &str| {
         let headers = [("authorization", &*format!("Bearer {key}")), ("idempotency-key", "k")];

@@ -108,6 +108,16 @@ pub(super) fn schemas() -> Vec<(&'static str, Value)> {
         ("PredictionOfModel", of_model),
         ("Prediction", prediction),
         (
+            "NewModel",
+            object(
+                &["owner", "name", "visibility", "hardware"],
+                json!({
+                    "owner": text, "name": text, "visibility": { "type": "string", "enum": ["public", "private"] }, "hardware": text,
+                    "description": text,
+                }),
+            ),
+        ),
+        (
             "CogRequest",
             object(
                 &["input"],

@@ -7,6 +7,7 @@ mod create;
 mod files;
 mod headers;
 mod input;
+mod models;
 mod prediction;
 mod schema;
 mod stream;
@@ -19,9 +20,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use self::schema::MODELS;
 use super::Server;
 use super::auth::Caller;
 use super::problem::Problem;
@@ -41,11 +41,7 @@ type Answer = Result<Response, Problem>;
 pub(super) fn router() -> Router<Arc<Server>> {
     Router::new()
         .route("/predictions/{id}/cancel", post(cancel))
-        .route("/models", get(models).post(unsupported))
-        .route("/models/{owner}/{name}", get(model))
         .route("/models/{owner}/{name}/predictions", post(create::by_model))
-        .route("/models/{owner}/{name}/versions", get(versions))
-        .route("/models/{owner}/{name}/versions/{id}", get(version))
         .route("/models/{owner}/{name}/versions/{id}/trainings", post(unsupported))
         .route("/trainings", get(none).post(unsupported))
         .route("/deployments/{owner}/{name}/predictions", post(create::by_model))
@@ -54,6 +50,7 @@ pub(super) fn router() -> Router<Arc<Server>> {
         .route("/account", get(account))
         .route("/webhooks/default/secret", get(webhook_secret))
         .merge(files::router())
+        .merge(models::router())
         .route("/files/{id}/stream", get(stream::stream))
 }
 
@@ -62,7 +59,7 @@ pub(super) fn by_version() -> Router<Arc<Server>> {
 }
 
 async fn unsupported() -> Problem {
-    Problem::Unsupported("This server does not train and has no models of users; it generates.")
+    Problem::Unsupported("This server does not train; it generates.")
 }
 
 async fn none() -> Response {
@@ -172,54 +169,4 @@ pub(super) async fn list(
 pub(super) async fn find(server: &Server, caller: &Caller, id: &str) -> Result<Job, Problem> {
     let id: JobId = id.parse().map_err(|()| Problem::NotFound)?;
     server.store.get(&caller.tenant, &id).await?.ok_or(Problem::NotFound)
-}
-
-/// For Replicate's clients and OpenAI's, which ask the same address.
-async fn models(State(server): State<Arc<Server>>, headers: HeaderMap) -> Response {
-    let results: Vec<Value> = MODELS.iter().map(|served| describe(served, &server.base(&headers))).collect();
-    let named = |served: &Served| {
-        if served.owner == "black-forest-labs" { served.name.into() } else { format!("{}/{}", served.owner, served.name) }
-    };
-    let data: Vec<Value> = MODELS.iter().map(|served| super::openai::model(&named(served), served.owner)).collect();
-    Json(json!({ "next": null, "previous": null, "results": results, "object": "list", "data": data })).into_response()
-}
-
-async fn model(State(server): State<Arc<Server>>, headers: HeaderMap, Path((owner, name)): Path<(String, String)>) -> Answer {
-    let served = Served::named(&owner, &name).ok_or(Problem::NotFound)?;
-    Ok(Json(describe(served, &server.base(&headers))).into_response())
-}
-
-async fn versions(Path((owner, name)): Path<(String, String)>) -> Answer {
-    let served = Served::named(&owner, &name).ok_or(Problem::NotFound)?;
-    let results: Vec<Value> = served.versions.iter().map(|id| describe_version(served, id)).collect();
-    Ok(Json(json!({ "next": null, "previous": null, "results": results })).into_response())
-}
-
-async fn version(Path((owner, name, id)): Path<(String, String, String)>) -> Answer {
-    let served = Served::named(&owner, &name).ok_or(Problem::NotFound)?;
-    // Public code holds many hashes; all of them mean the model as it is.
-    Ok(Json(describe_version(served, &id)).into_response())
-}
-
-fn describe(served: &Served, base: &str) -> Value {
-    json!({
-        "url": format!("{base}/v1/models/{}/{}", served.owner, served.name),
-        "owner": served.owner,
-        "name": served.name,
-        "description": served.about,
-        "visibility": "public",
-        "is_official": true,
-        "github_url": null,
-        "paper_url": null,
-        "license_url": null,
-        "run_count": 0,
-        "cover_image_url": null,
-        "default_example": null,
-        "latest_version": describe_version(served, served.version()),
-    })
-}
-
-fn describe_version(served: &Served, id: &str) -> Value {
-    let version = super::cog::VERSION;
-    json!({ "id": id, "created_at": "2025-07-31T00:00:00.000Z", "cog_version": version, "openapi_schema": served.openapi() })
 }

@@ -27,6 +27,17 @@ CREATE INDEX uploads_end ON uploads (expires_at);
 -- Whoever waits for results asks for what ended lately.
 CREATE INDEX jobs_ended ON jobs (completed_at);
 
+-- Models of tenants' own: names for what is trained elsewhere.
+CREATE TABLE models (
+    tenant           TEXT NOT NULL,
+    owner            TEXT NOT NULL,
+    name             TEXT NOT NULL,
+    visibility       TEXT NOT NULL,
+    description      TEXT NOT NULL,
+    created_at       BIGINT NOT NULL,
+    PRIMARY KEY (tenant, owner, name)
+);
+
 -- The base model that a job is for: workers take those of theirs.
 ALTER TABLE jobs ADD COLUMN base TEXT NOT NULL DEFAULT '';
 
