@@ -224,6 +224,42 @@ fn stopping_jobs_and_answers_that_come_too_early() {
 }
 
 #[test]
+fn deadlines_end_what_waits_and_what_runs() {
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    let endless = json!({ "input": endless_input() });
+    let first = service.post(DEV_LORA, &[], &endless).json()["id"].as_str().unwrap().to_owned();
+    service.until(&first, |now| now["status"] == "processing");
+    let body = json!({ "input": { "prompt": "x" } });
+    let late = service.post(DEV_LORA, &[("cancel-after", "5s")], &body).json();
+    assert!(late["deadline"].is_string(), "{late}");
+    let ended = service.wait(late["id"].as_str().unwrap());
+    // Clients know no `aborted`.
+    assert_eq!(
+        (ended["status"].as_str(), ended["error_code"].as_str(), &ended["started_at"]),
+        (Some("canceled"), Some("deadline"), &Value::Null)
+    );
+    let cancel = |id: &str| service.post(&format!("/v1/predictions/{id}/cancel"), &[], &json!({})).status;
+    assert_eq!(cancel(&first), 200);
+    assert_eq!(service.wait(&first)["status"], "canceled");
+    let running = service.post(DEV_LORA, &[("cancel-after", "5s")], &endless).json();
+    let ended = service.wait(running["id"].as_str().unwrap());
+    assert!(ended["status"] == "canceled" && ended["started_at"].is_string(), "{ended}");
+}
+
+/// Minutes of work for any processor: a picture sixty times pocket's own size.
+fn endless_input() -> Value {
+    let picture = image::RgbImage::from_pixel(1024, 1024, image::Rgb([90, 90, 90]));
+    let mut file = std::io::Cursor::new(Vec::new());
+    picture.write_to(&mut file, image::ImageFormat::Png).unwrap();
+    let uri = format!(
+        "data:image/png;base64,{}",
+        base64::Engine::encode(&base64::engine::general_purpose::STANDARD, file.into_inner())
+    );
+    json!({ "prompt": "x", "image": uri, "num_inference_steps": 50, "num_outputs": 4, "prompt_strength": 1.0 })
+}
+
+#[test]
 fn no_job_is_lost_when_processes_are_killed() {
     let place = Place::new();
     let mut service = Service::start(&place, &[]);
