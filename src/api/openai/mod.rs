@@ -6,8 +6,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::multipart::MultipartRejection;
-use axum::extract::{Multipart, Path, State};
+use axum::extract::{Path, State};
 use axum::http::HeaderMap;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -19,7 +18,7 @@ use serde_json::{Value, json};
 pub(super) use self::request::Request;
 use super::auth::Caller;
 use super::outputs::names;
-use super::problem::{Body, OpenAi, Problem};
+use super::problem::{Body, Form, OpenAi, Problem};
 use super::submit::{Submission, base64, fingerprint};
 use super::{Server, replicate};
 use crate::jobs::{Job, Status};
@@ -56,14 +55,8 @@ async fn generate(State(server): State<Arc<Server>>, caller: Caller, headers: He
     answer(server, caller, headers, Request::new(body)?).await
 }
 
-async fn edit(
-    State(server): State<Arc<Server>>,
-    caller: Caller,
-    headers: HeaderMap,
-    form: Result<Multipart, MultipartRejection>,
-) -> Answer {
-    let form = form.map_err(|_| Problem::invalid("invalid", "", "the body is not multipart/form-data"))?;
-    answer(server, caller, headers, Request::of_form(form).await?).await
+async fn edit(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, form: Result<Form, Problem>) -> Answer {
+    answer(server, caller, headers, Request::of_form(form?.0).await?).await
 }
 
 async fn answer(server: Arc<Server>, caller: Caller, headers: HeaderMap, request: Request) -> Answer {

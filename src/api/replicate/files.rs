@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use axum::extract::multipart::MultipartRejection;
 use axum::extract::{DefaultBodyLimit, Multipart, Path, Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::IntoResponse;
@@ -16,7 +15,7 @@ use serde_json::{Map, Value, json};
 use super::{Answer, Page};
 use crate::api::auth::Caller;
 use crate::api::outputs::{file, now};
-use crate::api::problem::{Problem, not_found};
+use crate::api::problem::{Form, Problem, not_found};
 use crate::api::submit::upload_key;
 use crate::api::{MOST_FORM, Server};
 use crate::jobs::{JobId, Upload};
@@ -41,14 +40,8 @@ pub(super) fn router() -> Router<Arc<Server>> {
 
 /// Three dialects of one form: the name and type of the file are in its part, or fields of their own; metadata is a text, a part of
 /// its own, or fields `metadata[key]`.
-async fn create(
-    State(server): State<Arc<Server>>,
-    caller: Caller,
-    headers: HeaderMap,
-    form: Result<Multipart, MultipartRejection>,
-) -> Answer {
-    let form = form.map_err(|_| Problem::invalid("invalid", "", "the body is not multipart/form-data"))?;
-    let Form { content, name, kind, metadata } = read(form).await?;
+async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Form(form): Form) -> Answer {
+    let Sent { content, name, kind, metadata } = read(form).await?;
     let Some(content) = content else { return Err(Problem::invalid("required", "content", "content is required")) };
     let name = name.unwrap_or_else(|| "file".into());
     let kind = kind.unwrap_or_else(|| "application/octet-stream".into());
@@ -60,15 +53,15 @@ async fn create(
 }
 
 #[derive(Default)]
-struct Form {
+struct Sent {
     content: Option<Vec<u8>>,
     name: Option<String>,
     kind: Option<String>,
     metadata: Value,
 }
 
-async fn read(mut multipart: Multipart) -> Result<Form, Problem> {
-    let mut form = Form { metadata: json!({}), ..Form::default() };
+async fn read(mut multipart: Multipart) -> Result<Sent, Problem> {
+    let mut form = Sent { metadata: json!({}), ..Sent::default() };
     let mut flat = BTreeMap::new();
     let broken = |error: axum::extract::multipart::MultipartError| {
         if error.status() == StatusCode::PAYLOAD_TOO_LARGE {

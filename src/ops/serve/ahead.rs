@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 
 use super::Order;
-use super::run::{credentials, loras};
+use super::run::credentials;
 use crate::engine::Selected;
 use crate::jobs::{Job, JobId, Store};
 use crate::ops::lora::Sources;
@@ -86,7 +86,7 @@ pub(super) fn fetch(
             && !order.loras.is_empty()
         {
             let go_on = |_| if stop.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-            if let Ok(adapters) = sources.open_as(&loras(&order), &credentials(&order, secret), &mut { go_on }) {
+            if let Ok(adapters) = sources.open_as(&order.loras(), &credentials(&order, secret), &mut { go_on }) {
                 ahead.put(job.id, adapters);
             }
         }

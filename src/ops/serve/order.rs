@@ -94,7 +94,6 @@ impl Tokens {
 impl Order {
     /// The same for `ops::generate`, with the pictures that `image` and `mask` name.
     pub fn request(&self, image: Option<Picture>, mask: Option<Picture>) -> Result<Request, Error> {
-        let lora = |lora: &OrderedLora| Lora { reference: lora.reference.clone(), scales: Scales::uniform(lora.scale) };
         let (width, height) = match (self.size, &image) {
             (Some(size), _) => size,
             (None, Some(image)) => follow(image)?,
@@ -111,10 +110,16 @@ impl Order {
             prompt_strength: image.is_some().then_some(self.prompt_strength).flatten(),
             image,
             mask,
-            loras: self.loras.iter().map(lora).collect(),
+            loras: self.loras(),
             previews: self.previews.then_some(std::time::Duration::from_millis(500)),
             ..Request::default()
         })
+    }
+
+    /// The adapters as `ops::lora` takes them.
+    pub(super) fn loras(&self) -> Vec<Lora> {
+        let lora = |lora: &OrderedLora| Lora { reference: lora.reference.clone(), scales: Scales::uniform(lora.scale) };
+        self.loras.iter().map(lora).collect()
     }
 
     /// Everything that is wrong whatever the model: for requests of strangers.

@@ -18,7 +18,7 @@ use crate::fetch::{self, Credentials, Web};
 use crate::image::Format;
 use crate::jobs::Claim;
 use crate::ops::generate::{self, Picture, Setting};
-use crate::ops::lora::{Lora, Sources};
+use crate::ops::lora::Sources;
 use crate::ops::{Error, models};
 
 /// Largest file of a picture to start from, in bytes.
@@ -52,14 +52,6 @@ pub(super) struct Runner<'a> {
 pub(super) struct Done {
     pub(super) result: Value,
     pub(super) affinity: String,
-}
-
-pub(super) fn loras(order: &Order) -> Vec<Lora> {
-    let lora = |lora: &super::OrderedLora| Lora {
-        reference: lora.reference.clone(),
-        scales: ::models::lora::Scales::uniform(lora.scale),
-    };
-    order.loras.iter().map(lora).collect()
 }
 
 /// Of the request itself; this machine's are not for it.
@@ -183,7 +175,7 @@ impl Runner<'_> {
         let begun = Instant::now();
         let late = std::cell::Cell::new(false);
         let fetch = || {
-            self.sources.open_as(&loras(order), &credentials(order, &self.work.secret), &mut |progress| {
+            self.sources.open_as(&order.loras(), &credentials(order, &self.work.secret), &mut |progress| {
                 news.at(json!({ "stage": "fetching", "done": progress.done, "total": progress.total }));
                 (self.tell)(Sign::Alive);
                 late.set(begun.elapsed() > LONGEST_FETCH);
