@@ -133,91 +133,7 @@ impl Request {
         let defaults = &unit.model.defaults;
         let number = |name: &str, least: f64, most: f64| {
             let read = |value: &Value| value.as_f64().filter(|number| (least..=most).contains(number));
-            given(body, name, read, || format!("a number from {least} to {most}"))
-        };
-        let text = |name: &str| body.get(name).and_then(Value::as_str);
-        let unknown = || {
-            invalid("model", format!("there is no model {:?}; this server has {}", text("model").unwrap_or_default(), known()))
-        };
-        let served = served(text("model")).ok_or_else(unknown)?;
-        if text("prompt").is_none_or(str::is_empty) {
-            return Err(Problem::Invalid(vec![Invalid::new("required", "prompt", "prompt is required")]));
-        }
-        if text("background") == Some("transparent") {
-            return Err(invalid("background", "pictures have no transparent parts; leave it out or send opaque"));
-        }
-        let links = match text("response_format") {
-            None | Some("b64_json") => false,
-            Some("url") => true,
-            Some(_) => return Err(invalid("response_format", "must be b64_json or url")),
-        };
-        let format = match text("output_format") {
-            None => "png".to_owned(),
-            Some(format @ ("png" | "webp" | "jpeg")) => format.into(),
-            Some(_) => return Err(invalid("output_format", "must be png, webp or jpeg")),
-        };
-        let stream = boolean(&body, "stream")?.unwrap_or(false);
-        let partial_images = whole(&body, "partial_images", 0, 3)?.unwrap_or(0);
-        Ok(Self { served, image: None, mask: None, edit: false, links, stream, partial_images, format, body })
-    }
-
-    /// From a form, in which all values are texts. `image` and `image[]` are the pictures.
-    pub(super) async fn of_form(mut form: Multipart) -> Result<Self, Problem> {
-        let broken = |error: axum::extract::multipart::MultipartError| {
-            invalid("", format!("the form cannot be read: {}", error.body_text()))
-        };
-        let (mut body, mut images, mut mask) = (Map::new(), Vec::new(), None);
-        while let Some(field) = form.next_field().await.map_err(broken)? {
-            let name = field.name().unwrap_or_default().to_owned();
-            let bytes = field.bytes().await.map_err(broken)?;
-            if bytes.len() > MOST_PICTURE {
-                return Err(Problem::TooLarge(MOST_PICTURE));
-            }
-            match name.as_str() {
-                "image" | "image[]" => images.push(bytes.to_vec()),
-                "mask" => {
-                    let painted = image::mask_of_alpha(&bytes).map_err(|error| faulty("mask", &error))?;
-                    mask = Some(painted.unwrap_or_else(|| bytes.to_vec()));
-                }
-                _ => {
-                    let text = String::from_utf8_lossy(&bytes).into_owned();
-                    // Numbers, lists and switches come as text; what is none of them is text.
-                    let value = match name.as_str() {
-                        "prompt" | "model" | "size" => Value::String(text),
-                        _ => serde_json::from_str(&text).unwrap_or(Value::String(text)),
-                    };
-                    body.insert(name, value);
-                }
-            }
-        }
-        let [image] = <[Vec<u8>; 1]>::try_from(images).map_err(|images| match images.len() {
-            0 => Problem::invalid("required", "image", "image is required"),
-            n => invalid("image", format!("{n} pictures were sent, but FLUX.1 starts from one")),
-        })?;
-        // Requests that differ in their pictures are different ones.
-        let digest = |bytes: &Vec<u8>| hex(&Sha256::digest(bytes));
-        body.insert("image".into(), Value::String(digest(&image)));
-        body.insert("mask".into(), mask.as_ref().map_or(Value::Null, |mask| Value::String(digest(mask))));
-        Ok(Self { image: Some(image), mask, edit: true, ..Self::new(body)? })
-    }
-
-    /// What is to be accepted.
-    pub(in crate::api) async fn submission(
-        &self,
-        server: &Server,
-        caller: &Caller,
-        headers: &HeaderMap,
-    ) -> Result<Submission, Problem> {
-        let body = &self.body;
-        let unit = server.unit(self.served.is_dev());
-        let defaults = &unit.model.defaults;
-        let number = |name: &str, least: f64, most: f64| match body.get(name).filter(|value| !value.is_null()) {
-            None => Ok(None),
-            Some(value) => value
-                .as_f64()
-                .filter(|number| (least..=most).contains(number))
-                .map(Some)
-                .ok_or_else(|| invalid(name, format!("must be a number from {least} to {most}"))),
+            given(body, name, read, &format!("a number from {least} to {most}"))
         };
         let text = |name: &str| body.get(name).and_then(Value::as_str).map(str::to_owned).filter(|text| !text.trim().is_empty());
         let prompt = text("prompt").unwrap_or_default();
@@ -337,26 +253,26 @@ fn known() -> String {
     ["flux-dev-lora", "flux-dev", "flux-schnell-lora", "flux-schnell"].join(", ")
 }
 
-/// The value of a key as `read` understands it; `allowed` says what that is.
+/// The value of a key that may be left out or null; `allowed` says what `read` takes.
 fn given<T>(
     body: &Map<String, Value>,
     name: &str,
-    read: impl FnOnce(&Value) -> Option<T>,
-    allowed: impl FnOnce() -> String,
+    read: impl Fn(&Value) -> Option<T>,
+    allowed: &str,
 ) -> Result<Option<T>, Problem> {
-    match body.get(name).filter(|value| !value.is_null()) {
-        None => Ok(None),
-        Some(value) => read(value).map(Some).ok_or_else(|| invalid(name, format!("must be {}", allowed()))),
+    match body.get(name) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => read(value).map(Some).ok_or_else(|| invalid(name, format!("must be {allowed}"))),
     }
 }
 
 fn boolean(body: &Map<String, Value>, name: &str) -> Result<Option<bool>, Problem> {
-    given(body, name, Value::as_bool, || "true or false".into())
+    given(body, name, Value::as_bool, "true or false")
 }
 
 fn whole(body: &Map<String, Value>, name: &str, least: u64, most: u64) -> Result<Option<u64>, Problem> {
     let read = |value: &Value| value.as_u64().filter(|number| (least..=most).contains(number));
-    given(body, name, read, || format!("a whole number from {least} to {most}"))
+    given(body, name, read, &format!("a whole number from {least} to {most}"))
 }
 
 /// `1024x768`: multiples of 16.
