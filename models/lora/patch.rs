@@ -25,6 +25,19 @@ pub enum Mode {
     Branch,
 }
 
+impl std::str::FromStr for Mode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "merge" => Ok(Self::Merge),
+            "branch" => Ok(Self::Branch),
+            _ => Err("must be auto, merge or branch".into()),
+        }
+    }
+}
+
 /// An adapter with its strength.
 #[derive(Debug, Clone)]
 pub struct Selected {
@@ -73,6 +86,12 @@ impl Patches {
     #[must_use]
     pub fn live(&self) -> &[Selected] {
         &self.live
+    }
+
+    /// How they act.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.mode
     }
 
     /// The parameter of that name.

@@ -19,6 +19,18 @@ pub enum NoiseKind {
     Cuda,
 }
 
+impl std::str::FromStr for NoiseKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda),
+            _ => Err("must be cpu or cuda".into()),
+        }
+    }
+}
+
 /// A seeded source of normal f32 numbers, as `torch.randn(..., generator=torch.Generator(device).manual_seed(seed))`.
 ///
 /// It has a state: a second draw goes on where the first ended, as in an image-to-image run that also samples the encoder.

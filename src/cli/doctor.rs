@@ -2,8 +2,8 @@
 
 use std::net::{SocketAddr, TcpListener};
 
-use super::generate::device;
 use super::serve::{Place, open};
+use super::settings::device;
 use super::show;
 use crate::config::Config;
 use crate::engine::DeviceChoice;

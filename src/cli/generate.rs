@@ -3,15 +3,13 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use anyhow::Context;
-
 use super::progress::JobBar;
+use super::settings::Settings;
 use super::signal::Interrupt;
 use crate::config::Config;
-use crate::engine::{DeviceChoice, LoraMode, NoiseKind};
 use crate::image::Format;
 use crate::ops::generate::{self, Order, Output, Picture, Precision, Report, Request, Stage};
-use crate::ops::{self, AspectRatio, Megapixels, lora};
+use crate::ops::{self, lora};
 use crate::prompt::Policy;
 
 const EXAMPLES: &str = "\
@@ -60,33 +58,9 @@ pub(super) struct Args {
     #[arg(long = "lora", value_name = "LORA[@SCALE]", help_heading = "LoRA")]
     loras: Vec<String>,
 
-    /// The scale for the LoRAs' text encoder parts [default: each LoRA's own scale]
-    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "LoRA")]
-    lora_text_scale: Option<f64>,
-
-    /// A factor for each block: 57 numbers, or ranges such as double:0-18=1,single:20-37=0.5
-    #[arg(long, value_name = "FACTORS", help_heading = "LoRA")]
-    lora_blocks: Option<String>,
-
-    /// auto (merged into dense weights, beside fp8 and GGUF ones), merge or branch
-    #[arg(long, value_name = "MODE", value_parser = mode, default_value = "auto", help_heading = "LoRA")]
-    lora_mode: LoraMode,
-
-    /// The word that calls the LoRA's subject; it is put into the prompt
-    #[arg(long, value_name = "WORD", help_heading = "LoRA")]
-    trigger_word: Option<String>,
-
-    /// Where it goes: prepend (unless it is there), start-and-middle, or none
+    /// Where the trigger word goes: prepend (unless it is there), start-and-middle, or none
     #[arg(long, value_name = "POLICY", default_value = "prepend", help_heading = "LoRA")]
     trigger_policy: Policy,
-
-    /// Strip markdown and an assistant's leading chatter from the prompt
-    #[arg(long, help_heading = "Guidance")]
-    clean_prompt: bool,
-
-    /// What to keep out of the picture; needs --true-cfg above 1
-    #[arg(long, value_name = "TEXT", help_heading = "Guidance")]
-    negative_prompt: Option<String>,
 
     /// How closely the prompt is followed, 0 to 100 [default: the model's; 3.5 for FLUX.1 dev]
     ///
@@ -106,14 +80,6 @@ pub(super) struct Args {
     #[arg(long, value_name = "PIXELS", allow_negative_numbers = true, help_heading = "Size")]
     height: Option<usize>,
 
-    /// Instead of width and height: 1:1, 16:9, 21:9, 3:2, 2:3, 4:5, 5:4, 3:4, 4:3, 9:16 or 9:21
-    #[arg(long, value_name = "W:H", help_heading = "Size")]
-    aspect_ratio: Option<AspectRatio>,
-
-    /// With --aspect-ratio: 1 for the model's own area (1 megapixel for FLUX.1), 0.25 for half of each side
-    #[arg(long, value_name = "1|0.25", help_heading = "Size")]
-    megapixels: Option<Megapixels>,
-
     /// Denoising steps, 1 to 1000; time grows with them [default: the model's; 28 for dev, 4 for schnell]
     #[arg(long, value_name = "COUNT", allow_negative_numbers = true, help_heading = "Sampling")]
     steps: Option<usize>,
@@ -126,21 +92,12 @@ pub(super) struct Args {
     #[arg(long, value_name = "COUNT", allow_negative_numbers = true, help_heading = "Sampling")]
     num_outputs: Option<usize>,
 
-    /// Whose noise a seed gives: cpu (as diffusers on CPU and ComfyUI) or cuda (as a PyTorch CUDA generator)
-    #[arg(long, value_name = "cpu|cuda", value_parser = noise, default_value = "cpu", help_heading = "Sampling")]
-    noise: NoiseKind,
-
-    /// A picture to start from: PNG, JPEG or WebP, scaled to the size of the output
-    #[arg(long, value_name = "FILE", help_heading = "From a picture")]
-    image: Option<PathBuf>,
-
-    /// With --image: paint anew only where this picture is white
-    #[arg(long, value_name = "FILE", help_heading = "From a picture")]
-    mask: Option<PathBuf>,
-
     /// With --image: above 0 (keep it) to 1 (ignore it) [default: 0.8]
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "From a picture")]
     prompt_strength: Option<f64>,
+
+    #[command(flatten)]
+    settings: Settings,
 
     /// A file, or a folder for names such as darkroom-<seed>.png [default: the current folder]
     ///
@@ -175,10 +132,6 @@ pub(super) struct Args {
     /// No progress bar and no remarks
     #[arg(short, long, help_heading = "Output")]
     quiet: bool,
-
-    /// auto, cpu, cuda, cuda:1 (the second card) or metal
-    #[arg(long, value_name = "DEVICE", value_parser = device, default_value = "auto", help_heading = "Device")]
-    device: DeviceChoice,
 
     /// Number format to compute in: f32, bf16 or f16 [default: f32 on a CPU, else bf16]
     #[arg(long, value_name = "DTYPE", help_heading = "Device")]
@@ -223,29 +176,30 @@ fn remark(report: &Report) {
 }
 
 fn order(args: Args) -> anyhow::Result<Order> {
+    let settings = args.settings;
     let picture = |field, path: Option<PathBuf>| path.map(|path| read(field, path)).transpose();
     let request = Request {
         prompt: args.prompt,
-        negative_prompt: args.negative_prompt,
+        negative_prompt: settings.negative_prompt,
         width: args.width,
         height: args.height,
-        aspect_ratio: args.aspect_ratio,
-        megapixels: args.megapixels,
+        aspect_ratio: settings.aspect_ratio,
+        megapixels: settings.megapixels,
         steps: args.steps,
         guidance: args.guidance,
         true_cfg: args.true_cfg,
         seed: args.seed,
         outputs: args.num_outputs,
-        noise: Some(args.noise),
-        image: picture("image", args.image)?,
-        mask: picture("mask", args.mask)?,
+        noise: settings.noise,
+        image: picture("image", settings.image)?,
+        mask: picture("mask", settings.mask)?,
         prompt_strength: args.prompt_strength,
-        loras: lora::parse(&args.loras, args.lora_text_scale, args.lora_blocks.as_deref())?,
-        lora_mode: args.lora_mode,
+        loras: lora::parse(&args.loras, settings.lora_text_scale, settings.lora_blocks.as_deref())?,
+        lora_mode: settings.lora_mode.unwrap_or_default(),
         previews: None,
-        trigger_word: args.trigger_word,
+        trigger_word: settings.trigger_word,
         trigger_policy: args.trigger_policy,
-        clean_prompt: args.clean_prompt,
+        clean_prompt: settings.clean_prompt,
     };
     let output = Output {
         path: args.output,
@@ -255,7 +209,7 @@ fn order(args: Args) -> anyhow::Result<Order> {
         metadata: !args.no_metadata,
         latents: args.save_latents,
     };
-    Ok(Order { request, output, model: args.model, device: args.device, precision: args.dtype, digest: args.json })
+    Ok(Order { request, output, model: args.model, device: settings.device, precision: args.dtype, digest: args.json })
 }
 
 fn read(field: &'static str, path: PathBuf) -> Result<Picture, ops::Error> {
@@ -265,34 +219,6 @@ fn read(field: &'static str, path: PathBuf) -> Result<Picture, ops::Error> {
     }
 }
 
-pub(super) fn mode(text: &str) -> Result<LoraMode, String> {
-    match text {
-        "auto" => Ok(LoraMode::Auto),
-        "merge" => Ok(LoraMode::Merge),
-        "branch" => Ok(LoraMode::Branch),
-        _ => Err("must be auto, merge or branch".into()),
-    }
-}
-
-fn noise(text: &str) -> Result<NoiseKind, String> {
-    match text {
-        "cpu" => Ok(NoiseKind::Cpu),
-        "cuda" => Ok(NoiseKind::Cuda),
-        _ => Err("must be cpu or cuda".into()),
-    }
-}
-
 fn format(text: &str) -> Result<Format, String> {
     text.parse().map_err(|()| "must be one of png, jpg, webp".into())
-}
-
-pub(super) fn device(text: &str) -> anyhow::Result<DeviceChoice> {
-    match (text, text.strip_prefix("cuda:")) {
-        ("auto", _) => Ok(DeviceChoice::Auto),
-        ("cpu", _) => Ok(DeviceChoice::Cpu),
-        ("cuda", _) => Ok(DeviceChoice::Cuda(0)),
-        ("metal", _) => Ok(DeviceChoice::Metal),
-        (_, Some(number)) => Ok(DeviceChoice::Cuda(number.parse().context("the card's number must be a whole number from 0")?)),
-        _ => anyhow::bail!("must be auto, cpu, cuda, cuda:N or metal"),
-    }
 }

@@ -3,8 +3,8 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use super::generate::{device, mode};
 use super::progress::JobBar;
+use super::settings::device;
 use crate::config::Config;
 use crate::engine::{DeviceChoice, LoraMode};
 use crate::fetch::Progress;
@@ -105,7 +105,7 @@ enum Verb {
         #[arg(long, value_name = "NUMBER", default_value_t = 0)]
         seed: u64,
         /// auto, merge or branch
-        #[arg(long, value_name = "MODE", value_parser = mode, default_value = "auto")]
+        #[arg(long, value_name = "MODE", default_value = "auto")]
         lora_mode: LoraMode,
         /// auto, cpu, cuda, cuda:1 (the second card) or metal
         #[arg(long, value_name = "DEVICE", value_parser = device, default_value = "auto")]

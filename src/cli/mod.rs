@@ -10,7 +10,9 @@ mod lora;
 mod models;
 mod progress;
 mod serve;
+mod settings;
 mod signal;
+mod sweep;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -38,6 +40,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Generate(Box<generate::Args>),
+    Sweep(Box<sweep::Args>),
     Lora(lora::Args),
     Models(models::Args),
     Serve(Box<serve::Args>),
@@ -61,6 +64,7 @@ pub fn main() -> ExitCode {
     log(&config, matches!(cli.verb, Verb::Serve(_)));
     let result = match cli.verb {
         Verb::Generate(args) => generate::run(*args, &config),
+        Verb::Sweep(args) => sweep::run(*args, &config),
         Verb::Lora(args) => lora::run(args, &config),
         Verb::Models(args) => models::run(args, &config),
         Verb::Serve(args) => serve::run(*args, &config),

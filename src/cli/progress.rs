@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::engine::Event;
 use crate::fetch::Progress;
 use crate::ops::generate::Stage;
+use crate::ops::sweep;
 
 const REDRAW: Duration = Duration::from_millis(100);
 
@@ -19,11 +20,7 @@ pub(super) struct JobBar {
 
 impl JobBar {
     pub(super) fn new(quiet: bool) -> Self {
-        let bar =
-            ProgressBar::with_draw_target(None, if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() });
-        bar.set_style(plain("{spinner} {msg}"));
-        bar.enable_steady_tick(REDRAW);
-        Self { bar, first_step: None }
+        Self { bar: spinner(quiet), first_step: None }
     }
 
     pub(super) fn tell(&mut self, stage: Stage) {
@@ -66,6 +63,57 @@ impl Drop for JobBar {
     }
 }
 
+/// Shows many pictures.
+#[derive(Debug)]
+pub(super) struct SweepBar {
+    bar: ProgressBar,
+}
+
+impl SweepBar {
+    pub(super) fn new(quiet: bool) -> Self {
+        Self { bar: spinner(quiet) }
+    }
+
+    pub(super) fn tell(&mut self, stage: sweep::Stage) {
+        match stage {
+            sweep::Stage::Fetching(progress) => self.bar.set_message(fetching(progress)),
+            sweep::Stage::Loading(model) => self.bar.set_message(format!("loading {model}")),
+            sweep::Stage::Estimated(_) => {}
+            sweep::Stage::Step { picture, pictures, step, steps, left } => {
+                self.bar.set_length(pictures as u64);
+                self.bar.set_style(plain("{bar:24} {msg}"));
+                self.bar.set_position(picture as u64 - 1);
+                let left = clock(left);
+                self.bar.set_message(format!("picture {picture} of {pictures}, step {step} of {steps}, {left} left"));
+            }
+            sweep::Stage::Reporting => self.bar.set_message("measuring and drawing"),
+        }
+    }
+
+    /// Says or asks something without the bar in the way.
+    pub(super) fn aside<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        self.bar.suspend(work)
+    }
+
+    pub(super) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+impl Drop for SweepBar {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+fn spinner(quiet: bool) -> ProgressBar {
+    let bar =
+        ProgressBar::with_draw_target(None, if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() });
+    bar.set_style(plain("{spinner} {msg}"));
+    bar.enable_steady_tick(REDRAW);
+    bar
+}
+
 /// A download in words.
 pub(super) fn fetching(Progress { done, total }: Progress) -> String {
     let megabytes = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
@@ -80,9 +128,13 @@ fn of(output: usize, outputs: usize) -> String {
     if outputs == 1 { String::new() } else { format!(", picture {output} of {outputs}") }
 }
 
-fn clock(time: Duration) -> String {
+pub(super) fn clock(time: Duration) -> String {
     let seconds = time.as_secs_f64().ceil() as u64;
-    if seconds < 60 { format!("{seconds} s") } else { format!("{}:{:02} min", seconds / 60, seconds % 60) }
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{}:{:02} min", seconds / 60, seconds % 60),
+        _ => format!("{}:{:02} h", seconds / 3600, seconds / 60 % 60),
+    }
 }
 
 fn plain(template: &str) -> ProgressStyle {

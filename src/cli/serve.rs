@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::runtime::Runtime;
 
-use super::generate::device;
+use super::settings::device;
 use crate::api::{self, Files, Keep, Options, Server, Tls, Unit};
 use crate::blobs::Blobs;
 use crate::config::Config;

@@ -1,6 +1,7 @@
 //! One device, one model, one job at a time. Knows no URL, user, SQL or HTTP.
 
 mod device;
+mod encoded;
 mod error;
 mod job;
 mod pipeline;

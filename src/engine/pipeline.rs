@@ -17,6 +17,7 @@ use models::vae::Autoencoder;
 use models::weights::{Component, Source};
 use serde_json::Value;
 
+use super::encoded::{Encoded, Text};
 use super::preview::Preview;
 use super::{Error, Event, Finished, Job, Start, Timings, Truncation};
 use super::{device, pixels};
@@ -57,6 +58,8 @@ pub struct Pipeline {
     dtype: DType,
     /// Locked while a job runs: its weights are its own.
     patches: Mutex<Patches>,
+    /// Prompts that were encoded lately.
+    encoded: Encoded,
     /// Fitted when the first one is asked for.
     preview: OnceLock<Preview>,
 }
@@ -131,6 +134,7 @@ impl Pipeline {
             device: device.clone(),
             dtype,
             patches,
+            encoded: Encoded::default(),
             preview: OnceLock::new(),
         })
     }
@@ -161,7 +165,7 @@ impl Pipeline {
         let mut patches = self.patches();
         let switch = self.timed(&mut timings.switch, || Ok(patches.apply(&job.loras, job.lora_mode)?))?;
         tell(told, Event::Encoding)?;
-        let prompts = self.timed(&mut timings.encode, || self.encode(job, &mut truncated))?;
+        let prompts = self.timed(&mut timings.encode, || self.encode(job, &patches, &mut truncated))?;
         let (rows, columns) = (job.height / 16, job.width / 16);
         let rope = Rope::new(self.flux.config(), self.text_tokens, rows, columns, &self.device)?;
         let sigmas = self.schedule.sigmas(job.steps, rows * columns);
@@ -190,9 +194,11 @@ impl Pipeline {
 
     /// One step of `job` with the weights as they are; its adapters are not looked at. An error if no numbers come of it.
     pub fn try_out(&self, job: &Job) -> Result<(), Error> {
-        let _weights = self.patches();
+        let weights = self.patches();
         let (rows, columns) = (job.height / 16, job.width / 16);
-        let prompts = self.encode(job, &mut Vec::new())?;
+        // What the text encoders can do now is a part of it.
+        self.encoded.forget();
+        let prompts = self.encode(job, &weights, &mut Vec::new())?;
         let rope = Rope::new(self.flux.config(), self.text_tokens, rows, columns, &self.device)?;
         let latents = self.denoise(job, job.seed, &prompts, &[1.0, 0.0], &rope, &mut |_, _| Ok(()))?;
         self.decode(&sampler::unpack(&latents, rows, columns)?).map(drop)
@@ -215,33 +221,28 @@ impl Pipeline {
         Ok(result)
     }
 
-    fn encode(&self, job: &Job, truncated: &mut Vec<Truncation>) -> Result<Prompts, Error> {
-        let positive = self.condition("prompt", &job.prompt, job.guidance, truncated)?;
-        let wanted = job.true_cfg > 1.;
-        let negative =
-            wanted.then(|| self.condition("negative_prompt", &job.negative_prompt, job.guidance, truncated)).transpose()?;
+    fn encode(&self, job: &Job, patches: &Patches, truncated: &mut Vec<Truncation>) -> Result<Prompts, Error> {
+        let guidance = Tensor::new(&[job.guidance as f32], &self.device)?;
+        let mut condition = |field: &'static str, prompt: &str| {
+            let text = self.encoded.of(prompt, patches, || self.read(prompt))?;
+            truncated.extend(text.cut.iter().cloned().map(|(encoder, limit, lost)| Truncation { field, encoder, limit, lost }));
+            Ok::<_, Error>(Conditioning { txt: text.txt, pooled: text.pooled, guidance: Some(guidance.clone()) })
+        };
+        let positive = condition("prompt", &job.prompt)?;
+        let negative = (job.true_cfg > 1.).then(|| condition("negative_prompt", &job.negative_prompt)).transpose()?;
         Ok(Prompts { positive, negative })
     }
 
-    fn condition(
-        &self,
-        field: &'static str,
-        prompt: &str,
-        guidance: f64,
-        truncated: &mut Vec<Truncation>,
-    ) -> Result<Conditioning, Error> {
+    /// What the text encoders make of a prompt.
+    fn read(&self, prompt: &str) -> Result<Text, Error> {
         let t5 = self.tokenizers.t5(prompt, self.text_tokens)?;
         let clip = self.tokenizers.clip(prompt)?;
-        for (encoder, tokens) in [("t5", &t5), ("clip", &clip)] {
-            if let Some(lost) = tokens.cut.clone() {
-                truncated.push(Truncation { field, encoder, limit: tokens.ids.len(), lost });
-            }
-        }
+        let cut = [("t5", &t5), ("clip", &clip)].into_iter();
+        let cut = cut.filter_map(|(encoder, tokens)| Some((encoder, tokens.ids.len(), tokens.cut.clone()?))).collect();
         let ids = |ids: &[u32]| Tensor::new(ids, &self.device)?.unsqueeze(0);
         let (_, pooled) = self.clip.forward(&ids(&clip.ids)?)?;
         let txt = self.t5.forward(&ids(&t5.ids)?)?.to_dtype(self.dtype)?;
-        let guidance = Tensor::new(&[guidance as f32], &self.device)?;
-        Ok(Conditioning { txt, pooled, guidance: Some(guidance) })
+        Ok(Text { txt, pooled, cut })
     }
 
     /// Walks the sigmas, from the first to the last, which is 0 -> packed latents `(1, l_img, 64)` in f32.

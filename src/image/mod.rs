@@ -6,6 +6,7 @@
 mod decode;
 mod encode;
 mod exif;
+pub mod measure;
 mod metadata;
 #[cfg(test)]
 mod tests;

@@ -47,6 +47,9 @@ pub enum Error {
     },
     #[error("{path} is there already; add --force to replace it, or choose another name")]
     Exists { path: PathBuf },
+    /// A folder that is, or should be, a sweep's.
+    #[error("{folder} {problem}; {hint}")]
+    Run { folder: PathBuf, problem: String, hint: String },
     #[error("{path} cannot be written")]
     Write {
         path: PathBuf,
@@ -133,7 +136,11 @@ impl Error {
             Self::TooLarge { .. } => "out_of_memory".into(),
             Self::Lora { source, .. } => format!("lora_{}", source.code()),
             Self::Fetch { source, .. } => format!("lora_{}", source.code()),
-            Self::Write { .. } | Self::UnwritableFolder { .. } | Self::NoFolder { .. } | Self::Exists { .. } => "storage".into(),
+            Self::Run { .. }
+            | Self::Write { .. }
+            | Self::UnwritableFolder { .. }
+            | Self::NoFolder { .. }
+            | Self::Exists { .. } => "storage".into(),
             Self::Engine(engine::Error::Lora(source)) => format!("lora_{}", source.code()),
             Self::Engine(engine::Error::NotANumber { .. }) => "numerical_error".into(),
             Self::Engine(_) => "engine_failed".into(),

@@ -5,11 +5,13 @@
 
 pub mod doctor;
 mod error;
+mod files;
 pub mod generate;
 pub mod lora;
 pub mod models;
 pub mod serve;
 mod sizes;
+pub mod sweep;
 
 pub use error::Error;
 pub(crate) use sizes::near;

@@ -116,6 +116,10 @@ fn help_is_what_was_agreed() {
     for (name, arguments) in [
         ("darkroom", &["--help"][..]),
         ("generate", &["generate", "--help"]),
+        ("sweep", &["sweep", "--help"]),
+        ("sweep-report", &["sweep", "report", "--help"]),
+        ("sweep-compare", &["sweep", "compare", "--help"]),
+        ("sweep-recommend", &["sweep", "recommend", "--help"]),
         ("lora", &["lora", "--help"]),
         ("lora-inspect", &["lora", "inspect", "--help"]),
         ("lora-convert", &["lora", "convert", "--help"]),

@@ -37,4 +37,5 @@ mod serve_faults;
 mod serve_tenants;
 mod service;
 mod site;
+mod sweep;
 mod tidy;

@@ -14,7 +14,7 @@ const MOST_OUTPUTS: usize = 1000;
 const MOST_GUIDANCE: f64 = 100.0;
 
 /// How much of a given picture is painted anew, unless said.
-const PROMPT_STRENGTH: f64 = 0.8;
+pub(crate) const PROMPT_STRENGTH: f64 = 0.8;
 
 /// The job that `request` asks of `model`, its adapters still to be got, and remarks on what of it has no effect.
 pub fn prepare(request: &Request, model: &Model) -> Result<(Job, Vec<String>), Error> {

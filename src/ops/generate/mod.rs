@@ -8,7 +8,8 @@ mod settings;
 mod target;
 
 pub use job::prepare;
-pub(crate) use job::random_seed;
+pub(crate) use job::{PROMPT_STRENGTH, random_seed};
 pub use request::{Output, Picture, Precision, Request};
 pub use run::{Cut, LoraReport, ModelReport, Order, Report, Seconds, Stage, run};
-pub(crate) use run::{Setting, device_name, encode};
+pub(crate) use run::{Setting, device_name, encode, latents, seconds};
+pub(crate) use settings::noise as noise_name;

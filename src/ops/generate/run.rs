@@ -195,7 +195,7 @@ pub(crate) fn encode(
 }
 
 /// A safetensors file with one f32 tensor, `latents`.
-fn latents(finished: &Finished) -> Result<Vec<u8>, Error> {
+pub(crate) fn latents(finished: &Finished) -> Result<Vec<u8>, Error> {
     let values: Vec<f32> = finished.latents.flatten_all().and_then(|flat| flat.to_vec1()).map_err(engine::Error::from)?;
     let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
     let view = TensorView::new(Dtype::F32, finished.latents.dims().to_vec(), &bytes).expect("four bytes for each value");
@@ -209,7 +209,7 @@ fn tell(told: &mut dyn FnMut(Stage<'_>) -> ControlFlow<()>, stage: Stage<'_>) ->
     }
 }
 
-fn seconds(load: Duration, finished: &Finished, write: Duration) -> Seconds {
+pub(crate) fn seconds(load: Duration, finished: &Finished, write: Duration) -> Seconds {
     let timings = finished.timings;
     let [load, switch, encode, denoise, decode, write] =
         [load, timings.switch, timings.encode, timings.denoise, timings.decode, write]

@@ -79,7 +79,7 @@ fn lora(selected: &Selected) -> Value {
     })
 }
 
-pub(super) fn noise(kind: NoiseKind) -> &'static str {
+pub(crate) fn noise(kind: NoiseKind) -> &'static str {
     match kind {
         NoiseKind::Cpu => "cpu",
         NoiseKind::Cuda => "cuda",

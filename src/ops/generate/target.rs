@@ -1,14 +1,11 @@
 //! Where pictures go: checked before the work starts, written whole or not at all.
 
-use std::fs;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-
-use tempfile::NamedTempFile;
 
 use super::Output;
 use crate::image::Format;
 use crate::ops::Error;
+use crate::ops::files::{check_folder, folder_of, write};
 
 const DEFAULT_QUALITY: u8 = 90;
 
@@ -160,50 +157,15 @@ fn is_folder(path: &Path) -> bool {
     path.is_dir() || path.as_os_str().to_string_lossy().ends_with(std::path::is_separator)
 }
 
-fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
 /// `./name` as people write it: `name`.
 fn tidy(path: PathBuf) -> PathBuf {
     path.strip_prefix(".").map(Path::to_path_buf).unwrap_or(path)
 }
 
-fn check_folder(field: &'static str, folder: &Path) -> Result<(), Error> {
-    if !folder.is_dir() {
-        return Err(Error::NoFolder { field, folder: folder.into() });
-    }
-    // Permissions, quotas and read-only mounts all show when a file is made.
-    temporary(folder).map(drop).map_err(|source| Error::UnwritableFolder { field, folder: folder.into(), source })
-}
-
-fn temporary(folder: &Path) -> io::Result<NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".darkroom-").suffix(".part");
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        // What the user's umask leaves of it, as for any other file; temporary files are private otherwise.
-        builder.permissions(fs::Permissions::from_mode(0o666));
-    }
-    builder.tempfile_in(folder)
-}
-
-/// Writes a file under another name in the same folder and renames it, so that nobody sees half of it.
-fn write(path: &Path, force: bool, bytes: &[u8]) -> Result<(), Error> {
-    let failed = |source| Error::Write { path: path.into(), source };
-    let mut file = temporary(folder_of(path)).map_err(failed)?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(failed)?;
-    let renamed = if force { file.persist(path) } else { file.persist_noclobber(path) };
-    match renamed {
-        Ok(_) => Ok(()),
-        Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists { path: path.into() }),
-        Err(e) => Err(failed(e.error)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn output(path: Option<PathBuf>) -> Output {

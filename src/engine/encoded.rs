@@ -1,0 +1,61 @@
+//! Prompts as the text encoders read them, kept for the next job with the same words.
+
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::Tensor;
+use models::lora::{Mode, Patches};
+
+use super::Error;
+
+/// Prompts that are kept: 4 MB each for FLUX.1 in 16 bits.
+const KEPT: usize = 16;
+
+/// One prompt, encoded.
+#[derive(Debug, Clone)]
+pub(super) struct Text {
+    /// `(1, l_txt, d)` of T5.
+    pub(super) txt: Tensor,
+    /// `(1, d)` of CLIP.
+    pub(super) pooled: Tensor,
+    /// Encoder, its limit in tokens, and the text beyond it.
+    pub(super) cut: Vec<(&'static str, usize, String)>,
+}
+
+/// The last prompts, the last used last. The same words through the same weights give the same numbers, so nothing changes by it but
+/// the time.
+#[derive(Debug, Default)]
+pub(super) struct Encoded(Mutex<Vec<(Key, Text)>>);
+
+/// The words, and what of the text encoders' weights is not the base's: adapters that reach them, and their scales.
+#[derive(Debug, Clone, PartialEq)]
+struct Key {
+    prompt: String,
+    adapters: Vec<(String, f64)>,
+    mode: Mode,
+}
+
+impl Encoded {
+    /// The prompt's encoding, by `read` if it is not kept.
+    pub(super) fn of(&self, prompt: &str, patches: &Patches, read: impl FnOnce() -> Result<Text, Error>) -> Result<Text, Error> {
+        let reaching = patches.live().iter().filter(|selected| !selected.adapter.report.text_encoders.is_empty());
+        let adapters = reaching.map(|selected| (selected.adapter.digest().to_owned(), selected.scales.text)).collect();
+        let key = Key { prompt: prompt.into(), adapters, mode: patches.mode() };
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(i) = kept.iter().position(|(has, _)| *has == key) {
+            let found = kept.remove(i);
+            kept.push(found.clone());
+            return Ok(found.1);
+        }
+        let text = read()?;
+        if kept.len() >= KEPT {
+            kept.remove(0);
+        }
+        kept.push((key, text.clone()));
+        Ok(text)
+    }
+
+    /// So that the next prompt is read anew.
+    pub(super) fn forget(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}

@@ -1,0 +1,349 @@
+//! The pictures of a sweep, made one after another.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device};
+use serde::Serialize;
+
+use super::environment::Memory;
+use super::folder::{Folder, Made, Manifest, Stages};
+use super::plan::{self, Base, Cell, Plan};
+use super::stats;
+use super::wish::{Asked, Sweep};
+use super::{Axis, environment, report};
+use crate::config::Config;
+use crate::engine::{self, Event, Finished, Job, Pipeline, Selected};
+use crate::fetch::Progress;
+use crate::image::Format;
+use crate::ops::Error;
+use crate::ops::generate::{self, Precision, Setting};
+use crate::ops::lora::{Lora, Sources};
+
+/// Steps of a run that only warms up and measures the pace.
+const TRIAL_STEPS: usize = 2;
+
+/// A sweep whose pictures fail one after another has a fault of its own.
+const MOST_FAILURES: usize = 3;
+
+/// Of a picture's file, about; faces of pocket are smaller, noise is larger.
+const PNG_BYTES_PER_PIXEL: f64 = 1.6;
+/// 16 channels of f32 for 8 x 8 pixels.
+const LATENT_BYTES_PER_PIXEL: f64 = 1.;
+
+/// What a sweep is doing. Answering `ControlFlow::Break` stops it within a step; what is done stays done.
+#[derive(Debug, Clone, Copy)]
+pub enum Stage<'a> {
+    /// A LoRA that is not on this machine.
+    Fetching(Progress),
+    Loading(&'a str),
+    /// Before the first picture: what is to come.
+    Estimated(&'a Estimate),
+    /// A step of picture `picture` of `pictures` (those that are made now), with the time that is left.
+    Step {
+        picture: usize,
+        pictures: usize,
+        step: usize,
+        steps: usize,
+        left: Duration,
+    },
+    /// Metrics, tables, sheets, plots.
+    Reporting,
+}
+
+/// What a sweep will take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Estimate {
+    /// Cells of the grid.
+    pub cells: usize,
+    /// Pictures to be made: equal ones once, and not those that are done.
+    pub pictures: usize,
+    pub done: usize,
+    pub time: Duration,
+    pub bytes: u64,
+}
+
+/// What became of the pictures.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Outcome {
+    pub made: usize,
+    /// From an earlier run.
+    pub kept: usize,
+    /// Remarks on settings without effect.
+    pub remarks: Vec<String>,
+    /// Name and reason of each picture that could not be made.
+    pub failed: Vec<(String, String)>,
+}
+
+type Told<'a> = &'a mut dyn FnMut(Stage<'_>) -> ControlFlow<()>;
+
+/// Makes what is not there yet.
+pub(super) fn make(sweep: &Sweep, config: &Config, folder: &mut Folder, told: Told) -> Result<Outcome, Error> {
+    let device = engine::device(sweep.device)?;
+    let sources = Sources::new(config);
+    let mut memory = Memory::new();
+    memory.look(&device);
+    let plan = plan::plan(sweep, config, &device, &sources, &mut |progress| told(Stage::Fetching(progress)))?;
+    let Plan { cells, bases, remarks } = plan;
+    let mut manifest = Manifest::new(&sweep.command, sweep.repeats, sweep.grid.clone(), cells);
+    manifest.common = super::command::common(sweep);
+    manifest.remarks.clone_from(&remarks);
+    folder.keep(&manifest)?;
+    let mut surroundings = environment::environment(&device);
+    surroundings.extend(bases.values().map(|base| (format!("model {}", base.model.name), format!("sha256 {}", base.sha256))));
+    report::keep_environment(folder.path(), &surroundings)?;
+    let cells = &manifest.cells;
+    let done = folder.done()?;
+    let order = plan::order(cells, &|key| done.contains_key(key));
+    let kept =
+        cells.iter().filter(|cell| done.contains_key(&cell.key)).map(|cell| &cell.key).collect::<std::collections::HashSet<_>>();
+    let mut outcome = Outcome { kept: kept.len(), remarks, ..Outcome::default() };
+    if order.is_empty() {
+        return Ok(outcome);
+    }
+    let asked = |cell: &Cell| sweep.shared.asked(&plan::values(&sweep.grid, &cell.at));
+    let mut maker = Maker {
+        sweep,
+        device: &device,
+        sources: &sources,
+        loaded: None,
+        loras: (Vec::new(), Vec::new()),
+        memory,
+        keep_latents: sweep.grid.values(Axis::Steps).is_some_and(|steps| steps.len() > 1),
+        pace: Pace::default(),
+    };
+    let mut in_row = 0;
+    for (i, place) in order.iter().enumerate() {
+        let cell = &cells[*place];
+        let asked = asked(cell)?;
+        let base = &bases[&asked.model];
+        let dtype = asked.precision.map_or_else(|| engine::default_dtype(&device), Precision::dtype);
+        if maker.is_other(&base.sha256, dtype) {
+            maker.load(&asked, base, dtype, told)?;
+            if i == 0 {
+                maker.pace = maker.trial(&asked, base, told)?;
+                let estimate = maker.pace.estimate(cells, &order, sweep.repeats, outcome.kept, maker.keep_latents);
+                tell(told, Stage::Estimated(&estimate))?;
+                maker.pace.begin(cells, &order, sweep.repeats);
+            }
+        }
+        match maker.make(cell, &asked, base, folder, (i + 1, order.len()), told) {
+            Ok(()) => {
+                outcome.made += 1;
+                in_row = 0;
+            }
+            Err(error) if error.is_cancelled() => return Err(error),
+            Err(error) => {
+                tracing::error!(key = cell.key, error = error.told(), "a picture could not be made");
+                outcome.failed.push((cell.key.clone(), error.told()));
+                in_row += 1;
+                if in_row == MOST_FAILURES || matches!(error, Error::Write { .. }) {
+                    return Err(error);
+                }
+            }
+        }
+        maker.pace.done(cell, sweep.repeats);
+    }
+    Ok(outcome)
+}
+
+fn tell(told: Told, stage: Stage<'_>) -> Result<(), Error> {
+    match told(stage) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(engine::Error::Cancelled.into()),
+    }
+}
+
+/// The loaded model and what was last used with it.
+struct Maker<'a> {
+    sweep: &'a Sweep,
+    device: &'a Device,
+    sources: &'a Sources,
+    loaded: Option<(String, DType, Pipeline)>,
+    /// The last set of LoRAs, as asked for and opened.
+    loras: (Vec<Lora>, Vec<Selected>),
+    memory: Memory,
+    keep_latents: bool,
+    pace: Pace,
+}
+
+impl Maker<'_> {
+    fn is_other(&self, sha256: &str, dtype: DType) -> bool {
+        self.loaded.as_ref().is_none_or(|(loaded, in_dtype, _)| loaded != sha256 || *in_dtype != dtype)
+    }
+
+    fn load(&mut self, asked: &Asked, base: &Base, dtype: DType, told: Told) -> Result<(), Error> {
+        tell(told, Stage::Loading(&base.model.name))?;
+        // Two do not fit where one just fits.
+        self.loaded = None;
+        let pipeline = Pipeline::load(&base.model.bundle, self.device, dtype, &mut |_| {})?;
+        // The first run pays for what later ones find ready.
+        let (mut job, _) = generate::prepare(&asked.request, &base.model)?;
+        job.steps = 1;
+        job.start = None;
+        pipeline.run(&job, &mut |_| go_on(told, &base.model.name))?;
+        self.loaded = Some((base.sha256.clone(), dtype, pipeline));
+        Ok(())
+    }
+
+    fn pipeline(&self) -> &Pipeline {
+        &self.loaded.as_ref().expect("loaded before the first picture").2
+    }
+
+    /// Measures the pace of a step and of the rest.
+    fn trial(&self, asked: &Asked, base: &Base, told: Told) -> Result<Pace, Error> {
+        let (mut job, _) = generate::prepare(&asked.request, &base.model)?;
+        (job.steps, job.start, job.true_cfg) = (TRIAL_STEPS, None, 1.);
+        let finished = self.pipeline().run(&job, &mut |_| go_on(told, &base.model.name))?;
+        let pixels = (job.width * job.height) as f64;
+        let timings = finished.timings;
+        Ok(Pace {
+            step: timings.denoise.as_secs_f64() / TRIAL_STEPS as f64 / pixels,
+            rest: (timings.encode + timings.decode).as_secs_f64() / pixels,
+            ..Pace::default()
+        })
+    }
+
+    fn make(
+        &mut self,
+        cell: &Cell,
+        asked: &Asked,
+        base: &Base,
+        folder: &mut Folder,
+        (picture, pictures): (usize, usize),
+        told: Told,
+    ) -> Result<(), Error> {
+        let (mut job, _) = generate::prepare(&asked.request, &base.model)?;
+        job.loras = self.open(&asked.request.loras, told)?;
+        self.memory.begin();
+        let mut runs = Vec::new();
+        let mut first = None;
+        for repeat in 0..self.sweep.repeats {
+            let (memory, device, pace) = (&mut self.memory, self.device, &self.pace);
+            let pipeline = &self.loaded.as_ref().expect("loaded before the first picture").2;
+            let finished = pipeline.run(&job, &mut |event| {
+                let (step, steps) = match event {
+                    Event::Step { step, steps, .. } => (step, steps),
+                    Event::Decoding { .. } => {
+                        memory.look(device);
+                        return ControlFlow::Continue(());
+                    }
+                    Event::Encoding | Event::Preview { .. } => return ControlFlow::Continue(()),
+                };
+                let all = steps * self.sweep.repeats;
+                let left = pace.left(cell, (repeat * steps + step) as f64 / all as f64, self.sweep.repeats);
+                told(Stage::Step { picture, pictures, step: repeat * steps + step, steps: all, left })
+            })?;
+            memory.look(device);
+            runs.push(stages(&finished));
+            first.get_or_insert(finished);
+        }
+        let finished = first.expect("at least one repeat");
+        let made = Made {
+            key: cell.key.clone(),
+            at: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
+            device: generate::device_name(self.device),
+            seconds: median(&runs),
+            repeats: if runs.len() > 1 { runs } else { Vec::new() },
+            peak_memory_bytes: self.memory.peak,
+            peak_device_bytes: self.memory.peak_device,
+            notes: notes(&finished),
+        };
+        let png = self.png(&job, &finished, base)?;
+        let latents = self.keep_latents.then(|| generate::latents(&finished)).transpose()?;
+        folder.add(&made, &png, latents.as_deref())
+    }
+
+    fn png(&self, job: &Job, finished: &Finished, base: &Base) -> Result<Vec<u8>, Error> {
+        let device = generate::device_name(self.device);
+        let dtype = self.pipeline().dtype().as_str();
+        let setting = Setting { model: &base.model.name, digest: Some(&base.sha256), device: &device, dtype };
+        Ok(generate::encode(job, finished, (Format::Png, 100), Some(setting))?.swap_remove(0))
+    }
+
+    fn open(&mut self, loras: &[Lora], told: Told) -> Result<Vec<Selected>, Error> {
+        if self.loras.0 != loras {
+            // The set before is let go first.
+            self.loras = (Vec::new(), Vec::new());
+            let opened = self.sources.open(loras, &mut |progress| told(Stage::Fetching(progress)))?;
+            self.loras = (loras.to_vec(), opened);
+        }
+        // As the plan has it: what has no effect is not put on.
+        let acts = |selected: &&Selected| selected.scales.model != 0. || selected.scales.text != 0.;
+        Ok(self.loras.1.iter().filter(acts).cloned().collect())
+    }
+}
+
+/// While something runs that has no steps to show.
+fn go_on(told: Told, name: &str) -> ControlFlow<()> {
+    told(Stage::Loading(name))
+}
+
+fn stages(finished: &Finished) -> Stages {
+    let timings = generate::seconds(Duration::ZERO, finished, Duration::ZERO);
+    Stages { switch: timings.switch, encode: timings.encode, denoise: timings.denoise, decode: timings.decode }
+}
+
+fn median(runs: &[Stages]) -> Stages {
+    let of = |stage: fn(&Stages) -> f64| stats::median(&runs.iter().map(stage).collect::<Vec<_>>());
+    Stages { switch: of(|s| s.switch), encode: of(|s| s.encode), denoise: of(|s| s.denoise), decode: of(|s| s.decode) }
+}
+
+fn notes(finished: &Finished) -> Vec<String> {
+    let cut = |cut: &engine::Truncation| {
+        format!("{} reads {} tokens of the {}; it did not see: {}", cut.encoder, cut.limit, cut.field, cut.lost)
+    };
+    finished.truncated.iter().map(cut).chain(finished.switch.notes.iter().cloned()).collect()
+}
+
+/// How long things take, in seconds for each pixel: more pixels take at least in proportion more.
+#[derive(Debug, Clone, Copy, Default)]
+struct Pace {
+    step: f64,
+    rest: f64,
+    /// Work in all and done, in seconds as estimated.
+    all: f64,
+    finished: f64,
+    begun: Option<Instant>,
+}
+
+impl Pace {
+    fn cost(&self, cell: &Cell, repeats: usize) -> f64 {
+        let number = |name: &str| cell.exact[name].as_f64().unwrap_or(1.);
+        let forwards = if number("true_cfg") > 1. { 2. } else { 1. };
+        let steps = (number("steps") * cell.exact["strength"].as_f64().unwrap_or(1.)).ceil();
+        number("width") * number("height") * (self.step * steps * forwards + self.rest) * repeats as f64
+    }
+
+    fn estimate(&self, cells: &[Cell], order: &[usize], repeats: usize, done: usize, latents: bool) -> Estimate {
+        let pixels = |place: &usize| {
+            let side = |name: &str| cells[*place].exact[name].as_f64().unwrap_or(0.);
+            side("width") * side("height")
+        };
+        let each = PNG_BYTES_PER_PIXEL + if latents { LATENT_BYTES_PER_PIXEL } else { 0. };
+        Estimate {
+            cells: cells.len(),
+            pictures: order.len(),
+            done,
+            time: Duration::from_secs_f64(order.iter().map(|place| self.cost(&cells[*place], repeats)).sum()),
+            bytes: order.iter().map(|place| pixels(place) * each).sum::<f64>() as u64,
+        }
+    }
+
+    fn begin(&mut self, cells: &[Cell], order: &[usize], repeats: usize) {
+        self.all = order.iter().map(|place| self.cost(&cells[*place], repeats)).sum();
+        self.begun = Some(Instant::now());
+    }
+
+    fn done(&mut self, cell: &Cell, repeats: usize) {
+        self.finished += self.cost(cell, repeats);
+    }
+
+    /// By the pace so far, once there is one.
+    fn left(&self, cell: &Cell, share: f64, repeats: usize) -> Duration {
+        let finished = self.finished + share * self.cost(cell, repeats);
+        let spent = self.begun.map_or(0., |begun| begun.elapsed().as_secs_f64());
+        let ratio = if finished > 0.02 * self.all { spent / finished } else { 1. };
+        Duration::try_from_secs_f64((self.all - finished).max(0.) * ratio).unwrap_or_default()
+    }
+}

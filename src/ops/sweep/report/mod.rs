@@ -1,0 +1,181 @@
+//! What people look at: tables, contact sheets, plots, and one page that holds them all.
+
+mod html;
+mod layout;
+mod plot;
+mod sheet;
+mod text;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+pub use layout::Layout;
+
+use super::metrics::{self, Better};
+use super::results::{DENOISE, Results, Row, by_seed};
+use super::{Axis, References, stats};
+use crate::config::Config;
+use crate::image::{self, Format};
+use crate::ops::{Error, files};
+
+/// More sheets than this nobody looks at one by one; the page has them all.
+const MOST_SHEETS: usize = 100;
+
+/// Of the page and of sheets as files.
+const SHEETS: &str = "sheets";
+const PLOTS: &str = "plots";
+const ENVIRONMENT: &str = "environment.json";
+
+/// What was written.
+#[derive(Debug, Clone, Serialize)]
+pub struct Written {
+    pub html: PathBuf,
+    pub rows: usize,
+    pub sheets: Vec<PathBuf>,
+    pub plots: Vec<PathBuf>,
+}
+
+/// Measures a run's pictures and writes everything that people look at.
+pub(super) fn write(run: &Path, references: &References, layout: Layout) -> Result<Written, Error> {
+    let mut results = Results::read(run)?;
+    if results.rows.is_empty() {
+        return Err(Error::Run {
+            folder: run.into(),
+            problem: "has no picture yet".into(),
+            hint: "let the sweep make some first".into(),
+        });
+    }
+    layout.check(&results.manifest.grid)?;
+    references.keep(run)?;
+    results.measure(run, &references.judges(&results)?)?;
+    results.write(run)?;
+    let sheets = layout.sheets(&results);
+    let title = html::title(&results);
+    let mut notes = results.manifest.remarks.clone();
+    notes.extend(notes_of(&results, sheets.len()));
+    let mut written = Vec::new();
+    clear(&run.join(SHEETS))?;
+    for (i, sheet) in sheets.iter().take(MOST_SHEETS).enumerate() {
+        let title = if sheet.title.is_empty() { title.clone() } else { format!("{title} · {}", sheet.title) };
+        let drawn = sheet::draw(sheet, &title, |row| metrics::read(run, &results.rows[row].key))?;
+        let path = run.join(SHEETS).join(format!("sheet-{:03}.png", i + 1));
+        files::write(&path, true, &image::encode(&drawn, Format::Png, 100, None)?)?;
+        written.push(path);
+    }
+    let plots = plots(&results);
+    clear(&run.join(PLOTS))?;
+    let mut drawn = Vec::new();
+    for plot in &plots {
+        let path = run.join(PLOTS).join(format!("{}.svg", plot.name));
+        files::write(&path, true, plot.svg.as_bytes())?;
+        drawn.push(path);
+    }
+    let html = html::write(run, &results, &sheets, &plots, &environment(run), &notes)?;
+    Ok(Written { html, rows: results.rows.len(), sheets: written, plots: drawn })
+}
+
+/// Keeps what the pictures were made with; what was kept by an earlier part of the run stays beside it.
+pub(super) fn keep_environment(run: &Path, found: &BTreeMap<String, String>) -> Result<(), Error> {
+    let mut all = environment(run);
+    for (name, value) in found {
+        let entry = all.entry(name.clone()).or_default();
+        if !entry.split("; ").any(|has| has == value) {
+            *entry = if entry.is_empty() { value.clone() } else { format!("{entry}; {value}") };
+        }
+    }
+    files::write(&run.join(ENVIRONMENT), true, &serde_json::to_vec_pretty(&all).expect("texts"))
+}
+
+fn environment(run: &Path) -> BTreeMap<String, String> {
+    fs::read(run.join(ENVIRONMENT)).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
+}
+
+/// An empty folder: what an earlier grid left would mislead.
+fn clear(folder: &Path) -> Result<(), Error> {
+    let failed = |source| Error::Write { path: folder.into(), source };
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    fs::create_dir_all(folder).map_err(failed)
+}
+
+fn notes_of(results: &Results, sheets: usize) -> Vec<String> {
+    let manifest = &results.manifest;
+    let (have, all) = (results.rows.len(), manifest.cells.len());
+    let mut notes = Vec::new();
+    if have < all {
+        notes.push(format!("{have} of {all} pictures are made; the same command goes on."));
+    }
+    if sheets > MOST_SHEETS {
+        notes.push(format!("{MOST_SHEETS} of {sheets} sheets were written as files."));
+    }
+    let repeats = if manifest.repeats > 1 { format!(", medians of {} repeats", manifest.repeats) } else { String::new() };
+    notes.push(format!(
+        "Times are wall clock of each stage with the device synchronised, without loading and after a warm-up{repeats}."
+    ));
+    notes.push(
+        "Means are over seeds, of each seed the mean of its pictures; intervals are 95 % bootstrap intervals of the mean.".into(),
+    );
+    notes
+}
+
+fn plots(results: &Results) -> Vec<plot::Plot> {
+    let grid = &results.manifest.grid;
+    let mut found = Vec::new();
+    let along = |axis: Axis, figure: &str, shown: &str| {
+        let values = grid.values(axis).unwrap_or_default();
+        let points: Vec<plot::At> = values
+            .iter()
+            .enumerate()
+            .filter_map(|(place, value)| {
+                Some(plot::At { label: value.to_string(), x: value.as_number(), summary: results.summary(axis, place, figure)? })
+            })
+            .collect();
+        let title = format!("{shown} against {axis}");
+        (points.len() > 1).then(|| plot::along(&format!("{figure}-{axis}"), &title, axis.name(), shown, &points)).flatten()
+    };
+    let varied: Vec<Axis> = grid.varied().map(|(axis, _)| axis).filter(|axis| !axis.is_chance()).collect();
+    if varied.contains(&Axis::Steps) {
+        found.extend(along(Axis::Steps, DENOISE, "seconds of denoising"));
+    }
+    for metric in &results.metrics {
+        found.extend(varied.iter().filter_map(|axis| along(*axis, metric.name, metric.name)));
+    }
+    for metric in results.metrics.iter().filter(|metric| metric.better.is_some()) {
+        let settings = settings(results, metric.name);
+        if settings.len() > 1 {
+            let title = format!("{} against time", metric.name);
+            found.extend(plot::pareto(&title, metric.name, metric.better == Some(Better::Higher), &settings));
+        }
+    }
+    found
+}
+
+/// The combinations of all that can be chosen, with the means over everything else.
+fn settings(results: &Results, metric: &str) -> Vec<plot::Setting> {
+    let grid = &results.manifest.grid;
+    let choices: Vec<usize> = (0..grid.axes.len()).filter(|i| grid.axes[*i].0.is_choice() && grid.axes[*i].1.len() > 1).collect();
+    let mut groups: BTreeMap<Vec<usize>, Vec<&Row>> = BTreeMap::new();
+    for row in results.rows.iter().filter(|row| row.metrics.contains_key(metric)) {
+        groups.entry(choices.iter().map(|i| row.at[*i]).collect()).or_default().push(row);
+    }
+    let mean =
+        |rows: &[&Row], figure: &str| stats::mean(&by_seed(rows.iter().copied(), figure).into_values().collect::<Vec<_>>());
+    let label = |rows: &[&Row]| {
+        let of = |i: &usize| format!("{} {}", grid.axes[*i].0, rows[0].values[*i].1);
+        choices.iter().map(of).collect::<Vec<_>>().join(", ")
+    };
+    let setting =
+        |rows: &Vec<&Row>| plot::Setting { label: label(rows), seconds: mean(rows, DENOISE), quality: mean(rows, metric) };
+    groups.values().map(setting).collect()
+}
+
+/// As `darkroom sweep report` does it.
+pub fn report(run: &Path, references: &References, layout: &Layout, _config: &Config) -> Result<Written, Error> {
+    let references = if references.is_empty() { References::kept(run) } else { references.clone() };
+    write(run, &references, *layout)
+}

@@ -1,0 +1,366 @@
+//! `darkroom sweep` through the real binary.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::cli::{Place, Ran};
+use crate::fixtures;
+
+/// The tiny model at 32 x 32, quietly, into the folder `run`.
+fn arguments<'a>(model: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let mut all = vec!["sweep", "a cat", "--model", model, "--width", "32", "--height", "32", "-q", "-o", "run"];
+    all.extend(more);
+    all
+}
+
+fn sweep(place: &Place, more: &[&str]) -> Ran {
+    let model = fixtures::path("tiny-dev").display().to_string();
+    place.run(&arguments(&model, more))
+}
+
+fn rows(run: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(run.join("results.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn names(folder: &Path) -> BTreeSet<String> {
+    fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+fn modified(folder: &Path) -> BTreeMap<String, std::time::SystemTime> {
+    let time = |name: String| (name.clone(), fs::metadata(folder.join(name)).unwrap().modified().unwrap());
+    names(folder).into_iter().map(time).collect()
+}
+
+fn adapter(name: &str) -> String {
+    fixtures::path("lora").join(format!("{name}.safetensors")).display().to_string()
+}
+
+#[test]
+fn a_grid_becomes_a_folder_that_can_be_read() {
+    let place = Place::new();
+    let json = sweep(&place, &["--guidance", "1:3:1", "--steps", "1,2", "--seeds", "2", "--json"]).succeeds().json();
+    assert_eq!((json["made"].as_u64(), json["kept"].as_u64(), json["rows"].as_u64()), (Some(12), Some(0), Some(12)));
+    let run = place.path("run");
+    let expected = [
+        ".lock",
+        "environment.json",
+        "latents",
+        "ledger.jsonl",
+        "manifest.json",
+        "pictures",
+        "plots",
+        "references.json",
+        "report.html",
+        "results.csv",
+        "results.jsonl",
+        "sheets",
+    ];
+    assert_eq!(names(&run), expected.map(str::to_owned).into());
+    let rows = rows(&run);
+    // The grid's order: guidance, then steps, then the seed.
+    let place_of =
+        |row: &Value| (row["guidance"].as_f64().unwrap(), row["steps"].as_u64().unwrap(), row["seed"].as_u64().unwrap());
+    let all: Vec<_> = [1., 2., 3.].into_iter().flat_map(|g| [1, 2].map(|s| [1, 2].map(|seed| (g, s, seed)))).flatten().collect();
+    assert_eq!(rows.iter().map(place_of).collect::<Vec<_>>(), all);
+    assert_eq!(names(&run.join("sheets")).len(), 2, "one for each seed");
+    // Compared with the most steps, which have nothing to be compared with.
+    for row in &rows {
+        let compared = row["ssim"].as_f64();
+        assert_eq!(compared.is_none(), row["steps"] == 2, "{row}");
+        assert_eq!(row["latent_distance"].as_f64().is_none(), row["steps"] == 2);
+        assert!(row["sharpness"].as_f64().is_some() && row["adherence"].is_null() && row.get("identity").is_none());
+        assert!(row["denoise_s"].as_f64().unwrap() > 0. && row["peak_memory_bytes"].as_u64().unwrap() > 1_000_000);
+    }
+    let csv = fs::read_to_string(run.join("results.csv")).unwrap();
+    assert_eq!(csv.lines().count(), 13);
+}
+
+/// What programs rely on. A change here is a change for everyone who reads results.
+#[test]
+fn the_columns_are_these() {
+    let place = Place::new();
+    sweep(&place, &["--steps", "1,2", "--bench", "2"]).succeeds();
+    let csv = fs::read_to_string(place.path("run/results.csv")).unwrap();
+    let expected = "id,picture,model,model_sha256,dtype,device,prompt,prompt_read,negative_prompt,width,height,steps,guidance,true_cfg,\
+                    strength,seed,noise,lora,lora_scale,trigger_policy,loras,switch_s,encode_s,denoise_s,decode_s,total_s,\
+                    denoise_s_of_repeats,peak_memory_bytes,peak_device_bytes,ssim,pixel_distance,latent_distance,sharpness,saturation,\
+                    clipped,made,notes,command";
+    assert_eq!(csv.lines().next(), Some(expected));
+    let first: Value = rows(&place.path("run")).remove(0);
+    assert_eq!(first["denoise_s_of_repeats"].as_array().unwrap().len(), 2, "--bench 2");
+    // JSON's reader sorts; the text does not.
+    let text = fs::read_to_string(place.path("run/results.jsonl")).unwrap();
+    let positions: Vec<_> = expected.split(',').map(|name| text.find(&format!("\"{name}\":")).expect(name)).collect();
+    assert!(positions.is_sorted());
+}
+
+#[test]
+fn every_command_makes_its_picture_again_byte_for_byte() {
+    let place = Place::new();
+    let lora = format!("{}@0.5", adapter("diffusers"));
+    let more = ["--lora", "none", "--lora", &lora, "--lora-scale", "0.5,1", "--steps", "2", "--trigger-word", "it's me"];
+    sweep(&place, &more).succeeds();
+    let rows = rows(&place.path("run"));
+    assert_eq!(rows.len(), 4);
+    assert_eq!(rows[0]["id"], rows[1]["id"], "the base alone is one picture, whatever the scale");
+    let mut seen = BTreeSet::new();
+    for row in &rows {
+        let command = row["command"].as_str().unwrap();
+        let words = shlex::split(command).unwrap();
+        let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
+        assert_eq!(words.remove(0), "darkroom");
+        words.extend(["-o", "again.png", "--force", "-q"]);
+        place.run(&words).succeeds();
+        let made = fs::read(place.path("run").join(row["picture"].as_str().unwrap())).unwrap();
+        assert!(made == fs::read(place.path("again.png")).unwrap(), "{command}");
+        seen.insert(row["id"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(seen.len(), 3);
+    assert_eq!(names(&place.path("run/pictures")).len(), 3);
+}
+
+#[test]
+fn what_is_there_is_not_made_again_and_more_values_are_added() {
+    let place = Place::new();
+    let counts = |ran: Ran| {
+        let json = ran.succeeds().json();
+        (json["made"].as_u64().unwrap(), json["kept"].as_u64().unwrap(), json["rows"].as_u64().unwrap())
+    };
+    assert_eq!(counts(sweep(&place, &["--guidance", "1,2", "--steps", "2", "--json"])), (2, 0, 2));
+    let pictures = place.path("run/pictures");
+    let before = modified(&pictures);
+    assert_eq!(counts(sweep(&place, &["--guidance", "1,2", "--steps", "2", "--json"])), (0, 2, 2));
+    assert_eq!(counts(sweep(&place, &["--guidance", "1,2,4", "--steps", "2", "--json"])), (1, 2, 3));
+    let after = modified(&pictures);
+    assert!(before.iter().all(|(name, time)| after[name] == *time), "not written again");
+    // A smaller grid shows less and loses nothing.
+    assert_eq!(counts(sweep(&place, &["--guidance", "4", "--steps", "2", "--json"])), (0, 1, 1));
+    assert_eq!(names(&pictures).len(), 3);
+    // Another model is other pictures.
+    let schnell = fixtures::path("tiny-schnell").display().to_string();
+    let json = place.run(&arguments(&schnell, &["--guidance", "1,2", "--steps", "2", "--json"])).succeeds().json();
+    assert_eq!(json["made"], 1, "it has no guidance: both cells are one picture");
+    assert!(json["remarks"].to_string().contains("no guidance embedding"), "{json}");
+}
+
+/// Killed at any moment and started again, until it is done: the same pictures, each once, each whole.
+#[test]
+#[cfg(unix)]
+fn a_killed_sweep_goes_on() {
+    let place = Place::new();
+    let more = ["--guidance", "1:4:1", "--steps", "1,2", "--seeds", "4"];
+    let model = fixtures::path("tiny-dev").display().to_string();
+    let mut kills = 0;
+    loop {
+        let mut child = place.command(&arguments(&model, &more)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // Moments that drift over the whole of a run: loading, making, writing, reporting.
+        std::thread::sleep(Duration::from_millis(40 + 37 * kills));
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success());
+            break;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        kills += 1;
+        assert!(kills < 200, "it never ends");
+    }
+    assert!(kills > 3, "killed {kills} times");
+    let killed = place.path("run");
+    let other = Place::new();
+    sweep(&other, &more).succeeds();
+    let whole = other.path("run");
+    let content = |run: &Path| -> BTreeMap<String, Vec<u8>> {
+        names(&run.join("pictures"))
+            .into_iter()
+            .map(|name| (name.clone(), fs::read(run.join("pictures").join(name)).unwrap()))
+            .collect()
+    };
+    assert!(content(&killed) == content(&whole), "the same pictures as without a kill");
+    let ids = |run: &Path| rows(run).iter().map(|row| row["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    assert_eq!(ids(&killed), ids(&whole));
+    let ledger = fs::read_to_string(killed.join("ledger.jsonl")).unwrap();
+    let keys: BTreeSet<_> = ledger.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["key"].to_string()).collect();
+    assert_eq!((ledger.lines().count(), keys.len()), (32, 32), "no picture was made twice once it was in the ledger");
+    let left: Vec<_> =
+        names(&killed).into_iter().chain(names(&killed.join("pictures"))).filter(|name| name.contains(".part")).collect();
+    assert!(left.len() <= kills as usize, "{left:?}");
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_stops_it_and_keeps_what_is_done() {
+    let place = Place::new();
+    let model = fixtures::path("tiny-dev").display().to_string();
+    let more = ["--guidance", "1:90:1", "--steps", "10"];
+    let child = place.command(&arguments(&model, &more)).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let ledger = place.path("run/ledger.jsonl");
+    let begun = std::time::Instant::now();
+    while fs::read_to_string(&ledger).unwrap_or_default().lines().count() < 2 {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("goes on with it"));
+    let done = fs::read_to_string(&ledger).unwrap().lines().count();
+    assert!((2..90).contains(&done), "{done}");
+    // What is there can be looked at.
+    let shown = place.run(&["sweep", "report", "run"]).succeeds();
+    assert!(shown.out().trim().ends_with("report.html"));
+    assert_eq!(rows(&place.path("run")).len(), done);
+    assert!(fs::read_to_string(place.path("run/report.html")).unwrap().contains(&format!("{done} of 90 pictures are made")));
+}
+
+#[test]
+fn a_file_says_what_flags_say_and_flags_count_more() {
+    let place = Place::new();
+    let model = fixtures::path("tiny-dev").display().to_string();
+    fs::create_dir(place.path("set")).unwrap();
+    fs::write(place.path("set/prompts.txt"), "a cat\n\n a dog \n").unwrap();
+    let text = format!(
+        "model = {model:?}\nprompts = \"prompts.txt\"\nguidance = [1, 2.5]\nsteps = \"1:2\"\nwidth = 32\nheight = 32\n\
+         seeds = 3\nzip = \"guidance,steps\"\nnegative-prompt = \"dogs\"\ntrue-cfg = 2\nnoise = \"cuda\"\n"
+    );
+    fs::write(place.path("set/sweep.toml"), &text).unwrap();
+    place.run(&["sweep", "--file", "set/sweep.toml", "--seed", "9", "-q", "-o", "run"]).succeeds();
+    let rows = rows(&place.path("run"));
+    let facts = |row: &Value| {
+        let text = |name: &str| row[name].to_string();
+        ["prompt", "guidance", "steps", "seed", "negative_prompt", "true_cfg", "noise"].map(text).join(" ")
+    };
+    assert_eq!(
+        rows.iter().map(facts).collect::<Vec<_>>(),
+        [
+            r#""a cat" 1.0 1 9 "dogs" 2.0 "cuda""#,
+            r#""a cat" 2.5 2 9 "dogs" 2.0 "cuda""#,
+            r#""a dog" 1.0 1 9 "dogs" 2.0 "cuda""#,
+            r#""a dog" 2.5 2 9 "dogs" 2.0 "cuda""#,
+        ]
+    );
+    let fails = |text: &str, words: &[&str]| {
+        fs::write(place.path("bad.toml"), text).unwrap();
+        place.run(&["sweep", "a cat", "--file", "bad.toml", "-o", "bad"]).fails(2, words);
+        assert!(!place.path("bad").exists());
+    };
+    fails("guidence = 1\n", &["bad.toml", "guidence"]);
+    fails("noise = \"blue\"\n", &["cpu or cuda"]);
+    fails("steps = true\n", &["steps", "list"]);
+    fails("steps = [1\n", &["bad.toml"]);
+    place.run(&["sweep", "--file", "no.toml"]).fails(1, &["no.toml"]);
+}
+
+#[test]
+fn wrong_sweeps_are_refused_before_anything_is_written() {
+    let place = Place::new();
+    let fails = |more: &[&str], words: &[&str]| {
+        sweep(&place, more).fails(2, words);
+        assert!(!place.path("run").exists() || names(&place.path("run/pictures")).is_empty(), "{more:?}");
+    };
+    fails(&["--guidance", "5:1:0.5"], &["guidance", "leads from first to last"]);
+    fails(&["--guidance", "1:5:0"], &["step other than 0"]);
+    fails(&["--steps", "0"], &["steps", "from 1 to 1000"]);
+    fails(&["--steps", "4,4"], &["steps", "4 twice"]);
+    fails(&["--steps", "2.5"], &["whole numbers"]);
+    fails(&["--guidance", "NaN"], &["guidance"]);
+    fails(&["--guidance", "101"], &["guidance", "from 0 to 100"]);
+    fails(&["--steps", "1", "--width", "100"], &["--width"]);
+    fails(&["--seeds", "0"], &["seeds", "at least 1"]);
+    fails(&["--seeds", "2", "--seed", "3"], &["seeds", "which ones"]);
+    fails(&["--lora-scale", "0.5"], &["lora-scale", "without lora"]);
+    fails(&["--strength", "0.5"], &["prompt-strength", "image"]);
+    fails(&["--dtype", "int4"], &["dtype", "bf16"]);
+    fails(&["--zip", "steps,guidance"], &["zip", "no values"]);
+    fails(&["--zip", "stepps,guidance"], &["zip", "names of axes"]);
+    fails(&["--rows", "seed", "--columns", "seed"], &["two different axes"]);
+    fails(&["--rows", "lora"], &["rows"]);
+    fails(&["--identity", "nowhere"], &["identity", "a folder of pictures"]);
+    fails(&["--steps", "1:100", "--guidance", "0:100:0.1", "--seeds", "10"], &["1001000 pictures", "--yes"]);
+    let lora = format!("{}@nan", adapter("diffusers"));
+    fails(&["--lora", &lora], &["finite scale"]);
+    sweep(&place, &["--lora", "no.safetensors"]).fails(1, &["no.safetensors"]);
+    place.run(&["sweep"]).fails(2, &["prompt"]);
+    place.run(&["sweep", "report", "nowhere"]).fails(1, &["holds no sweep"]);
+    place.run(&["sweep", "a cat", "-o", "no/run"]).fails(1, &["mkdir -p"]);
+    fs::create_dir(place.path("mine")).unwrap();
+    fs::write(place.path("mine/photo.jpg"), "mine").unwrap();
+    place.run(&["sweep", "a cat", "-o", "mine"]).fails(1, &["not empty and holds no sweep"]);
+    fs::write(place.path("mine/manifest.json"), r#"{"format": 7, "software": "darkroom 3.0.0"}"#).unwrap();
+    place.run(&["sweep", "a cat", "-o", "mine"]).fails(1, &["darkroom 3.0.0", "format 7"]);
+    assert_eq!(names(&place.path("mine")).len(), 2);
+}
+
+fn run_of(place: &Place, folder: &str, more: &[&str]) -> PathBuf {
+    let model = fixtures::path("tiny-dev").display().to_string();
+    let mut all = vec!["sweep", "a cat", "--model", &model, "--width", "32", "--height", "32", "-q", "-o", folder];
+    all.extend(more);
+    place.run(&all).succeeds();
+    place.path(folder)
+}
+
+#[test]
+fn two_runs_are_compared_seed_by_seed() {
+    let place = Place::new();
+    run_of(&place, "one", &["--steps", "1,3", "--guidance", "1", "--seeds", "6"]);
+    run_of(&place, "two", &["--steps", "1,3", "--guidance", "50", "--seeds", "5"]);
+    let json = place.run(&["sweep", "compare", "one", "two", "--json"]).succeeds().json();
+    assert_eq!((json["pairs"].as_u64(), json["seeds"].as_u64()), (Some(10), Some(5)));
+    assert_eq!(json["differs"], serde_json::json!([["guidance", "1.0", "50.0"]]));
+    let figures = json["figures"].as_array().unwrap();
+    let named = |name: &str| figures.iter().find(|figure| figure["name"] == name).unwrap();
+    // The mean over seeds of the means over steps, and differences of the same seeds.
+    for name in ["sharpness", "denoise_s"] {
+        let mean = |run: &str| {
+            let rows = rows(&place.path(run));
+            let of_pairs: Vec<f64> =
+                rows.iter().filter(|row| row["seed"].as_u64() < Some(6)).map(|row| row[name].as_f64().unwrap()).collect();
+            of_pairs.iter().sum::<f64>() / of_pairs.len() as f64
+        };
+        let figure = named(name);
+        let close = |key: &str, expected: f64| {
+            let value = figure[key].as_f64().unwrap();
+            assert!((value - expected).abs() <= 1e-9 * expected.abs().max(1e-3), "{name} {key}: {value}, not {expected}");
+        };
+        close("a", mean("one"));
+        close("b", mean("two"));
+        close("mean", mean("two") - mean("one"));
+        assert_eq!(figure["n"], 5);
+    }
+    let text = place.run(&["sweep", "compare", "one", "two"]).succeeds().out();
+    assert!(text.contains("guidance: 1.0 in A, 50.0 in B") && text.contains("10 pairs of pictures, 5 seeds"), "{text}");
+    let same = place.run(&["sweep", "compare", "one", "one", "--json"]).succeeds().json();
+    let figures = same["figures"].as_array().unwrap();
+    assert!(figures.iter().all(|figure| figure["verdict"] == "no difference shown" && figure["mean"] == 0.));
+    run_of(&place, "three", &["--steps", "1,3", "--seed", "99"]);
+    place.run(&["sweep", "compare", "one", "three"]).fails(1, &["same seeds"]);
+}
+
+#[test]
+fn the_cheapest_setting_that_is_good_enough_is_recommended() {
+    let place = Place::new();
+    run_of(&place, "run", &["--steps", "1,2,8,16", "--guidance", "2", "--seeds", "4"]);
+    let json = place.run(&["sweep", "recommend", "run", "--json"]).succeeds().json();
+    assert_eq!(json["metric"], "ssim");
+    let settings = json["settings"].as_array().unwrap();
+    assert_eq!(settings.len(), 3, "the most steps are what is compared with");
+    let best = settings.iter().max_by(|a, b| a["mean"].as_f64().unwrap().total_cmp(&b["mean"].as_f64().unwrap())).unwrap();
+    assert!(best["against_best"].is_null());
+    assert_eq!(settings.iter().filter(|setting| setting["recommended"] == true).count(), 1);
+    assert!(json["said"].as_str().unwrap().contains("4 seeds, which is few"), "{json}");
+    // Any loss allowed: the cheapest.
+    let json = place.run(&["sweep", "recommend", "run", "--margin", "2", "--json"]).succeeds().json();
+    assert_eq!(json["settings"][0]["recommended"], true);
+    let text = place.run(&["sweep", "recommend", "run", "--metric", "latent_distance"]).succeeds().out();
+    assert!(text.starts_with("Use steps ") && text.contains("<-"), "{text}");
+    place.run(&["sweep", "recommend", "run", "--metric", "beauty"]).fails(2, &["beauty", "ssim"]);
+    place.run(&["sweep", "recommend", "run", "--metric", "sharpness"]).fails(2, &["sharpness"]);
+    place.run(&["sweep", "recommend", "run", "--margin", "-1"]).fails(2, &["margin"]);
+    run_of(&place, "flat", &["--steps", "2", "--seeds", "2"]);
+    place.run(&["sweep", "recommend", "flat"]).fails(2, &["metric"]);
+}
