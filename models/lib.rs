@@ -2,12 +2,13 @@
 //!
 //! Start at [`flux::Flux::forward`], which reads like the paper. Around it: [`t5`] and [`clip`] read the prompt, [`vae`] turns
 //! latents into pictures and back, [`sampler`] walks from noise to latents, [`weights`] reads any published layout, [`nn`]
-//! holds the layers. Letters in shapes, everywhere: `b` batch, `l` tokens (`l_img`, `l_txt`), `d` hidden width, `h` heads,
+//! holds the layers; [`judge`] looks at finished pictures. Letters in shapes, everywhere: `b` batch, `l` tokens (`l_img`, `l_txt`), `d` hidden width, `h` heads,
 //! `e` head width, `c` channels, `y x` rows and columns.
 
 pub mod bundle;
 pub mod clip;
 pub mod flux;
+pub mod judge;
 pub mod lora;
 pub mod nn;
 #[cfg(feature = "pocket")]

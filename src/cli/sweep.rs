@@ -202,6 +202,10 @@ struct ReferenceArgs {
     /// A folder of pictures of somebody else: measures leakage; may be repeated
     #[arg(long, value_name = "FOLDER", help_heading = "Metrics")]
     others: Vec<PathBuf>,
+
+    /// The CLIP that compares: a model's name, a card (.toml) or a folder [default: clip-vit-l14, if it was pulled]
+    #[arg(long, value_name = "MODEL", help_heading = "Metrics")]
+    judge: Option<String>,
 }
 
 #[derive(Debug, Clone, clap::Args)]
@@ -217,7 +221,7 @@ struct SheetArgs {
 
 impl ReferenceArgs {
     fn references(self) -> References {
-        References { identity: self.identity, others: self.others }
+        References { identity: self.identity, others: self.others, judge: self.judge }
     }
 }
 
@@ -235,11 +239,11 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
             super::show(&report.html.display().to_string())
         }
         Some(Verb::Compare { run_a, run_b, json }) => {
-            let comparison = sweep::compare(&run_a, &run_b)?;
+            let comparison = sweep::compare(&run_a, &run_b, config)?;
             if json { super::show(&serde_json::to_string(&comparison)?) } else { super::show(compared(&comparison).trim_end()) }
         }
         Some(Verb::Recommend { run, metric, margin, json }) => {
-            let found = sweep::recommend(&run, metric.as_deref(), margin)?;
+            let found = sweep::recommend(&run, metric.as_deref(), margin, config)?;
             if json { super::show(&serde_json::to_string(&found)?) } else { super::show(recommended(&found).trim_end()) }
         }
     }

@@ -364,3 +364,30 @@ fn the_cheapest_setting_that_is_good_enough_is_recommended() {
     run_of(&place, "flat", &["--steps", "2", "--seeds", "2"]);
     place.run(&["sweep", "recommend", "flat"]).fails(2, &["metric"]);
 }
+
+#[test]
+fn people_and_prompts_are_measured_where_there_is_a_model_for_it() {
+    let place = Place::new();
+    let clip = fixtures::path("sweep/clip").display().to_string();
+    run_of(&place, "run", &["--steps", "1,2", "--judge", &clip]);
+    assert!(rows(&place.path("run")).iter().all(|row| row["clip_score"].as_f64().is_some() && row.get("identity").is_none()));
+    // The pictures themselves as references: each is most like its own.
+    let pictures = fs::read_dir(place.path("run/pictures")).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+    for (name, picture) in ["one", "two"].iter().zip(&pictures) {
+        fs::create_dir(place.path(name)).unwrap();
+        fs::copy(picture, place.path(name).join("me.PNG")).unwrap();
+    }
+    place.run(&["sweep", "report", "run", "--judge", &clip, "--identity", "one", "--others", "two"]).succeeds();
+    for row in rows(&place.path("run")) {
+        let is_one = pictures[0].ends_with(row["picture"].as_str().unwrap().trim_start_matches("pictures/"));
+        let (own, other) = if is_one { ("identity", "leakage") } else { ("leakage", "identity") };
+        assert!((row[own].as_f64().unwrap() - 1.).abs() < 1e-6 && row[other].as_f64().unwrap() < 1., "{row}");
+    }
+    // A later report keeps the references.
+    let json = place.run(&["sweep", "recommend", "run", "--metric", "identity", "--json"]).succeeds().json();
+    assert_eq!(json["metric"], "identity");
+    fs::create_dir(place.path("empty")).unwrap();
+    place.run(&["sweep", "report", "run", "--identity", "empty"]).fails(2, &["identity", ".png, .jpg or .webp"]);
+    place.run(&["sweep", "report", "run", "--judge", "nothing"]).fails(2, &["judge", "clip-vit-l14"]);
+    place.run(&["generate", "a cat", "--model", "clip-vit-l14"]).fails(2, &["makes none"]);
+}

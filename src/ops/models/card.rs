@@ -7,7 +7,7 @@ use serde::Deserialize;
 use super::{Error, hub};
 
 /// The cards that are part of the program.
-const EMBEDDED: [(&str, &str); 7] = [
+const EMBEDDED: [(&str, &str); 8] = [
     ("pocket.toml", include_str!("../../../models/cards/pocket.toml")),
     ("flux1-schnell.toml", include_str!("../../../models/cards/flux1-schnell.toml")),
     ("flux1-dev.toml", include_str!("../../../models/cards/flux1-dev.toml")),
@@ -15,6 +15,7 @@ const EMBEDDED: [(&str, &str); 7] = [
     ("flux1-dev-q8-gguf.toml", include_str!("../../../models/cards/flux1-dev-q8-gguf.toml")),
     ("flux1-dev-q4-gguf.toml", include_str!("../../../models/cards/flux1-dev-q4-gguf.toml")),
     ("flux1-schnell-q8-gguf.toml", include_str!("../../../models/cards/flux1-schnell-q8-gguf.toml")),
+    ("clip-vit-l14.toml", include_str!("../../../models/cards/clip-vit-l14.toml")),
 ];
 
 /// One named base model.
@@ -31,7 +32,8 @@ pub struct Card {
     /// Inside the program; needs no files.
     #[serde(default)]
     pub embedded: bool,
-    pub defaults: Defaults,
+    /// Absent for models that look at pictures and make none.
+    pub defaults: Option<Defaults>,
     #[serde(default)]
     pub files: Vec<File>,
     /// The folder of a card that was read from disk: files without a repository are found from here.
@@ -88,13 +90,17 @@ pub enum Role {
     Vae,
     VaeConfig,
     Scheduler,
+    /// Both towers of a CLIP, to measure pictures with.
+    Judge,
+    JudgeConfig,
+    JudgeTokenizer,
 }
 
 impl Role {
     /// Whether the file decides the picture by its numbers: these make up a model's digest.
     #[must_use]
     pub fn is_weights(self) -> bool {
-        matches!(self, Self::All | Self::Transformer | Self::T5 | Self::Clip | Self::Vae)
+        matches!(self, Self::All | Self::Transformer | Self::T5 | Self::Clip | Self::Vae | Self::Judge)
     }
 }
 
@@ -176,10 +182,15 @@ mod tests {
         assert_eq!(cards[0].name, "pocket");
         for ((file, _), card) in EMBEDDED.iter().zip(&cards) {
             assert_eq!(*file, format!("{}.toml", card.name));
-            assert!(card.defaults.steps > 0 && card.defaults.width % 16 == 0 && card.defaults.height % 16 == 0);
             if card.embedded {
                 continue;
             }
+            let Some(defaults) = card.defaults else {
+                let roles: Vec<_> = card.files.iter().map(|file| file.role).collect();
+                assert_eq!(roles, [Role::Judge, Role::JudgeConfig, Role::JudgeTokenizer]);
+                continue;
+            };
+            assert!(defaults.steps > 0 && defaults.width % 16 == 0 && defaults.height % 16 == 0);
             let has = |role| card.files.iter().any(|file| file.role == role || (role.is_weights() && file.role == Role::All));
             for role in [Role::Transformer, Role::T5, Role::Clip, Role::Vae, Role::T5Tokenizer, Role::ClipVocab, Role::ClipMerges]
             {

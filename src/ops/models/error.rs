@@ -23,6 +23,8 @@ pub enum Error {
     NoCard { name: String, hint: String },
     #[error("{name} is not in this build; build with --features pocket, or choose another model: darkroom models list")]
     NotEmbedded { name: String },
+    #[error("{name} looks at pictures and makes none; choose another model: darkroom models list")]
+    NoPictures { name: String },
     #[error("{name} is part of the program and cannot be {action}; it is always here")]
     Embedded { name: String, action: &'static str },
     #[error("HF_HUB_OFFLINE is set and {missing} files of {name} are not here; unset it to fetch them")]
@@ -91,7 +93,12 @@ impl Error {
     pub fn is_usage(&self) -> bool {
         matches!(
             self,
-            Self::Card { .. } | Self::CardContent { .. } | Self::NoRole { .. } | Self::NoCard { .. } | Self::Embedded { .. }
+            Self::NoPictures { .. }
+                | Self::Card { .. }
+                | Self::CardContent { .. }
+                | Self::NoRole { .. }
+                | Self::NoCard { .. }
+                | Self::Embedded { .. }
         )
     }
 }

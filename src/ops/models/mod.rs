@@ -15,5 +15,6 @@ pub use card::{Card, Defaults, File, Role};
 pub(super) use digest::of_model as digest;
 pub use error::Error;
 pub use pull::{Pulled, Pulling, Watcher, pull};
+pub(super) use resolve::judge;
 pub use resolve::{Model, resolve};
 pub use store::{Checked, Found, Installed, Listed, Removed, list, remove, verify};

@@ -46,9 +46,10 @@ pub fn resolve(wanted: &str, config: &Config) -> Result<Model, Error> {
 }
 
 fn from_card(card: &Card, config: &Config) -> Result<Model, Error> {
+    let Some(defaults) = card.defaults else { return Err(super::Error::NoPictures { name: card.name.clone() }.into()) };
     let bundle = if card.embedded { embedded(&card.name)? } else { bundle(card, config)? };
     let shape = shape(&bundle)?;
-    Ok(Model { name: card.name.clone(), bundle, defaults: card.defaults, shape })
+    Ok(Model { name: card.name.clone(), bundle, defaults, shape })
 }
 
 #[cfg(feature = "pocket")]
@@ -65,7 +66,7 @@ impl Defaults {
     /// For a model without a card: those of FLUX.1-dev or -schnell, told apart by the guidance embedding.
     fn of(shape: &flux::Config) -> Self {
         let name = if shape.guidance { "flux1-dev" } else { "flux1-schnell" };
-        Card::named(name).expect("the card is part of the program").defaults
+        Card::named(name).and_then(|card| card.defaults).expect("the card is part of the program")
     }
 }
 
@@ -116,9 +117,29 @@ fn bundle(card: &Card, config: &Config) -> Result<Bundle, Error> {
     })
 }
 
+/// The files of a model that looks at pictures: weights, config, tokenizer. `wanted` is a card's name, a card's path, or a folder with
+/// `model.safetensors`, `config.json` and `tokenizer.json`. `None` if they are not all on this machine.
+pub(in crate::ops) fn judge(wanted: &str, config: &Config) -> Result<Option<[PathBuf; 3]>, Error> {
+    let path = Path::new(wanted);
+    let card = match Card::named(wanted) {
+        Some(card) => card,
+        None if path.extension().is_some_and(|extension| extension == "toml") => Card::read(path)?,
+        None => {
+            let files = ["model.safetensors", "config.json", "tokenizer.json"].map(|name| path.join(name));
+            return Ok(files.iter().all(|file| file.is_file()).then_some(files));
+        }
+    };
+    let one = |role| card.files.iter().find(|file| file.role == role).and_then(|file| store::locate(&card, file, config));
+    Ok((|| Some([one(Role::Judge)?, one(Role::JudgeConfig)?, one(Role::JudgeTokenizer)?]))())
+}
+
 /// What the user may have meant.
 pub(super) fn nearest(wanted: &str) -> String {
-    let mut names: Vec<_> = Card::all().into_iter().map(|card| (strsim::jaro_winkler(&card.name, wanted), card.name)).collect();
+    let mut names: Vec<_> = Card::all()
+        .into_iter()
+        .filter(|card| card.defaults.is_some())
+        .map(|card| (strsim::jaro_winkler(&card.name, wanted), card.name))
+        .collect();
     names.sort_by(|a, b| b.0.total_cmp(&a.0));
     let close: Vec<_> = names.iter().filter(|(likeness, _)| *likeness > SIMILAR).take(3).map(|(_, name)| name.as_str()).collect();
     if close.is_empty() {

@@ -9,6 +9,7 @@ use super::metrics::{Better, Metric};
 use super::results::{DENOISE, Results, Row, TOTAL, by_seed};
 use super::stats::{self, Paired};
 use super::{Axis, References};
+use crate::config::Config;
 use crate::ops::Error;
 
 /// Fewer seeds than this say little of chance.
@@ -43,12 +44,12 @@ const SETTINGS: [&str; 10] =
     ["base", "loras", "prompt", "negative_prompt", "width", "height", "steps", "guidance", "true_cfg", "strength"];
 
 /// Pairs the pictures of two runs and compares their figures.
-pub fn compare(a: &Path, b: &Path) -> Result<Comparison, Error> {
+pub fn compare(a: &Path, b: &Path, config: &Config) -> Result<Comparison, Error> {
     let read = |path: &Path| -> Result<Results, Error> {
         let mut results = Results::read(path)?;
         // The references are those of its report.
         let references = References::kept(path);
-        results.measure(path, &references.judges(&results)?)?;
+        results.measure(path, &references.judges(&results, config)?)?;
         Ok(results)
     };
     let (in_a, in_b) = (read(a)?, read(b)?);
@@ -147,12 +148,12 @@ pub struct Setting {
 }
 
 /// The cheapest setting that is not significantly worse than the best by more than `margin`.
-pub fn recommend(path: &Path, metric: Option<&str>, margin: f64) -> Result<Recommendation, Error> {
+pub fn recommend(path: &Path, metric: Option<&str>, margin: f64, config: &Config) -> Result<Recommendation, Error> {
     if !(margin >= 0. && margin.is_finite()) {
         return Err(Error::invalid("margin", &margin, "a number from 0"));
     }
     let mut results = Results::read(path)?;
-    results.measure(path, &References::kept(path).judges(&results)?)?;
+    results.measure(path, &References::kept(path).judges(&results, config)?)?;
     let metric = chosen(&results, metric)?;
     let sign = if metric.better == Some(Better::Lower) { -1. } else { 1. };
     let choices: Vec<usize> = (0..results.manifest.grid.axes.len())

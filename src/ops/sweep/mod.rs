@@ -53,11 +53,11 @@ pub fn run(
     told: &mut dyn FnMut(Stage<'_>) -> ControlFlow<()>,
 ) -> Result<Done, Error> {
     layout.check(&sweep.grid)?;
-    references.check()?;
+    references.check(config)?;
     let mut folder = folder::Folder::open(&sweep.folder)?;
     let outcome = make::make(sweep, config, &mut folder, told)?;
     // Breaking off here would leave nothing undone that the same command does not do again.
     let _ = told(Stage::Reporting);
-    let report = report::write(folder.path(), references, *layout)?;
+    let report = report::write(folder.path(), references, *layout, config)?;
     Ok(Done { outcome, report })
 }

@@ -39,7 +39,7 @@ pub struct Written {
 }
 
 /// Measures a run's pictures and writes everything that people look at.
-pub(super) fn write(run: &Path, references: &References, layout: Layout) -> Result<Written, Error> {
+pub(super) fn write(run: &Path, references: &References, layout: Layout, config: &Config) -> Result<Written, Error> {
     let mut results = Results::read(run)?;
     if results.rows.is_empty() {
         return Err(Error::Run {
@@ -50,7 +50,7 @@ pub(super) fn write(run: &Path, references: &References, layout: Layout) -> Resu
     }
     layout.check(&results.manifest.grid)?;
     references.keep(run)?;
-    results.measure(run, &references.judges(&results)?)?;
+    results.measure(run, &references.judges(&results, config)?)?;
     results.write(run)?;
     let sheets = layout.sheets(&results);
     let title = html::title(&results);
@@ -175,7 +175,8 @@ fn settings(results: &Results, metric: &str) -> Vec<plot::Setting> {
 }
 
 /// As `darkroom sweep report` does it.
-pub fn report(run: &Path, references: &References, layout: &Layout, _config: &Config) -> Result<Written, Error> {
+pub fn report(run: &Path, references: &References, layout: &Layout, config: &Config) -> Result<Written, Error> {
     let references = if references.is_empty() { References::kept(run) } else { references.clone() };
-    write(run, &references, *layout)
+    references.check(config)?;
+    write(run, &references, *layout, config)
 }
