@@ -14,7 +14,7 @@ use crate::Result;
 
 /// What the published models were trained with: means and deviations of the channels, 0 to 1.
 const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const DEVIATION: [f32; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
+const DEVIATION: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// Both towers and their projections.
 #[derive(Debug)]

@@ -31,7 +31,7 @@ pub use compare::{Compared, Comparison, Recommendation, Setting, compare, recomm
 pub use make::{Estimate, Outcome, Stage};
 pub use metrics::{Better, METRICS, Metric};
 pub use references::References;
-pub use report::{Layout, Written, report};
+pub use report::{Layout, Written, report, sheets};
 pub use stats::{Paired, Summary};
 pub use wish::{Numbers, Shared, Sweep, Wish};
 

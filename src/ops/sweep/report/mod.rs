@@ -53,18 +53,9 @@ pub(super) fn write(run: &Path, references: &References, layout: Layout, config:
     results.measure(run, &references.judges(&results, config)?)?;
     results.write(run)?;
     let sheets = layout.sheets(&results);
-    let title = html::title(&results);
     let mut notes = results.manifest.remarks.clone();
     notes.extend(notes_of(&results, sheets.len()));
-    let mut written = Vec::new();
-    clear(&run.join(SHEETS))?;
-    for (i, sheet) in sheets.iter().take(MOST_SHEETS).enumerate() {
-        let title = if sheet.title.is_empty() { title.clone() } else { format!("{title} · {}", sheet.title) };
-        let drawn = sheet::draw(sheet, &title, |row| metrics::read(run, &results.rows[row].key))?;
-        let path = run.join(SHEETS).join(format!("sheet-{:03}.png", i + 1));
-        files::write(&path, true, &image::encode(&drawn, Format::Png, 100, None)?)?;
-        written.push(path);
-    }
+    let written = draw(run, &results, &sheets)?;
     let plots = plots(&results);
     clear(&run.join(PLOTS))?;
     let mut drawn = Vec::new();
@@ -75,6 +66,28 @@ pub(super) fn write(run: &Path, references: &References, layout: Layout, config:
     }
     let html = html::write(run, &results, &sheets, &plots, &environment(run), &notes)?;
     Ok(Written { html, rows: results.rows.len(), sheets: written, plots: drawn })
+}
+
+/// The contact sheets as files.
+fn draw(run: &Path, results: &Results, sheets: &[layout::Sheet]) -> Result<Vec<PathBuf>, Error> {
+    let title = html::title(results);
+    let mut written = Vec::new();
+    clear(&run.join(SHEETS))?;
+    for (i, sheet) in sheets.iter().take(MOST_SHEETS).enumerate() {
+        let title = if sheet.title.is_empty() { title.clone() } else { format!("{title} · {}", sheet.title) };
+        let drawn = sheet::draw(sheet, &title, |row| metrics::read(run, &results.rows[row].key))?;
+        let path = run.join(SHEETS).join(format!("sheet-{:03}.png", i + 1));
+        files::write(&path, true, &image::encode(&drawn, Format::Png, 100, None)?)?;
+        written.push(path);
+    }
+    Ok(written)
+}
+
+/// The contact sheets alone, anew.
+pub fn sheets(run: &Path, layout: &Layout) -> Result<Vec<PathBuf>, Error> {
+    let results = Results::read(run)?;
+    layout.check(&results.manifest.grid)?;
+    draw(run, &results, &layout.sheets(&results))
 }
 
 /// Keeps what the pictures were made with; what was kept by an earlier part of the run stays beside it.
