@@ -38,4 +38,5 @@ mod serve_tenants;
 mod service;
 mod site;
 mod sweep;
+mod sweep_browser;
 mod tidy;

@@ -15,7 +15,7 @@ use crate::site::{Reply, Site};
 
 /// Where the clients are installed.
 #[expect(clippy::disallowed_methods, reason = "tests may read the environment")]
-fn clients() -> PathBuf {
+pub(crate) fn clients() -> PathBuf {
     std::env::var_os("DARKROOM_CLIENTS").expect("set DARKROOM_CLIENTS to the folder that scripts/clients made").into()
 }
 

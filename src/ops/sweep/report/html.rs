@@ -25,6 +25,9 @@ const THUMB_QUALITY: u8 = 82;
 /// Pictures of up to this many bytes in all are put into the page; more stay beside it.
 const MOST_INSIDE: u64 = 24_000_000;
 
+/// 2^53: whole numbers up to here are exact in JavaScript.
+const LARGEST: u64 = 1 << 53;
+
 /// Settings that are shown as columns, if they are not the same in all rows.
 const HELP: [(Axis, &str); 13] = [
     (Axis::Model, "Base model"),
@@ -72,7 +75,7 @@ pub(super) fn write(
     let mut rows = Vec::new();
     for row in &results.rows {
         let picture = metrics::read(run, &row.key)?;
-        let mut values: Vec<Json> = row.values.iter().map(|(_, value)| json!(value)).collect();
+        let mut values: Vec<Json> = row.values.iter().map(|(axis, value)| exact(*axis, results)(value)).collect();
         values.extend(results.metrics.iter().map(|metric| json!(row.metrics.get(metric.name))));
         values.extend([DENOISE, TOTAL].map(|name| json!(row.figure(name))));
         values.push(json!(row.made.peak_memory_bytes.map(|bytes| bytes / 1_000_000)));
@@ -113,7 +116,8 @@ pub(super) fn write(
     });
     // Inside of a script nothing may look like its end.
     let data = data.to_string().replace('<', "\\u003c");
-    let page = TEMPLATE.replacen("{{TITLE}}", &escaped(&title), 1).replacen("{{DATA}}", &data, 1);
+    // A prompt may hold a placeholder's name: each is looked for in the template alone.
+    let page = filled(&[("{{TITLE}}", &escaped(&title)), ("{{DATA}}", &data)]);
     let path = run.join("report.html");
     files::write(&path, true, page.as_bytes())?;
     Ok(path)
@@ -161,10 +165,30 @@ fn summary(results: &Results) -> Vec<Json> {
                 }))
             };
             let points: Vec<Json> = values.iter().enumerate().filter_map(point).collect();
-            tables.push(json!({ "axis": axis, "metric": figure, "better": better, "points": points }));
+            tables.push(json!({ "axis": axis, "metric": figure.trim_end_matches("_s"), "better": better, "points": points, "interval": "95 % interval" }));
         }
     }
     tables
+}
+
+/// The template with these in their places, in this order.
+fn filled(parts: &[(&str, &str)]) -> String {
+    let (mut page, mut rest) = (String::new(), TEMPLATE);
+    for (place, content) in parts {
+        let (before, after) = rest.split_once(place).expect("the template is part of the program");
+        page += before;
+        page += content;
+        rest = after;
+    }
+    page + rest
+}
+
+/// A column of whole numbers beyond what JavaScript holds exactly is one of texts, which the page sorts by number.
+fn exact(axis: Axis, results: &Results) -> impl Fn(&super::super::Value) -> Json {
+    use super::super::Value;
+    let values = results.manifest.grid.values(axis).unwrap_or_default();
+    let large = values.iter().any(|value| matches!(value, Value::Whole(whole) if *whole > LARGEST));
+    move |value| if large { json!(value.to_string()) } else { json!(value) }
 }
 
 fn escaped(text: &str) -> String {
