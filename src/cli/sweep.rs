@@ -107,8 +107,8 @@ struct SweepArgs {
     #[arg(long, value_name = "MODEL", help_heading = "Axes")]
     model: Vec<String>,
 
-    /// A number format to compute in: f32, bf16 or f16; may be repeated
-    #[arg(long, value_name = "DTYPE", help_heading = "Axes")]
+    /// Number formats to compute in: f32, bf16, f16
+    #[arg(long, value_name = "DTYPES", value_delimiter = ',', help_heading = "Axes")]
     dtype: Vec<String>,
 
     /// A LoRA, as in generate; may be repeated. "a@0.5 + b@0.5" are on the weights together, none is the base alone
@@ -119,8 +119,8 @@ struct SweepArgs {
     #[arg(long, value_name = "VALUES", allow_hyphen_values = true, help_heading = "Axes")]
     lora_scale: Option<String>,
 
-    /// Where the trigger word goes: prepend, start-and-middle or none; may be repeated
-    #[arg(long, value_name = "POLICY", help_heading = "Axes")]
+    /// Where the trigger word goes: prepend, start-and-middle, none
+    #[arg(long, value_name = "POLICIES", value_delimiter = ',', help_heading = "Axes")]
     trigger_policy: Vec<String>,
 
     /// Widths in pixels, multiples of 16

@@ -89,11 +89,15 @@ fn the_columns_are_these() {
     let csv = fs::read_to_string(place.path("run/results.csv")).unwrap();
     let expected = "id,picture,model,model_sha256,dtype,device,prompt,prompt_read,negative_prompt,width,height,steps,guidance,true_cfg,\
                     strength,seed,noise,lora,lora_scale,trigger_policy,loras,switch_s,encode_s,denoise_s,decode_s,total_s,\
-                    denoise_s_of_repeats,peak_memory_bytes,peak_device_bytes,ssim,pixel_distance,latent_distance,sharpness,saturation,\
+                    denoise_spread,denoise_s_of_repeats,peak_memory_bytes,peak_device_bytes,ssim,pixel_distance,latent_distance,sharpness,saturation,\
                     clipped,made,notes,command";
     assert_eq!(csv.lines().next(), Some(expected));
     let first: Value = rows(&place.path("run")).remove(0);
-    assert_eq!(first["denoise_s_of_repeats"].as_array().unwrap().len(), 2, "--bench 2");
+    let times: Vec<f64> = first["denoise_s_of_repeats"].as_array().unwrap().iter().map(|time| time.as_f64().unwrap()).collect();
+    assert_eq!(times.len(), 2, "--bench 2");
+    let median = f64::midpoint(times[0], times[1]);
+    assert!((first["denoise_s"].as_f64().unwrap() - median).abs() < 1e-9);
+    assert!((first["denoise_spread"].as_f64().unwrap() - (times[0] - times[1]).abs() / median).abs() < 1e-9);
     // JSON's reader sorts; the text does not.
     let text = fs::read_to_string(place.path("run/results.jsonl")).unwrap();
     let positions: Vec<_> = expected.split(',').map(|name| text.find(&format!("\"{name}\":")).expect(name)).collect();
@@ -257,6 +261,20 @@ fn a_file_says_what_flags_say_and_flags_count_more() {
 }
 
 #[test]
+fn models_and_number_formats_are_axes_too() {
+    let place = Place::new();
+    let schnell = fixtures::path("tiny-schnell").display().to_string();
+    sweep(&place, &["--model", &schnell, "--dtype", "f32,bf16", "--steps", "1", "--seeds", "2"]).succeeds();
+    let rows = rows(&place.path("run"));
+    let facts =
+        |row: &Value| format!("{} {}", row["model"].as_str().unwrap().ends_with("schnell"), row["dtype"].as_str().unwrap());
+    let expected = ["false f32", "false f32", "false bf16", "false bf16", "true f32", "true f32", "true bf16", "true bf16"];
+    assert_eq!(rows.iter().map(facts).collect::<Vec<_>>(), expected);
+    let pixels = |row: &Value| fs::read(place.path("run").join(row["picture"].as_str().unwrap())).unwrap();
+    assert!(pixels(&rows[0]) != pixels(&rows[2]), "another number format is another picture");
+}
+
+#[test]
 fn wrong_sweeps_are_refused_before_anything_is_written() {
     let place = Place::new();
     let fails = |more: &[&str], words: &[&str]| {
@@ -286,6 +304,13 @@ fn wrong_sweeps_are_refused_before_anything_is_written() {
     fails(&["--lora", &lora], &["finite scale"]);
     sweep(&place, &["--lora", "no.safetensors"]).fails(1, &["no.safetensors"]);
     place.run(&["sweep"]).fails(2, &["prompt"]);
+    fs::create_dir(place.path("closed")).unwrap();
+    fs::set_permissions(place.path("closed"), std::os::unix::fs::PermissionsExt::from_mode(0o555)).unwrap();
+    // A superuser may write everywhere.
+    if fs::write(place.path("closed/try"), "").is_err() {
+        place.run(&["sweep", "a cat", "-o", "closed"]).fails(1, &["closed", "cannot be written to"]);
+        place.run(&["sweep", "a cat", "-o", "closed/run"]).fails(1, &["closed", "cannot be written to"]);
+    }
     place.run(&["sweep", "report", "nowhere"]).fails(1, &["holds no sweep"]);
     place.run(&["sweep", "a cat", "-o", "no/run"]).fails(1, &["mkdir -p"]);
     fs::create_dir(place.path("mine")).unwrap();

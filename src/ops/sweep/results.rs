@@ -36,9 +36,17 @@ impl Row {
     pub(super) fn figure(&self, name: &str) -> Option<f64> {
         match name {
             DENOISE => Some(self.made.seconds.denoise),
+            SPREAD => self.spread(),
             TOTAL => Some(self.made.seconds.total()),
             name => self.metrics.get(name).copied(),
         }
+    }
+
+    /// How far the repeats' times are apart, as a share of their median.
+    fn spread(&self) -> Option<f64> {
+        let times = self.made.repeats.iter().map(|stages| stages.denoise);
+        let (least, most) = (times.clone().reduce(f64::min)?, times.reduce(f64::max)?);
+        Some((most - least) / self.made.seconds.denoise)
     }
 
     /// The row as it is written, in order.
@@ -73,6 +81,7 @@ impl Row {
             ("denoise_s", json!(seconds.denoise)),
             ("decode_s", json!(seconds.decode)),
             ("total_s", json!(rounded(seconds.total()))),
+            (SPREAD, json!(self.spread())),
             ("denoise_s_of_repeats", json!(self.made.repeats.iter().map(|stages| stages.denoise).collect::<Vec<_>>())),
             ("peak_memory_bytes", json!(self.made.peak_memory_bytes)),
             ("peak_device_bytes", json!(self.made.peak_device_bytes)),
@@ -85,6 +94,7 @@ impl Row {
 
 pub(super) const DENOISE: &str = "denoise_s";
 pub(super) const TOTAL: &str = "total_s";
+pub(super) const SPREAD: &str = "denoise_spread";
 
 fn rounded(seconds: f64) -> f64 {
     (seconds * 1e6).round() / 1e6

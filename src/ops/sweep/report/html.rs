@@ -9,7 +9,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value as Json, json};
 
-use super::super::results::{DENOISE, Results, TOTAL};
+use super::super::results::{DENOISE, Results, SPREAD, TOTAL};
 use super::super::{Axis, folder, metrics};
 use super::layout::{Edge, Sheet};
 use super::plot::Plot;
@@ -69,6 +69,11 @@ pub(super) fn write(
         let name = name.trim_end_matches("_s");
         columns.push(json!({ "name": name, "kind": "time", "unit": "s", "help": help, "better": "lower" }));
     }
+    let repeated = results.manifest.repeats > 1;
+    if repeated {
+        let help = "Of the repeats: slowest less fastest, as a share of their median";
+        columns.push(json!({ "name": "denoise spread", "kind": "time", "unit": null, "help": help, "better": "lower" }));
+    }
     columns.push(
         json!({ "name": "peak memory", "kind": "other", "unit": "MB", "help": "Resident memory of the process", "better": null }),
     );
@@ -78,6 +83,7 @@ pub(super) fn write(
         let mut values: Vec<Json> = row.values.iter().map(|(axis, value)| exact(*axis, results)(value)).collect();
         values.extend(results.metrics.iter().map(|metric| json!(row.metrics.get(metric.name))));
         values.extend([DENOISE, TOTAL].map(|name| json!(row.figure(name))));
+        values.extend(repeated.then(|| json!(row.figure(SPREAD))));
         values.push(json!(row.made.peak_memory_bytes.map(|bytes| bytes / 1_000_000)));
         let name = folder::picture(&row.key);
         let source = if inside {
