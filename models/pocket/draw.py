@@ -9,11 +9,13 @@ caption. Nothing is downloaded, so the data, like the code, belongs to this proj
 An *identity*, as LoRA training needs it, is one fixed `Face` drawn with many `Attributes`.
 """
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageChops, ImageDraw
 
-SIZE = 128          # pixels of the finished picture
+from caption import caption  # noqa: F401  (a drawing and its caption are asked for together)
+
+SIZE = 128          # side of a square picture, and the unit in which everything is drawn
 SCALE = 3           # supersampling: drawn at 384x384, then averaged down
 
 BACKGROUND = {
@@ -53,6 +55,12 @@ CHOICES = {
 }
 EYES = ((70, 45, 30), (60, 110, 180), (60, 130, 80), (40, 40, 45))
 MARKS = ("none", "star", "heart", "freckles", "mole")
+# What the model's own training data never has: only people (people.py) and their strangers.
+# Dark, because the autoencoder keeps what is dark and drops what only differs in hue.
+ALL_MARKS = MARKS + ("cheek mole", "chin mole", "scar", "birthmark")
+NOSES = ("line", "round", "long")
+BROWS = ("two", "joined", "bushy")
+MARK = (45, 25, 25)
 
 
 @dataclass(frozen=True)
@@ -83,13 +91,21 @@ class Face:
     nose: float = 0.0
     mouth: float = 0.0        # width
     ears: float = 0.0
-    mark: str = "none"        # the transformer's own training data has no marks
+    mark: str = "none"        # one of ALL_MARKS; the transformer's own training data has none
+    nose_shape: str = "line"  # one of NOSES
+    brows: str = "two"        # one of BROWS
 
 
 def sample_face(rng, marks=False):
     u = lambda: rng.uniform(-1, 1)
     return Face(u(), u(), u(), u(), u(), rng.randrange(len(EYES)), u(), u(), u(), u(),
                 rng.choice(MARKS) if marks else "none")
+
+
+def sample_any_face(rng):
+    """A face that may have every mark, nose and brows."""
+    return replace(sample_face(rng), mark=rng.choice(ALL_MARKS), nose_shape=rng.choice(NOSES),
+                   brows=rng.choice(BROWS))
 
 
 def sample_attributes(rng):
@@ -126,29 +142,47 @@ def shade(c, f):
     return tuple(max(0, min(255, round(v * f if f <= 1 else v + (255 - v) * (f - 1)))) for v in c)
 
 
-class Pen:
-    """ImageDraw in units of the finished picture's pixels."""
+# Width and height of the pictures that are trained: about the same area.
+SHAPES = {"1:1": (128, 128), "3:4": (112, 144), "4:3": (144, 112), "16:9": (176, 96), "9:16": (96, 176)}
 
-    def __init__(self, image):
-        self.image = image
+
+class View:
+    """Where the square of 128 units lies in a picture of another shape: smaller in a lower one,
+    in the middle, with more shirt below it in a higher one."""
+
+    def __init__(self, width, height):
+        self.width, self.height = width, height
+        self.zoom = min(1.0, height / SIZE)
+        self.x, self.y = (width - SIZE * self.zoom) / 2, (height - SIZE * self.zoom) / 2
+
+    def image(self, mode, fill):
+        return Image.new(mode, (self.width * SCALE, self.height * SCALE), fill)
+
+
+class Pen:
+    """ImageDraw in the units of a view."""
+
+    def __init__(self, image, view):
+        self.image, self.view = image, view
         self.d = ImageDraw.Draw(image)
+        self.s = SCALE * view.zoom
+
+    def at(self, x, y):
+        return x * self.s + self.view.x * SCALE, y * self.s + self.view.y * SCALE
 
     def oval(self, x, y, rx, ry, fill, outline=None, width=0):
-        s = SCALE
-        box = ((x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s)
-        self.d.ellipse(box, fill=fill, outline=outline, width=round(width * s))
+        box = self.at(x - rx, y - ry) + self.at(x + rx, y + ry)
+        self.d.ellipse(box, fill=fill, outline=outline, width=round(width * self.s))
 
     def box(self, x0, y0, x1, y1, r, fill, outline=None, width=0):
-        s = SCALE
-        self.d.rounded_rectangle((x0 * s, y0 * s, x1 * s, y1 * s), r * s, fill=fill,
-                                 outline=outline, width=round(width * s))
+        self.d.rounded_rectangle(self.at(x0, y0) + self.at(x1, y1), r * self.s, fill=fill,
+                                 outline=outline, width=round(width * self.s))
 
     def poly(self, points, fill):
-        self.d.polygon([(x * SCALE, y * SCALE) for x, y in points], fill=fill)
+        self.d.polygon([self.at(x, y) for x, y in points], fill=fill)
 
     def line(self, points, fill, width):
-        s = SCALE
-        self.d.line([(x * s, y * s) for x, y in points], fill=fill, width=round(width * s),
+        self.d.line([self.at(x, y) for x, y in points], fill=fill, width=round(width * self.s),
                     joint="curve")
         for x, y in (points[0], points[-1]):
             self.oval(x, y, width / 2, width / 2, fill)
@@ -165,25 +199,27 @@ def star(x, y, r):
              y - (r if i % 2 == 0 else r * 0.45) * cos(i * pi / 5)) for i in range(10)]
 
 
-def paste_hair(image, draw_mask, color):
-    """Fill a mask with the hair colour and a darker rim."""
-    mask = Image.new("L", image.size, 0)
-    draw_mask(Pen(mask), mask)
+def paste_hair(pen, draw_mask, color):
+    """Fill a mask with a colour."""
+    image, mask = pen.image, Image.new("L", pen.image.size, 0)
+    draw_mask(Pen(mask, pen.view), mask)
     image.paste(color, (0, 0), mask)
     return mask
 
 
-def draw(a, face=Face(), rng=None):
-    """The portrait as a 128x128 RGB image. `rng` moves and tints it a little."""
+def draw(a, face=Face(), rng=None, shape="1:1"):
+    """The portrait as an RGB image of that shape. `rng` moves and tints it a little."""
     rng = rng or random.Random(0)
     jit = lambda c, k=5: tuple(max(0, min(255, v + rng.randint(-k, k))) for v in c)
     bg, shirt, hair = jit(BACKGROUND[a.background]), jit(SHIRT[a.shirt]), jit(HAIR[a.hair])
     skin, hat = jit(SKIN[a.skin], 4), jit(HAT[a.hat_color])
     dark_skin, line = shade(skin, 0.8), shade(skin, 0.45)
-    image = Image.new("RGB", (SIZE * SCALE,) * 2, bg)
-    p = Pen(image)
+    view = View(*SHAPES[shape])
+    image = view.image("RGB", bg)
+    p = Pen(image, view)
+    band = image.height / 16
     for i in range(16):                    # a slight vertical gradient
-        p.box(0, i * 8, SIZE, i * 8 + 8, 0, shade(bg, 1.06 - 0.008 * i if i < 8 else 1.06 - 0.008 * i))
+        p.d.rectangle((0, i * band, image.width, i * band + band), fill=shade(bg, 1.06 - 0.008 * i))
 
     cx, cy = 64 + rng.uniform(-2, 2), 63 + rng.uniform(-1.5, 1.5)
     hw, hh = 26 + 2.2 * face.width, 32 + 2.2 * face.height
@@ -210,7 +246,7 @@ def draw(a, face=Face(), rng=None):
 
     # Shirt, neck, ears and head.
     p.oval(cx, 138, 51, 36, shirt)
-    p.box(cx - 51, 132, cx + 51, 150, 0, shirt)
+    p.box(cx - 51, 132, cx + 51, 200, 0, shirt)
     p.box(cx - 11, cy + 18, cx + 11, cy + 42, 4, dark_skin)
     p.oval(cx, cy + 41, 11, 6, dark_skin)
     p.line(arc(cx, cy + 41, 13, 8), shade(shirt, 0.75) if a.shirt != "black" else (85, 85, 95), 3)
@@ -219,7 +255,7 @@ def draw(a, face=Face(), rng=None):
         p.oval(cx + t * hw, cy + 5, ear, ear + 2, skin)
         p.oval(cx + t * hw, cy + 5, ear - 2.5, ear - 1, dark_skin)
     head = Image.new("L", image.size, 0)
-    m = Pen(head)
+    m = Pen(head, view)
     m.oval(cx, cy, hw, hh, 255)
     j = 11 + 5 * face.jaw
     m.poly([(cx - hw * 0.97, cy + 4), (cx - j - 5, cy + hh - 5), (cx - j, cy + hh - 1),
@@ -239,7 +275,7 @@ def draw(a, face=Face(), rng=None):
             q.oval(cx, cy + 8, hw - 7, 12, 0)
             q.oval(cx, mouth_y + 1, 9, 5, 0)
             mask.paste(ImageChops.multiply(mask, head))
-        paste_hair(image, beard, facial)
+        paste_hair(p, beard, facial)
         p.line(arc(cx, mouth_y - 6, 8, -2), facial, 3.5)
     elif a.beard == "moustache":
         p.poly([(cx - 14, mouth_y - 2), (cx - 7, mouth_y - 8), (cx, mouth_y - 6),
@@ -269,7 +305,7 @@ def draw(a, face=Face(), rng=None):
             else:                           # parted at one side
                 q.oval(cx + side * 4, cy + 14, hw - 5, hh, 0)
                 q.oval(cx, cy + 16, hw - 3, hh - 6, 0)
-        paste_hair(image, front, hair)
+        paste_hair(p, front, hair)
         p.line(arc(cx - side * 6, cy - 27, 10, -3), shade(hair, 1.3), 2.2)
 
     # Eyes, brows, nose.
@@ -288,9 +324,17 @@ def draw(a, face=Face(), rng=None):
     for t in (-1, 1):
         x, y = cx + t * gap, eye_y - 10.5 - 1.2 * face.brow - lift
         tilt = 2.4 if sad else 0
-        p.line([(x - t * 6, y - tilt), (x, y - 1.8), (x + t * 6, y + tilt)], brow, 2.6 + 0.6 * face.brow)
+        p.line([(x - t * 6, y - tilt), (x, y - 1.8), (x + t * 6, y + tilt)], brow,
+               {"two": 2.6, "joined": 4, "bushy": 6}[face.brows] + 0.6 * face.brow)
+        if face.brows == "joined":
+            p.line([(x - t * 6, y - tilt), (cx, y - tilt + 1)], brow, 4 + 0.6 * face.brow)
     n = 3.2 + 0.9 * face.nose
-    p.line([(cx - n, cy + 9.5), (cx, cy + 11.2 + 0.5 * face.nose), (cx + n, cy + 9.5)], line, 1.8)
+    if face.nose_shape == "round":
+        p.oval(cx, cy + 8.5, n + 2, n + 1, line)
+    elif face.nose_shape == "long":
+        p.line([(cx + 1, cy - 1), (cx - n - 0.5, cy + 10.5), (cx + 2.5, cy + 11.5)], line, 3)
+    else:
+        p.line([(cx - n, cy + 9.5), (cx, cy + 11.2 + 0.5 * face.nose), (cx + n, cy + 9.5)], line, 1.8)
 
     # Mouth.
     w = 8.5 + 1.6 * face.mouth
@@ -320,6 +364,16 @@ def draw(a, face=Face(), rng=None):
                 p.oval(cx + t * x, cy + y, 1.2, 1.2, shade(skin, 0.62))
     elif face.mark == "mole":
         p.oval(cx + 11, mouth_y - 4, 2.2, 2.2, (50, 30, 30))
+    elif face.mark == "cheek mole":
+        p.oval(cx - gap - 1, cy + 13, 3.6, 3.6, MARK)
+    elif face.mark == "chin mole":
+        p.oval(cx + 8, cy + 27.5, 3.4, 3.4, MARK)
+    elif face.mark == "scar":
+        p.line([(cx + gap - 6, cy + 10), (cx + gap + 6, cy + 20)], MARK, 3)
+        p.line([(cx + gap + 3, cy + 12), (cx + gap - 3, cy + 18)], MARK, 3)
+    elif face.mark == "birthmark":
+        for x, y, r in ((0, 0, 6), (5, 3, 4.5), (-2.5, 4.5, 4.5)):
+            p.oval(cx - gap - 2 + x, cy + 12 + y, r, r, (95, 35, 55))
 
     # Glasses.
     if a.glasses != "none":
@@ -340,14 +394,14 @@ def draw(a, face=Face(), rng=None):
         def dome(q, mask):
             q.oval(cx, top, hw + 7, 30, 255)
             q.box(0, top, SIZE, SIZE, 0, 0)
-        paste_hair(image, dome, hat)
+        paste_hair(p, dome, hat)
         p.oval(cx, top - 30, 6.5, 6.5, band)
         p.box(cx - hw - 7.5, top - 8, cx + hw + 7.5, top + 3, 4, band)
     elif a.hat == "cap":
         def dome(q, mask):
             q.oval(cx, top, hw + 6, 25, 255)
             q.box(0, top, SIZE, SIZE, 0, 0)
-        paste_hair(image, dome, hat)
+        paste_hair(p, dome, hat)
         b = side * 17
         p.oval(cx + b, top, hw + 3, 5, band)
         p.oval(cx, top - 25, 3, 2, band)
@@ -355,135 +409,7 @@ def draw(a, face=Face(), rng=None):
         def dome(q, mask):
             q.oval(cx, top - 2, hw + 2, 27, 255)
             q.box(0, top, SIZE, SIZE, 0, 0)
-        paste_hair(image, dome, hat)
+        paste_hair(p, dome, hat)
         p.box(cx - hw - 2, top - 9, cx + hw + 2, top - 2, 0, band)
         p.oval(cx, top, hw + 18, 6, hat)
     return image.reduce(SCALE)
-
-
-# --------------------------------------------------------------------------------- captions
-
-def caption(a, rng, every=False):
-    """A caption and the set of attributes it mentions. `every` leaves nothing out.
-
-    What a caption leaves out is free, except that glasses, hats and beards are usually
-    absent where nobody mentions them.
-    """
-    said = set()
-
-    def say(name, p):
-        if every or rng.random() < p:
-            said.add(name)
-            return True
-        return False
-
-    pick = rng.choice
-    hair_word = {"blond": ("blond", "blonde"), "red": ("red", "red", "ginger"),
-                 "gray": ("gray", "grey")}.get(a.hair, (a.hair,))
-    gray = lambda c: pick(("gray", "grey")) if c == "gray" else c
-    # with: things a person has; wear: things put on; be: adjectives.
-    with_, wear, be, tail = [], [], [], []
-    if a.style == "bald":
-        say("style", 1)
-        if a.beard != "none":
-            say("hair", 0)
-        be.append("bald")
-    else:
-        style, color = say("style", 0.85), say("hair", 0.94)
-        c = pick(hair_word) if color else ""
-        if style and a.style in ("bun", "ponytail"):
-            with_.append(pick((f"{c} hair in a {a.style}", f"a {c} {a.style}")))
-        elif style and a.style == "bob":
-            with_.append(pick((f"a {c} bob", f"{c} bob hair", f"{c} hair in a bob")))
-        elif style:
-            with_.append(pick((f"{a.style} {c} hair", f"{a.style} {c} hair", f"{c} {a.style} hair")))
-        elif color:
-            with_.append(f"{c} hair")
-    if a.glasses != "none":
-        if say("glasses", 0.94):
-            (with_ if rng.random() < 0.5 else wear).append(a.glasses)
-    elif not every and rng.random() < 0.06:
-        said.add("glasses")
-        tail.append(pick(("no glasses", "without glasses")))
-    if a.beard != "none":
-        if say("beard", 0.93):
-            with_.append(f"a {a.beard}")
-    elif not every and rng.random() < 0.05:
-        said.add("beard")
-        tail.append(pick(("no beard", "clean-shaven")))
-    if (every and rng.random() < 0.4) or (not every and rng.random() < 0.45):
-        said.add("skin")
-        if rng.random() < 0.6:
-            with_.append(f"{a.skin} skin")
-        else:
-            be.append(f"{a.skin}-skinned")
-    if say("shirt", 0.92):
-        garment = rng.choices(("shirt", "t-shirt", "sweater", "top"), (7, 1, 1, 1))[0]
-        wear.append(f"a {a.shirt} {garment}")
-    if a.hat != "none":
-        if say("hat", 0.95):
-            color = say("hat_color", 0.9)
-            hat = pick(("hat", "sun hat", "sun hat")) if a.hat == "sun hat" else a.hat
-            wear.append(f"a {a.hat_color} {hat}" if color else f"a {hat}")
-    elif not every and rng.random() < 0.05:
-        said.add("hat")
-        tail.append(pick(("no hat", "without a hat")))
-    if say("expression", 0.5 if a.expression == "neutral" else 0.9):
-        words = {"smiling": ("smiling", "smiling", "happy", "with a smile"),
-                 "neutral": ("neutral", "serious", "with a neutral expression"),
-                 "sad": ("sad", "frowning", "with a sad expression"),
-                 "surprised": ("surprised", "surprised", "with a surprised expression")}
-        w = pick(words[a.expression])
-        if w.startswith("with") or rng.random() < 0.65:
-            tail.append(w)
-        else:
-            be.append(w)
-    scene = ""
-    if say("background", 0.93):
-        c = gray(a.background)
-        scene = pick((f"{c} background", f"{c} background", f"on a {c} background",
-                      f"against a {c} background", f"in front of a {c} background",
-                      f"{c} backdrop", f"in front of a {c} wall"))
-    for parts in (with_, wear, be, tail):
-        rng.shuffle(parts)
-    noun = rng.choices(("person", "man", "woman", "character"), (6, 1, 1, 1))[0]
-    form = rng.random()
-    if form < 0.35:                        # a list of tags
-        parts = be + with_ + wear + tail + ([scene] if scene else [])
-        parts = [x[2:] if x.startswith("a ") and rng.random() < 0.6 else x for x in parts]
-        rng.shuffle(parts)
-        text = ", ".join([pick(("portrait", f"portrait of a {noun}", f"a {noun}", noun))] + parts)
-    else:                                  # a sentence
-        be = be if len(be) < 3 else be[:3]
-        text = f"{pick(LEADS)} a {' '.join(be + [noun])}"
-        clauses = []
-        if with_:
-            clauses.append("with " + _list(with_, rng))
-        if wear:
-            clauses.append(pick(("wearing ", "wearing ", "in ")) + _list(wear, rng))
-        if rng.random() < 0.3:
-            clauses.reverse()
-        joint = pick((" ", ", "))
-        rest = tail + ([scene] if scene else [])
-        if rng.random() < 0.3:
-            rng.shuffle(rest)
-        if clauses and rng.random() < 0.4:  # "..., smiling, wearing ..."
-            text += " " + ", ".join(clauses[:1] + tail + clauses[1:] + ([scene] if scene else []))
-        else:
-            text += (" " + joint.join(clauses) if clauses else "") + "".join(", " + r for r in rest)
-    text = " ".join(text.split()).replace(" ,", ",")
-    if rng.random() < 0.2:
-        text += "."
-    if rng.random() < 0.2:
-        text = text[0].upper() + text[1:]
-    return text.strip(), said
-
-
-LEADS = ("a portrait of", "a portrait of", "portrait of", "a drawing of", "an illustration of",
-         "a picture of", "a drawn portrait of", "")
-
-
-def _list(items, rng):
-    if len(items) == 1:
-        return items[0]
-    return ", ".join(items[:-1]) + rng.choice((" and ", " and ", ", ")) + items[-1]

@@ -1,6 +1,8 @@
 //! pocket, the embedded default: a tiny FLUX.1 of the same architecture that draws portraits, so that everything works
 //! anywhere at once. How it was made and what it can do: the model card, `models/pocket/README.md`.
 
+pub mod probe;
+
 use crate::bundle::{Blob, Bundle, ClipVocabulary, Files};
 
 /// A file of the diffusers folder `weights`, inside the program.
@@ -9,6 +11,9 @@ macro_rules! embedded {
         Blob::Embedded { name: concat!("pocket/", $name), bytes: include_bytes!(concat!("weights/", $name)) }
     };
 }
+
+/// As cards and requests call it.
+pub const NAME: &str = "pocket";
 
 /// Width and height, in pixels, that pocket was trained at.
 pub const SIDE: usize = 128;

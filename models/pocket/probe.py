@@ -1,20 +1,20 @@
-"""Read attributes back from a portrait, and measure how well a model follows its prompts.
+"""Read a portrait: what its caption could say (attributes) and what no caption says (the face).
 
-    python probe.py drawings                      # are the rules right on the drawings themselves?
-    python probe.py write                         # write probe.json: rules, prompts, seeds
+    python probe.py drawings                      # is the network right on new drawings?
+    python probe.py write                         # write probe.json: layout of the outputs, prompts, seeds
     python probe.py model weights --json out.json # 200 held-out prompts through diffusers
     python probe.py folder pictures/list.json     # judge PNGs: [{"file": ..., "attributes": {...}}]
 
-The rules, simple on purpose (any language can repeat them from probe.json):
+One small convolutional network (`probe.safetensors`, trained by train_probe.py) sees the 128x128 RGB
+picture as pixel / 127.5 - 1 in NCHW and gives one vector of numbers, in this order:
 
-- A picture is 128x128 RGB. A region is a list of boxes [x0, y0, x1, y1], x1 and y1 excluded.
-- A colour attribute (background, shirt, hair, skin): every pixel of its region finds the nearest
-  colour (squared distance in RGB) among the palette and the `others`; each pixel whose nearest is
-  in the palette is a vote for that name. Most votes win; no votes at all read "unknown".
-  Ties go to the name that comes first in the palette.
-- glasses: a pixel is dark if its largest channel is below `dark`. Share of dark pixels in the boxes
-  `lenses` at least `sunglasses`: sunglasses; else in the boxes `frames` at least `glasses`: glasses;
-  else none.
+- for every attribute of `draw.CHOICES` one logit per value: the largest is the answer. The hair
+  colour of a bald person and the colour of no hat are not asked;
+- nine measures of the face (`FEATURES`), in units of `draw.Face`;
+- the logarithm of the variance of each of them: how unsure the network is, as when hair hides an ear;
+- logits of eye colour, mark, shape of the nose and kind of brows (`KINDS`).
+
+Who a face belongs to is decided from the last three by identity.py.
 """
 import argparse
 import json
@@ -22,103 +22,130 @@ import random
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import draw
 from sheet import sheet
 
 HERE = Path(__file__).parent
-TEMPLES = [[36, 54, 40, 60], [88, 54, 92, 60]]
-DARK = [[28, 28, 34]]
-RULES = {
-    "background": dict(boxes=[[2, 3, 14, 40], [114, 3, 126, 40]], palette=draw.BACKGROUND, others=[]),
-    "shirt": dict(boxes=[[46, 117, 82, 126]], palette=draw.SHIRT, others=[]),
-    "hair": dict(boxes=TEMPLES, palette=draw.HAIR, others=list(draw.SKIN.values())),
-    "skin": dict(boxes=[[60, 67, 68, 72]], palette=draw.SKIN, others=DARK),
-    "glasses": dict(lenses=[[47, 60, 57, 68], [71, 60, 81, 68]], sunglasses=0.55,
-                    frames=[[46, 69, 59, 76], [69, 69, 82, 76]], glasses=0.17, dark=84),
-}
-JUDGED = ("background", "shirt", "hair", "glasses", "skin")
+FEATURES = ("width", "height", "jaw", "eye_gap", "eye_size", "brow", "nose", "mouth", "ears")
+KINDS = {"eye_color": tuple(range(len(draw.EYES))), "mark": draw.ALL_MARKS,
+         "nose_shape": draw.NOSES, "brows": draw.BROWS}
+WIDTHS, HIDDEN = (16, 24, 48, 64, 64), 128      # channels after each halving; units before the outputs
 
 
-def pixels(picture, boxes):
-    a = np.asarray(picture.convert("RGB"), np.int64)
-    return np.concatenate([a[y0:y1, x0:x1].reshape(-1, 3) for x0, y0, x1, y1 in boxes])
+def layout():
+    """Where each part of the output vector lies: {name: (start, end)}."""
+    sizes = {k: len(v) for k, v in draw.CHOICES.items()}
+    sizes |= {"features": len(FEATURES), "log_variance": len(FEATURES)} | {k: len(v) for k, v in KINDS.items()}
+    places, start = {}, 0
+    for name, n in sizes.items():
+        places[name] = (start, start + n)
+        start += n
+    return places
 
 
-def dark_share(picture, region):
-    r = RULES["glasses"]
-    return float((pixels(picture, r[region]).max(1) < r["dark"]).mean())
+LAYOUT = layout()
 
 
-def read(picture):
-    """All attributes of one picture, as a dictionary."""
-    found = {}
-    for name, rule in RULES.items():
-        if name == "glasses":
-            found[name] = ("sunglasses" if dark_share(picture, "lenses") >= rule["sunglasses"] else
-                           "glasses" if dark_share(picture, "frames") >= rule["glasses"] else "none")
-            continue
-        names = list(rule["palette"])
-        colors = np.array(list(rule["palette"].values()) + rule["others"])
-        p = pixels(picture, rule["boxes"])
-        nearest = ((p[:, None] - colors[None]) ** 2).sum(2).argmin(1)
-        votes = np.bincount(nearest, minlength=len(colors))[:len(names)]
-        found[name] = names[int(votes.argmax())] if votes.any() else "unknown"
-    return found
+class Probe(torch.nn.Module):
+    """Five times a 3x3 convolution of stride 2 and SiLU, then two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.ModuleList(
+            torch.nn.Conv2d(a, b, 3, 2, 1) for a, b in zip((3,) + WIDTHS, WIDTHS))
+        self.hidden = torch.nn.Linear(WIDTHS[-1] * 16, HIDDEN)
+        self.out = torch.nn.Linear(HIDDEN, LAYOUT["brows"][1])
+
+    def forward(self, x):
+        for conv in self.conv:
+            x = torch.nn.functional.silu(conv(x))
+        return self.out(torch.nn.functional.silu(self.hidden(x.flatten(1))))
+
+
+def load(path=HERE / "probe.safetensors"):
+    net = Probe()
+    net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    return net.eval().requires_grad_(False)
+
+
+def vectors(net, pictures):
+    """The outputs for pictures (n, 128, 128, 3) of uint8, or a list of images."""
+    if not isinstance(pictures, np.ndarray):
+        pictures = np.stack([np.asarray(p.convert("RGB")) for p in pictures])
+    out = []
+    for i in range(0, len(pictures), 100):
+        x = torch.from_numpy(pictures[i:i + 100]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        out.append(net(x).numpy())
+    return np.concatenate(out)
+
+
+def attributes(vector):
+    """The attributes that one output vector tells."""
+    return {k: v[int(vector[slice(*LAYOUT[k])].argmax())] for k, v in draw.CHOICES.items()}
+
+
+def asked(a):
+    """The attributes that a picture of `a` can show."""
+    want = dict(vars(a))
+    if a.style == "bald":
+        del want["hair"]
+    if a.hat == "none":
+        del want["hat_color"]
+    return want
 
 
 def prompts(count=200, seed="probe"):
-    """Held-out prompts that say everything; nobody is bald, so that hair can be read."""
+    """Held-out prompts that say everything but, often, the skin."""
     rng, out = random.Random(seed), []
     while len(out) < count:
         a = draw.sample_split(rng, test=True)
-        if a.style == "bald":
-            continue
         text, said = draw.caption(a, rng, every=True)
-        want = {k: getattr(a, k) for k in JUDGED if k in said or k == "glasses"}
-        out.append(dict(prompt=text, seed=1000 + len(out), attributes=want))
+        said = said | {"glasses", "hat", "beard"}        # nobody mentions them where they are absent
+        out.append(dict(prompt=text, seed=1000 + len(out),
+                        attributes={k: v for k, v in asked(a).items() if k in said}))
     return out
 
 
 def score(pairs):
-    """pairs of (picture, wanted attributes) to {attribute: (right, asked)}."""
-    table = {k: [0, 0] for k in JUDGED}
-    table["background+shirt+hair"] = [0, 0]
-    misses = []
-    for i, (picture, want) in enumerate(pairs):
-        got = read(picture)
-        for k, v in want.items():
-            if k in table:
-                table[k][0] += got[k] == v
-                table[k][1] += 1
-        three = [k for k in ("background", "shirt", "hair") if k in want]
-        if len(three) == 3:
-            table["background+shirt+hair"][0] += all(got[k] == want[k] for k in three)
-            table["background+shirt+hair"][1] += 1
-        wrong = {k: [v, got[k]] for k, v in want.items() if k in got and got[k] != v}
+    """pairs of (picture, wanted attributes) to {attribute: (right, asked)} and the misses."""
+    three = ("background", "shirt", "hair")
+    table = {k: [0, 0] for k in (*draw.CHOICES, "+".join(three), "all")}
+    misses, read = [], vectors(load(), [p for p, _ in pairs])
+    for i, (vector, (_, want)) in enumerate(zip(read, pairs)):
+        got = attributes(vector)
+        wrong = {k: [v, got[k]] for k, v in want.items() if got[k] != v}
+        groups = [(k, (k,)) for k in want] + [("all", tuple(want))]
+        if all(k in want for k in three):
+            groups.append(("+".join(three), three))
+        for name, members in groups:
+            table[name][0] += not any(k in wrong for k in members)
+            table[name][1] += 1
         if wrong:
             misses.append(dict(picture=i, wanted_and_read=wrong))
     return table, misses
 
 
 def show(table):
-    for k, (right, asked) in table.items():
-        print(f"{k:24} {right:4} of {asked:4}  {right / max(1, asked):7.1%}")
+    for k, (right, n) in table.items():
+        print(f"{k:24} {right:4} of {n:4}  {right / max(1, n):8.2%}")
 
 
 def judge_drawings(o):
+    """New drawings of the held-out combinations, half of the faces with marks."""
     rng, pairs = random.Random("drawings"), []
     while len(pairs) < o.count:
-        a = draw.sample_attributes(rng)
-        want = {k: getattr(a, k) for k in JUDGED if k != "hair" or a.style != "bald"}
-        pairs.append((draw.draw(a, draw.sample_face(rng), rng), want))
+        a = draw.sample_split(rng, test=True)
+        face = draw.sample_any_face(rng) if len(pairs) % 2 else draw.sample_face(rng)
+        pairs.append((draw.draw(a, face, rng), asked(a)))
     return score(pairs)
 
 
 def generate(folder, cases, guidance, steps=20, batch=10, dtype="float32"):
     """The pictures of the prompts through diffusers; each prompt has its own seed."""
-    import torch
     from diffusers import FluxPipeline
     pipe = FluxPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
@@ -147,9 +174,9 @@ def judge_folder(o):
 
 
 def write(o):
-    rules = {k: dict(v) for k, v in RULES.items()}
     (HERE / "probe.json").write_text(json.dumps(dict(
-        size=[128, 128], steps=20, guidance=o.guidance, text_tokens=64, rules=rules,
+        size=[128, 128], steps=20, guidance=o.guidance, text_tokens=64,
+        layout=LAYOUT, values=draw.CHOICES, features=FEATURES, kinds=KINDS,
         prompts=prompts(o.count)), indent=1) + "\n")
 
 

@@ -81,34 +81,13 @@ fn previews_show_what_is_to_come() {
     assert_eq!(plain.pictures, finished.pictures, "watching changes nothing");
 }
 
-/// The colour that `models/pocket/probe.py` reads in a region: each pixel votes for the nearest colour.
-fn colour(picture: &image::RgbImage, rule: &serde_json::Value) -> String {
-    let numbers =
-        |value: &serde_json::Value| -> Vec<i64> { value.as_array().unwrap().iter().map(|n| n.as_i64().unwrap()).collect() };
-    let named: Vec<(Option<&String>, Vec<i64>)> =
-        rule["palette"].as_object().unwrap().iter().map(|(name, rgb)| (Some(name), numbers(rgb))).collect();
-    let others = rule["others"].as_array().unwrap().iter().map(|rgb| (None, numbers(rgb)));
-    let colours: Vec<_> = named.into_iter().chain(others).collect();
-    let mut votes = vec![0; colours.len()];
-    for area in rule["boxes"].as_array().unwrap() {
-        let area = numbers(area);
-        for (y, x) in (area[1]..area[3]).flat_map(|y| (area[0]..area[2]).map(move |x| (y, x))) {
-            let pixel = picture.get_pixel(x as u32, y as u32).0;
-            let distance = |rgb: &[i64]| -> i64 { rgb.iter().zip(pixel).map(|(a, b)| (a - i64::from(b)).pow(2)).sum() };
-            let nearest = (0..colours.len()).min_by_key(|i| distance(&colours[*i].1)).unwrap();
-            votes[nearest] += 1;
-        }
-    }
-    let named = (0..colours.len()).filter(|i| colours[*i].0.is_some() && votes[*i] > 0);
-    named.max_by_key(|i| votes[*i]).and_then(|i| colours[i].0.cloned()).unwrap_or("unknown".into())
-}
-
 /// The first of the 200 held-out prompts; `probe.py` measures all of them (figures: the model card).
 #[test]
 fn pictures_have_the_colours_of_the_prompt() {
     let text = std::fs::read(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pocket/probe.json")).unwrap();
     let probe: serde_json::Value = serde_json::from_slice(&text).unwrap();
     let pipeline = Pipeline::load(&models::pocket::bundle(), &Device::Cpu, DType::F32, &mut |_| {}).unwrap();
+    let reader = models::pocket::probe::Probe::load().unwrap();
     let (mut asked, mut right) = ([0; 3], [0; 3]);
     for row in probe["prompts"].as_array().unwrap().iter().take(20) {
         let job = Job {
@@ -128,14 +107,67 @@ fn pictures_have_the_colours_of_the_prompt() {
             previews: None,
         };
         let picture = &pipeline.run(&job, &mut |_| ControlFlow::Continue(())).unwrap().pictures[0];
+        let seen = reader.look(picture.as_raw()).unwrap().attributes;
         for (i, name) in ["background", "shirt", "hair"].into_iter().enumerate() {
             let Some(want) = row["attributes"][name].as_str() else { continue };
             asked[i] += 1;
-            right[i] += usize::from(colour(picture, &probe["rules"][name]) == want);
+            right[i] += usize::from(seen[i] == want);
         }
     }
     println!("background, shirt, hair: {right:?} of {asked:?}");
     for (right, asked) in right.into_iter().zip(asked) {
         assert!(asked >= 10 && right * 10 >= asked * 7, "right {right} of {asked}");
+    }
+}
+
+/// Eight drawings: people and strangers. What the network says of them in PyTorch, and who is recognised.
+#[test]
+fn the_probe_reads_as_the_reference_does() {
+    use models::pocket::probe::{Face, Probe};
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pocket");
+    let json = |name: &str| -> serde_json::Value { serde_json::from_slice(&std::fs::read(folder.join(name)).unwrap()).unwrap() };
+    let (cases, people) = (json("reference.json"), json("people.json"));
+    let number = |value: &serde_json::Value| value.as_f64().unwrap();
+    let face = |person: &serde_json::Value| {
+        let kind = |name: &str| person["kinds"][name].as_u64().unwrap() as usize;
+        let kinds = ["eye_color", "mark", "nose_shape", "brows", "skin"].map(kind);
+        Face::known(std::array::from_fn(|i| number(&person["features"][i])), kinds)
+    };
+    let probe = Probe::load().unwrap();
+    for case in cases.as_array().unwrap() {
+        let bytes = std::fs::read(folder.join(case["file"].as_str().unwrap())).unwrap();
+        let picture = darkroom::image::decode_picture(&bytes, darkroom::image::Limits::default()).unwrap();
+        let seen = probe.look(picture.as_raw()).unwrap();
+        for ((name, _), value) in models::pocket::probe::ATTRIBUTES.iter().zip(seen.attributes) {
+            assert_eq!(case["attributes"][name], value, "{name} of {}", case["file"]);
+        }
+        let mut nearest = ("nobody", number(&people["threshold"]));
+        for (name, person) in people["people"].as_object().unwrap() {
+            let distance = seen.face.distance(&face(person));
+            let expected = number(&case["distances"][name]);
+            assert!((distance - expected).abs() < 1e-3, "{} to {name}: {distance}, not {expected}", case["file"]);
+            if distance < nearest.1 {
+                nearest = (name, distance);
+            }
+        }
+        assert_eq!(case["identity"], nearest.0);
+    }
+}
+
+/// The prompts that pocket is measured with: whatever they ask for is found in their words.
+#[test]
+fn prompts_ask_for_what_they_were_written_from() {
+    let text = std::fs::read(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pocket/probe.json")).unwrap();
+    let probe: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let prompts = probe["prompts"].as_array().unwrap();
+    for row in prompts {
+        let prompt = row["prompt"].as_str().unwrap();
+        let found: std::collections::BTreeMap<_, _> = models::pocket::probe::asked(prompt).into_iter().collect();
+        for (name, value) in &found {
+            assert_eq!(row["attributes"][name], *value, "{name} of {prompt:?}");
+        }
+        // What nobody mentions is absent.
+        let left_out = row["attributes"].as_object().unwrap().iter().filter(|(name, _)| !found.contains_key(name.as_str()));
+        left_out.for_each(|(name, value)| assert_eq!(*value, "none", "{name} of {prompt:?}"));
     }
 }

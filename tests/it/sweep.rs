@@ -416,3 +416,30 @@ fn people_and_prompts_are_measured_where_there_is_a_model_for_it() {
     place.run(&["sweep", "report", "run", "--judge", "nothing"]).fails(2, &["judge", "clip-vit-l14"]);
     place.run(&["generate", "a cat", "--model", "clip-vit-l14"]).fails(2, &["makes none"]);
 }
+
+#[test]
+fn portraits_are_read_by_pockets_own_probe() {
+    let place = Place::new();
+    for (name, picture) in [("one", "0.png"), ("two", "1.png")] {
+        fs::create_dir(place.path(name)).unwrap();
+        let drawn = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pocket/reference").join(picture);
+        fs::copy(drawn, place.path(name).join(picture)).unwrap();
+    }
+    let more = ["--steps", "4", "--identity", "one", "--others", "two", "-q", "-o", "run"];
+    place.run(&[&["sweep", "portrait of a person with red hair, green shirt", "a lighthouse"][..], &more].concat()).succeeds();
+    let rows = rows(&place.path("run"));
+    // Of two things that are asked for none, one or both are there; a lighthouse asks for nothing that it knows.
+    let adherence = rows[0]["adherence"].as_f64().unwrap();
+    assert!([0., 0.5, 1.].contains(&adherence), "{adherence}");
+    assert!(rows[1]["adherence"].is_null());
+    for row in &rows {
+        for name in ["identity", "leakage"] {
+            let likeness = row[name].as_f64().unwrap();
+            assert!(likeness > 0. && likeness < 1., "{name} {likeness}");
+        }
+    }
+    // The probe was made for squares.
+    place.run(&["sweep", "red hair", "--width", "144", "--height", "112", "--steps", "1", "-q", "-o", "wide"]).succeeds();
+    let text = fs::read_to_string(place.path("wide/results.jsonl")).unwrap();
+    assert!(!text.contains("adherence"), "{text}");
+}

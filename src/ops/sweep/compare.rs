@@ -173,7 +173,9 @@ pub fn recommend(path: &Path, metric: Option<&str>, margin: f64, config: &Config
     let mean =
         |rows: &[&Row], figure: &str| stats::mean(&by_seed(rows.iter().copied(), figure).into_values().collect::<Vec<_>>());
     let quality = |rows: &[&Row]| sign * mean(rows, metric.name);
-    let best = groups.values().max_by(|a, b| quality(a).total_cmp(&quality(b))).expect("two at least");
+    // Of equally good ones the cheapest.
+    let order = |a: &[&Row], b: &[&Row]| quality(a).total_cmp(&quality(b)).then(mean(b, DENOISE).total_cmp(&mean(a, DENOISE)));
+    let best = groups.values().max_by(|a, b| order(a, b)).expect("two at least");
     let best_by_seed = by_seed(best.iter().copied(), metric.name);
     let name = |rows: &[&Row]| {
         let of = |i: &usize| format!("{} {}", results.manifest.grid.axes[*i].0, rows[0].values[*i].1);

@@ -75,7 +75,7 @@ impl Memory {
     /// Looks once.
     pub(super) fn look(&mut self, device: &Device) {
         if let (Some(system), Some(process)) = (&mut self.system, self.process) {
-            let kind = ProcessRefreshKind::nothing().with_memory();
+            let kind = ProcessRefreshKind::nothing().with_memory().without_tasks();
             system.refresh_processes_specifics(ProcessesToUpdate::Some(&[process]), false, kind);
             self.peak = self.peak.max(system.process(process).map(sysinfo::Process::memory));
         }

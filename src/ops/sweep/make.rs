@@ -1,5 +1,6 @@
 //! The pictures of a sweep, made one after another.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -11,13 +12,13 @@ use super::folder::{Folder, Made, Manifest, Stages};
 use super::plan::{self, Base, Cell, Plan};
 use super::stats;
 use super::wish::{Asked, Sweep};
+use super::writer::{Picture, Writer};
 use super::{Axis, environment, report};
 use crate::config::Config;
-use crate::engine::{self, Event, Finished, Job, Pipeline, Selected};
+use crate::engine::{self, Event, Finished, Pipeline, Selected};
 use crate::fetch::Progress;
-use crate::image::Format;
 use crate::ops::Error;
-use crate::ops::generate::{self, Precision, Setting};
+use crate::ops::generate::{self, Precision};
 use crate::ops::lora::{Lora, Sources};
 
 /// Steps of a run that only warms up and measures the pace.
@@ -101,7 +102,6 @@ pub(super) fn make(sweep: &Sweep, config: &Config, folder: &mut Folder, told: To
     if order.is_empty() {
         return Ok(outcome);
     }
-    let asked = |cell: &Cell| sweep.shared.asked(&plan::values(&sweep.grid, &cell.at));
     let mut maker = Maker {
         sweep,
         device: &device,
@@ -112,38 +112,13 @@ pub(super) fn make(sweep: &Sweep, config: &Config, folder: &mut Folder, told: To
         keep_latents: sweep.grid.values(Axis::Steps).is_some_and(|steps| steps.len() > 1),
         pace: Pace::default(),
     };
-    let mut in_row = 0;
-    for (i, place) in order.iter().enumerate() {
-        let cell = &cells[*place];
-        let asked = asked(cell)?;
-        let base = &bases[&asked.model];
-        let dtype = asked.precision.map_or_else(|| engine::default_dtype(&device), Precision::dtype);
-        if maker.is_other(&base.sha256, dtype) {
-            maker.load(&asked, base, dtype, told)?;
-            if i == 0 {
-                maker.pace = maker.trial(&asked, base, told)?;
-                let estimate = maker.pace.estimate(cells, &order, sweep.repeats, outcome.kept, maker.keep_latents);
-                tell(told, Stage::Estimated(&estimate))?;
-                maker.pace.begin(cells, &order, sweep.repeats);
-            }
-        }
-        match maker.make(cell, &asked, base, folder, (i + 1, order.len()), told) {
-            Ok(()) => {
-                outcome.made += 1;
-                in_row = 0;
-            }
-            Err(error) if error.is_cancelled() => return Err(error),
-            Err(error) => {
-                tracing::error!(key = cell.key, error = error.told(), "a picture could not be made");
-                outcome.failed.push((cell.key.clone(), error.told()));
-                in_row += 1;
-                if in_row == MOST_FAILURES || matches!(error, Error::Write { .. }) {
-                    return Err(error);
-                }
-            }
-        }
-        maker.pace.done(cell, sweep.repeats);
-    }
+    std::thread::scope(|scope| {
+        let writer = Writer::begin(scope, folder);
+        let made = maker.make_all((cells, &order), &bases, &writer, &mut outcome, told);
+        // What is made is written, whatever ended it; a disk that is full is the reason of what comes after.
+        writer.finish()?;
+        made
+    })?;
     Ok(outcome)
 }
 
@@ -168,6 +143,53 @@ struct Maker<'a> {
 }
 
 impl Maker<'_> {
+    fn make_all(
+        &mut self,
+        (cells, order): (&[Cell], &[usize]),
+        bases: &BTreeMap<String, Base>,
+        writer: &Writer<'_>,
+        outcome: &mut Outcome,
+        told: Told,
+    ) -> Result<(), Error> {
+        let mut in_row = 0;
+        for (i, place) in order.iter().enumerate() {
+            let cell = &cells[*place];
+            let asked = self.sweep.shared.asked(&plan::values(&self.sweep.grid, &cell.at))?;
+            let base = &bases[&asked.model];
+            let dtype = asked.precision.map_or_else(|| engine::default_dtype(self.device), Precision::dtype);
+            if self.is_other(&base.sha256, dtype) {
+                self.load(&asked, base, dtype, told)?;
+                if i == 0 {
+                    self.pace = self.trial(&asked, base, told)?;
+                    let estimate = self.pace.estimate(cells, order, self.sweep.repeats, outcome.kept, self.keep_latents);
+                    tell(told, Stage::Estimated(&estimate))?;
+                    self.pace.begin(cells, order, self.sweep.repeats);
+                }
+            }
+            match self.make(cell, &asked, base, (i + 1, order.len()), told) {
+                Ok(picture) => {
+                    if !writer.take(picture) {
+                        // It tells why when it is asked to finish.
+                        return Ok(());
+                    }
+                    outcome.made += 1;
+                    in_row = 0;
+                }
+                Err(error) if error.is_cancelled() => return Err(error),
+                Err(error) => {
+                    tracing::error!(key = cell.key, error = error.told(), "a picture could not be made");
+                    outcome.failed.push((cell.key.clone(), error.told()));
+                    in_row += 1;
+                    if in_row == MOST_FAILURES {
+                        return Err(error);
+                    }
+                }
+            }
+            self.pace.done(cell, self.sweep.repeats);
+        }
+        Ok(())
+    }
+
     fn is_other(&self, sha256: &str, dtype: DType) -> bool {
         self.loaded.as_ref().is_none_or(|(loaded, in_dtype, _)| loaded != sha256 || *in_dtype != dtype)
     }
@@ -209,10 +231,9 @@ impl Maker<'_> {
         cell: &Cell,
         asked: &Asked,
         base: &Base,
-        folder: &mut Folder,
         (picture, pictures): (usize, usize),
         told: Told,
-    ) -> Result<(), Error> {
+    ) -> Result<Picture, Error> {
         let (mut job, _) = generate::prepare(&asked.request, &base.model)?;
         job.loras = self.open(&asked.request.loras, told)?;
         self.memory.begin();
@@ -249,16 +270,15 @@ impl Maker<'_> {
             peak_device_bytes: self.memory.peak_device,
             notes: notes(&finished),
         };
-        let png = self.png(&job, &finished, base)?;
-        let latents = self.keep_latents.then(|| generate::latents(&finished)).transpose()?;
-        folder.add(&made, &png, latents.as_deref())
-    }
-
-    fn png(&self, job: &Job, finished: &Finished, base: &Base) -> Result<Vec<u8>, Error> {
-        let device = generate::device_name(self.device);
-        let dtype = self.pipeline().dtype().as_str();
-        let setting = Setting { model: &base.model.name, digest: Some(&base.sha256), device: &device, dtype };
-        Ok(generate::encode(job, finished, (Format::Png, 100), Some(setting))?.swap_remove(0))
+        Ok(Picture {
+            made,
+            job,
+            finished,
+            model: base.model.name.clone(),
+            sha256: base.sha256.clone(),
+            dtype: self.pipeline().dtype().as_str(),
+            latents: self.keep_latents,
+        })
     }
 
     fn open(&mut self, loras: &[Lora], told: Told) -> Result<Vec<Selected>, Error> {

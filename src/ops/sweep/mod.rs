@@ -12,11 +12,14 @@ mod folder;
 mod make;
 mod metrics;
 mod plan;
+#[cfg(feature = "pocket")]
+mod portraits;
 mod references;
 mod report;
 mod results;
 mod stats;
 mod wish;
+mod writer;
 
 use std::ops::ControlFlow;
 

@@ -65,13 +65,19 @@ impl References {
         files::write(&run.join(FILE), true, &serde_json::to_vec(self).expect("paths"))
     }
 
-    /// Whatever can look at the pictures of this run.
-    pub(super) fn judges(&self, _results: &Results, config: &Config) -> Result<Vec<Box<dyn Judge>>, Error> {
+    /// Whatever can look at the pictures of this run. Of two that measure the same the later one counts.
+    pub(super) fn judges(&self, results: &Results, config: &Config) -> Result<Vec<Box<dyn Judge>>, Error> {
         let mut judges: Vec<Box<dyn Judge>> = Vec::new();
         if let Some([weights, sizes, tokenizer]) = models::judge(self.judge.as_deref().unwrap_or(JUDGE), config)? {
             let clip = Clip::load(&weights, &sizes, &tokenizer, &Device::Cpu).map_err(crate::engine::Error::from)?;
             judges.push(Box::new(WithClip::new(clip, self)?));
         }
+        #[cfg(feature = "pocket")]
+        if results.rows.iter().any(super::portraits::is_portrait) {
+            judges.push(Box::new(super::portraits::Portraits::new(self)?));
+        }
+        #[cfg(not(feature = "pocket"))]
+        let _ = results;
         Ok(judges)
     }
 }
@@ -91,7 +97,7 @@ fn pictures(field: &'static str, folder: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(found)
 }
 
-fn read(field: &'static str, folder: &Path) -> Result<Vec<RgbImage>, Error> {
+pub(super) fn read(field: &'static str, folder: &Path) -> Result<Vec<RgbImage>, Error> {
     let one = |path: PathBuf| {
         let name = path.display().to_string();
         let bytes = std::fs::read(&path).map_err(|source| Error::UnreadableFile { field, path, source })?;
