@@ -438,6 +438,9 @@ fn compared(comparison: &Comparison) -> String {
             row.name, row.a, row.b, paired.difference.mean, row.verdict
         );
     }
+    if comparison.few {
+        text += "\nThese are few seeds: a difference that more would show may be missed. Repeat both with --seeds 16.\n";
+    }
     text += "\neffect: the mean difference in units of its own deviation over seeds. seeds: how many would show it with a power of 80 %.\n";
     text
 }

@@ -20,12 +20,6 @@ impl JobId {
         Self::of(Uuid::now_v7().as_u128())
     }
 
-    /// Not above any made at this time or later, in milliseconds since 1970.
-    #[must_use]
-    pub fn at(milliseconds: i64) -> Self {
-        Self::of(u128::from(milliseconds.unsigned_abs()) << 80)
-    }
-
     fn of(bits: u128) -> Self {
         // 26 digits of 5 bits hold 130.
         let digit = |i: usize| char::from(ALPHABET[((bits >> (5 * (LENGTH - 1 - i))) & 31) as usize]);
@@ -68,7 +62,6 @@ mod tests {
         let ids: Vec<JobId> = (0..1000).map(|_| JobId::new()).collect();
         assert!(ids.windows(2).all(|pair| pair[0] < pair[1]));
         assert_eq!(ids[7].as_str().parse(), Ok(ids[7].clone()));
-        assert!(JobId::at(1_700_000_000_000) < ids[0] && ids[999] < JobId::at(4_000_000_000_000));
         for bad in
             ["", "../../etc/passwd", "0123456789ABCDEFGHJKMNPQRS", "0123456789abcdefghjkmnpqri", "é123456789abcdefghjkmnpqr"]
         {

@@ -137,21 +137,22 @@ impl Store {
 
     /// A tenant's jobs, newest first, from below `before`.
     pub async fn list(&self, tenant: &str, before: Option<&JobId>, limit: i64) -> Result<Vec<Job>, Error> {
-        self.list_from(tenant, None, before, limit).await
+        self.list_made(tenant, i64::MIN..i64::MAX, before, limit).await
     }
 
-    /// As [`Self::list`], down to `from`.
-    pub async fn list_from(
+    /// As [`Self::list`], of those made in that time, in milliseconds since 1970 by the database's clock.
+    pub async fn list_made(
         &self,
         tenant: &str,
-        from: Option<&JobId>,
+        made: std::ops::Range<i64>,
         before: Option<&JobId>,
         limit: i64,
     ) -> Result<Vec<Job>, Error> {
-        let list = "SELECT {columns} FROM jobs WHERE tenant = $1 AND id < $2 AND id >= $3 ORDER BY id DESC LIMIT $4";
-        // Behind every id, and before.
-        let (before, from) = (before.map_or("~", JobId::as_str), from.map_or("", JobId::as_str));
-        let list = self.query(list).bind(tenant).bind(before).bind(from).bind(limit);
+        let list = "SELECT {columns} FROM jobs WHERE tenant = $1 AND id < $2 AND created_at >= $3 AND created_at < $4 \
+                    ORDER BY id DESC LIMIT $5";
+        // Behind every id.
+        let before = before.map_or("~", JobId::as_str);
+        let list = self.query(list).bind(tenant).bind(before).bind(made.start).bind(made.end).bind(limit);
         list.fetch_all(&self.pool).await?.iter().map(job).collect()
     }
 

@@ -8,6 +8,10 @@ use tempfile::NamedTempFile;
 
 use super::Error;
 
+/// Of names of unfinished files.
+const PREFIX: &str = ".darkroom-";
+const SUFFIX: &str = ".part";
+
 /// The folder that a file is in.
 pub(super) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
@@ -22,9 +26,19 @@ pub(super) fn check_folder(field: &'static str, folder: &Path) -> Result<(), Err
     temporary(folder).map(drop).map_err(|source| Error::UnwritableFolder { field, folder: folder.into(), source })
 }
 
+/// Removes the unfinished files that a killed process left. Only for folders in which nobody else writes.
+pub(super) fn sweep_up(folder: &Path) {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let unfinished = |name: &str| name.starts_with(PREFIX) && name.ends_with(SUFFIX);
+    for entry in entries.filter(|entry| unfinished(&entry.file_name().to_string_lossy())) {
+        // One that stays does no harm.
+        let _ = fs::remove_file(entry.path());
+    }
+}
+
 fn temporary(folder: &Path) -> io::Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".darkroom-").suffix(".part");
+    builder.prefix(PREFIX).suffix(SUFFIX);
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;

@@ -39,4 +39,5 @@ mod service;
 mod site;
 mod sweep;
 mod sweep_browser;
+mod sweep_figures;
 mod tidy;

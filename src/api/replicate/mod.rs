@@ -12,6 +12,7 @@ mod prediction;
 mod schema;
 mod stream;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use axum::extract::{Path, Query, State};
@@ -117,14 +118,16 @@ pub(super) struct Page {
 }
 
 impl Page {
-    fn before(&self) -> Result<Option<JobId>, Problem> {
+    fn cursor(&self) -> Result<Option<JobId>, Problem> {
         let wrong = |()| Problem::invalid("invalid", "cursor", "is none that this server gave");
-        let cursor = self.cursor.as_ref().map(|cursor| cursor.parse().map_err(wrong)).transpose()?;
-        let before = moment("created_before", self.created_before.as_deref())?;
-        Ok(match (cursor, before) {
-            (Some(cursor), Some(before)) => Some(before.min(cursor)),
-            (cursor, before) => cursor.or(before),
-        })
+        self.cursor.as_ref().map(|cursor| cursor.parse().map_err(wrong)).transpose()
+    }
+
+    /// From the first time on, up to the second.
+    fn made(&self) -> Result<Range<i64>, Problem> {
+        let from = moment("created_after", self.created_after.as_deref())?;
+        let to = moment("created_before", self.created_before.as_deref())?;
+        Ok(from.unwrap_or(i64::MIN)..to.unwrap_or(i64::MAX))
     }
 
     /// The query of the next page, which goes on from `last`.
@@ -138,12 +141,12 @@ impl Page {
     }
 }
 
-/// A time of a query, as the first name that a job of then can have.
-fn moment(field: &str, text: Option<&str>) -> Result<Option<JobId>, Problem> {
+/// A time of a query in milliseconds since 1970.
+fn moment(field: &str, text: Option<&str>) -> Result<Option<i64>, Problem> {
     let Some(text) = text else { return Ok(None) };
     let time = chrono::DateTime::parse_from_rfc3339(text);
     let time = time.map_err(|_| Problem::invalid("invalid", field, "must be a time such as 2026-01-31T12:00:00Z"))?;
-    Ok(Some(JobId::at(time.timestamp_millis())))
+    Ok(Some(time.timestamp_millis()))
 }
 
 pub(super) async fn list(
@@ -152,8 +155,7 @@ pub(super) async fn list(
     headers: HeaderMap,
     Query(page): Query<Page>,
 ) -> Answer {
-    let from = moment("created_after", page.created_after.as_deref())?;
-    let mut jobs = server.store.list_from(&caller.tenant, from.as_ref(), page.before()?.as_ref(), PAGE + 1).await?;
+    let mut jobs = server.store.list_made(&caller.tenant, page.made()?, page.cursor()?.as_ref(), PAGE + 1).await?;
     let more = jobs.len() > PAGE as usize;
     jobs.truncate(PAGE as usize);
     let base = server.base(&headers);

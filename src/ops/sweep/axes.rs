@@ -9,6 +9,9 @@ use crate::ops::Error;
 /// Most values of one axis.
 const MOST_VALUES: usize = 100_000;
 
+/// Digits behind the point that a range is computed with.
+const MOST_PLACES: usize = 15;
+
 /// A setting that can be varied, in the order in which a run changes them: the dearest to change first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -121,6 +124,9 @@ impl Axis {
     fn range(self, text: &str, first: &str, last: &str, step: &str) -> Result<Vec<Decimal>, Error> {
         let read = |text| Decimal::read(text).ok_or_else(|| self.wrong(text));
         let (first, last, step) = (read(first)?, read(last)?, read(step)?);
+        if self.kind() == Kind::Whole && step.value != 0.0 {
+            return self.whole_range(text, &first, &last, &step);
+        }
         let places = first.places.max(step.places);
         let steps = (last.value - first.value) / step.value;
         if step.value == 0.0 {
@@ -141,6 +147,26 @@ impl Axis {
         // Each value as a person would write it: 0.8, not 0.8000000000000000444.
         let at = |i: usize| format!("{:.places$}", first.value + i as f64 * step.value);
         Ok((0..=count as usize).filter_map(|i| Decimal::read(&at(i))).collect())
+    }
+
+    /// As [`Self::range`], exact beyond what a float holds.
+    fn whole_range(self, text: &str, first: &Decimal, last: &Decimal, step: &Decimal) -> Result<Vec<Decimal>, Error> {
+        let whole = |decimal: &Decimal| decimal.whole.map(i128::from).or_else(|| decimal.signed.map(i128::from));
+        let (Some(first), Some(last), Some(step)) = (whole(first), whole(last), whole(step)) else {
+            return Err(Error::invalid(self.name(), &text, "whole numbers from 0"));
+        };
+        if (last - first) * step.signum() < 0 {
+            return Err(Error::invalid(
+                self.name(),
+                &text,
+                "a range that holds a value: first:last:step leads from first to last",
+            ));
+        }
+        let count = (last - first) / step;
+        if count >= MOST_VALUES as i128 {
+            return Err(Error::invalid(self.name(), &text, format!("a range of at most {MOST_VALUES} values")));
+        }
+        Ok((0..=count).filter_map(|i| Decimal::read(&(first + i * step).to_string())).collect())
     }
 
     fn number(self, text: &str, number: &Decimal) -> Result<Value, Error> {
@@ -167,6 +193,7 @@ impl fmt::Display for Axis {
 struct Decimal {
     value: f64,
     whole: Option<u64>,
+    signed: Option<i64>,
     /// Digits behind the point.
     places: usize,
 }
@@ -175,8 +202,11 @@ impl Decimal {
     fn read(text: &str) -> Option<Self> {
         let text = text.trim();
         let value = text.parse::<f64>().ok().filter(|value| value.is_finite())?;
-        let places = text.split_once('.').map_or(0, |(_, rest)| rest.bytes().take_while(u8::is_ascii_digit).count());
-        Some(Self { value, whole: text.parse().ok(), places })
+        let (digits, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
+        let written = digits.split_once('.').map_or(0, |(_, rest)| rest.len() as i64);
+        // 2.5e-1 has two.
+        let places = usize::try_from(written - exponent.parse::<i64>().ok()?).unwrap_or(0).min(MOST_PLACES);
+        Some(Self { value, whole: text.parse().ok(), signed: text.parse().ok(), places })
     }
 }
 
@@ -332,6 +362,9 @@ mod tests {
         assert_eq!(numbers(Axis::Guidance, "1.5:5.0:0.5"), ["1.5", "2", "2.5", "3", "3.5", "4", "4.5", "5"]);
         assert_eq!(numbers(Axis::LoraScale, "0.6:1.2:0.2"), ["0.6", "0.8", "1", "1.2"]);
         assert_eq!(numbers(Axis::LoraScale, "1:-1:-0.5"), ["1", "0.5", "0", "-0.5", "-1"]);
+        assert_eq!(numbers(Axis::Guidance, "1:2:2.5e-1"), ["1", "1.25", "1.5", "1.75", "2"]);
+        assert_eq!(numbers(Axis::Seed, "18446744073709551613:18446744073709551615").len(), 3);
+        assert_eq!(numbers(Axis::Steps, "9:3:-3"), ["9", "6", "3"]);
         assert_eq!(numbers(Axis::Seed, "3:5,18446744073709551615"), ["3", "4", "5", "18446744073709551615"]);
         assert_eq!(numbers(Axis::Guidance, "1:2.4:0.5"), ["1", "1.5", "2"], "not beyond the last");
     }

@@ -9,15 +9,17 @@ pub(super) fn common(sweep: &Sweep) -> Vec<String> {
     sweep.shared.flags()
 }
 
-/// The command of the picture at these values.
-pub(super) fn generate(common: &[String], values: &[(Axis, &Value)]) -> String {
+/// Flags that say something of LoRAs, and mean nothing without one.
+const OF_LORAS: [&str; 2] = ["--lora-text-scale=", "--lora-blocks="];
+
+/// The command of the picture at these values, on that device and in that number format.
+pub(super) fn generate(common: &[String], values: &[(Axis, &Value)], device: &str, dtype: &str) -> String {
+    // With their values behind an equals sign: a value may begin with a dash.
     let mut words = vec!["darkroom".to_owned(), "generate".into()];
     let text = |axis| values.iter().find(|(has, _)| *has == axis).map(|(_, value)| value.to_string());
-    words.extend(text(Axis::Prompt));
     let factor = text(Axis::LoraScale).and_then(|text| text.parse::<f64>().ok());
-    for lora in
-        text(Axis::Lora).filter(|text| text != super::wish::NO_LORA).iter().flat_map(|set| set.split(super::wish::TOGETHER))
-    {
+    let set = text(Axis::Lora).filter(|text| text != super::wish::NO_LORA);
+    for lora in set.iter().flat_map(|set| set.split(super::wish::TOGETHER)) {
         let scaled = match (lora.trim().rsplit_once('@'), factor) {
             (_, None) => lora.trim().to_owned(),
             (Some((reference, scale)), Some(factor)) if scale.trim().parse::<f64>().is_ok() => {
@@ -25,17 +27,19 @@ pub(super) fn generate(common: &[String], values: &[(Axis, &Value)]) -> String {
             }
             (_, Some(factor)) => format!("{}@{factor}", lora.trim()),
         };
-        words.extend(["--lora".into(), scaled]);
+        words.push(format!("--lora={scaled}"));
     }
     for (axis, value) in values {
-        let flag = match axis {
-            Axis::Prompt | Axis::Lora | Axis::LoraScale => continue,
-            Axis::Strength => "--prompt-strength".to_owned(),
-            other => format!("--{other}"),
-        };
-        words.extend([flag, value.to_string()]);
+        match axis {
+            Axis::Prompt | Axis::Lora | Axis::LoraScale | Axis::Dtype => {}
+            Axis::Strength => words.push(format!("--prompt-strength={value}")),
+            other => words.push(format!("--{other}={value}")),
+        }
     }
-    words.extend(common.iter().cloned());
+    let device = if device.starts_with("metal") { "metal" } else { device };
+    words.extend([format!("--dtype={dtype}"), format!("--device={device}")]);
+    words.extend(common.iter().filter(|flag| set.is_some() || !OF_LORAS.iter().any(|of| flag.starts_with(of))).cloned());
+    words.extend(text(Axis::Prompt).into_iter().flat_map(|prompt| ["--".to_owned(), prompt]));
     shell(&words)
 }
 
@@ -74,13 +78,13 @@ mod tests {
             (Axis::Seed, Value::Whole(7)),
         ];
         let values: Vec<_> = values.iter().map(|(axis, value)| (*axis, value)).collect();
-        let command = generate(&["--noise".into(), "cuda".into()], &values);
-        let words = shlex::split(&command).unwrap();
-        assert_eq!(words[..3], ["darkroom", "generate", "it's a \"cat\" $HOME"]);
-        let rest = words[3..].join("|");
-        assert_eq!(
-            rest,
-            "--lora|a.safetensors@0.25|--lora|b c.safetensors@0.5|--model|pocket|--prompt-strength|0.25|--seed|7|--noise|cuda"
-        );
+        let common = ["--noise=cuda".to_owned(), "--lora-blocks=double:0-18=1".into()];
+        let words = shlex::split(&generate(&common, &values, "metal:0", "f32")).unwrap();
+        let expected = "darkroom|generate|--lora=a.safetensors@0.25|--lora=b c.safetensors@0.5|--model=pocket|--prompt-strength=0.25|\
+                        --seed=7|--dtype=f32|--device=metal|--noise=cuda|--lora-blocks=double:0-18=1|--|it's a \"cat\" $HOME";
+        assert_eq!(words.join("|"), expected);
+        // Without a LoRA nothing is said of one.
+        let base: Vec<_> = values.iter().filter(|(axis, _)| !matches!(axis, Axis::Lora | Axis::LoraScale)).copied().collect();
+        assert!(!generate(&common, &base, "cpu", "f32").contains("lora"));
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::metrics::{Better, Metric};
-use super::results::{DENOISE, Results, Row, TOTAL, by_seed};
+use super::results::{DENOISE, Results, Row, TOTAL, by_seed, paired};
 use super::stats::{self, Paired};
 use super::{Axis, References};
 use crate::config::Config;
@@ -24,6 +24,8 @@ pub struct Comparison {
     pub differs: Vec<(String, String, String)>,
     pub pairs: usize,
     pub seeds: usize,
+    /// Too few seeds to rely on "no difference shown".
+    pub few: bool,
     pub figures: Vec<Compared>,
 }
 
@@ -40,8 +42,22 @@ pub struct Compared {
 }
 
 /// Settings that a row has in any case, by their names in the exact request.
-const SETTINGS: [&str; 10] =
-    ["base", "loras", "prompt", "negative_prompt", "width", "height", "steps", "guidance", "true_cfg", "strength"];
+const SETTINGS: [&str; 14] = [
+    "base",
+    "loras",
+    "lora_mode",
+    "prompt",
+    "negative_prompt",
+    "width",
+    "height",
+    "steps",
+    "guidance",
+    "true_cfg",
+    "strength",
+    "noise",
+    "image",
+    "mask",
+];
 
 /// Pairs the pictures of two runs and compares their figures.
 pub fn compare(a: &Path, b: &Path, config: &Config) -> Result<Comparison, Error> {
@@ -55,15 +71,20 @@ pub fn compare(a: &Path, b: &Path, config: &Config) -> Result<Comparison, Error>
     let (in_a, in_b) = (read(a)?, read(b)?);
     let varied: BTreeSet<Axis> =
         in_a.manifest.grid.varied().chain(in_b.manifest.grid.varied()).map(|(axis, _)| axis).chain([Axis::Seed]).collect();
-    // What varies in one run has its value in the other's exact request, whether it was named there or not.
-    let name = |row: &Row| varied.iter().map(|axis| setting(row, *axis)).collect::<Vec<_>>().join("\n");
+    // By the axis's own value where both have the axis; what varies in one run alone has its value in the other's exact request.
+    let both = |axis: Axis| in_a.manifest.grid.values(axis).is_some() && in_b.manifest.grid.values(axis).is_some();
+    let value = |row: &Row, axis: Axis| match row.value(axis) {
+        Some(value) if both(axis) => value.to_string(),
+        _ => setting(row, axis),
+    };
+    let name = |row: &Row| varied.iter().map(|axis| value(row, *axis)).collect::<Vec<_>>().join("\n");
     let of_b: BTreeMap<String, &Row> = in_b.rows.iter().map(|row| (name(row), row)).collect();
     let pairs: Vec<(&Row, &Row)> = in_a.rows.iter().filter_map(|row| Some((row, *of_b.get(&name(row))?))).collect();
     if pairs.is_empty() {
         return Err(Error::Run {
             folder: b.into(),
             problem: format!("has no picture that agrees with one of {} in its varied settings and its seed", a.display()),
-            hint: "make both runs with the same seeds and prompts".into(),
+            hint: "make both runs with the same seeds, and vary the same things".into(),
         });
     }
     let mut names: Vec<&str> = vec![DENOISE, TOTAL];
@@ -76,6 +97,7 @@ pub fn compare(a: &Path, b: &Path, config: &Config) -> Result<Comparison, Error>
         differs: differs(&pairs),
         pairs: pairs.len(),
         seeds: seeds.len(),
+        few: seeds.len() < FEW_SEEDS,
         figures,
     })
 }
@@ -108,12 +130,10 @@ fn differs(pairs: &[(&Row, &Row)]) -> Vec<(String, String, String)> {
 }
 
 fn figure(name: &str, pairs: &[(&Row, &Row)]) -> Option<Compared> {
-    let both: Vec<_> = pairs.iter().filter(|(a, b)| a.figure(name).is_some() && b.figure(name).is_some()).collect();
-    let a = by_seed(both.iter().map(|(a, _)| *a), name);
-    let b = by_seed(both.iter().map(|(_, b)| *b), name);
-    let differences: Vec<f64> = a.iter().map(|(seed, value)| b[seed] - value).collect();
-    let paired = Paired::of(&differences)?;
-    let mean = |values: BTreeMap<String, f64>| stats::mean(&values.into_values().collect::<Vec<_>>());
+    let both: Vec<_> = pairs.iter().copied().filter(|(a, b)| a.figure(name).is_some() && b.figure(name).is_some()).collect();
+    let paired = Paired::of(&paired(both.iter().copied(), name))?;
+    let mean = |rows: &mut dyn Iterator<Item = &Row>| stats::mean(&by_seed(rows, name).into_values().collect::<Vec<_>>());
+    let (a, b) = (mean(&mut both.iter().map(|(a, _)| *a)), mean(&mut both.iter().map(|(_, b)| *b)));
     let better = if name == DENOISE || name == TOTAL { Some(Better::Lower) } else { Metric::named(name)?.better };
     let verdict = match (paired.significant, better) {
         (false, _) => "no difference shown",
@@ -122,7 +142,7 @@ fn figure(name: &str, pairs: &[(&Row, &Row)]) -> Option<Compared> {
         (true, Some(Better::Lower)) if paired.difference.mean < 0. => "B is better",
         (true, Some(_)) => "A is better",
     };
-    Some(Compared { name: name.into(), a: mean(a), b: mean(b), paired, verdict })
+    Some(Compared { name: name.into(), a, b, paired, verdict })
 }
 
 /// What a run allows one to advise.
@@ -144,6 +164,8 @@ pub struct Setting {
     /// The mean paired difference to the best, in the metric's own direction; absent for the best itself.
     pub against_best: Option<f64>,
     pub interval: Option<(f64, f64)>,
+    /// Significantly worse than the best; of a single seed, worse.
+    pub worse: bool,
     pub recommended: bool,
 }
 
@@ -176,37 +198,40 @@ pub fn recommend(path: &Path, metric: Option<&str>, margin: f64, config: &Config
     // Of equally good ones the cheapest.
     let order = |a: &[&Row], b: &[&Row]| quality(a).total_cmp(&quality(b)).then(mean(b, DENOISE).total_cmp(&mean(a, DENOISE)));
     let best = groups.values().max_by(|a, b| order(a, b)).expect("two at least");
-    let best_by_seed = by_seed(best.iter().copied(), metric.name);
+    // Pictures that differ in the choices alone: of one seed and one prompt.
+    let others: Vec<usize> = (0..results.manifest.grid.axes.len()).filter(|i| !choices.contains(i)).collect();
+    let key = |row: &Row| others.iter().map(|i| row.at[*i]).collect::<Vec<_>>();
+    let of_best: BTreeMap<Vec<usize>, &Row> = best.iter().map(|row| (key(row), *row)).collect();
+    let mut seeds = 0;
     let name = |rows: &[&Row]| {
         let of = |i: &usize| format!("{} {}", results.manifest.grid.axes[*i].0, rows[0].values[*i].1);
         choices.iter().map(of).collect::<Vec<_>>().join(", ")
     };
-    let setting = |rows: &Vec<&Row>| {
-        let own = by_seed(rows.iter().copied(), metric.name);
+    let mut setting = |rows: &Vec<&Row>| {
         let is_best = std::ptr::eq(rows, best);
-        let differences: Vec<f64> =
-            own.iter().filter_map(|(seed, value)| Some(sign * (value - best_by_seed.get(seed)?))).collect();
+        let pairs = rows.iter().filter_map(|row| Some((*of_best.get(&key(row))?, *row)));
+        let differences: Vec<f64> = paired(pairs, metric.name).into_iter().map(|difference| sign * difference).collect();
+        seeds = seeds.max(differences.len());
         let paired = Paired::of(&differences).filter(|_| !is_best);
+        // Beyond the margin, and not by chance.
+        let beyond: Vec<f64> = differences.iter().map(|difference| difference + margin).collect();
+        let worse = Paired::of(&beyond)
+            .is_some_and(|beyond| beyond.difference.mean < 0. && (beyond.significant || beyond.difference.n == 1));
         Setting {
             name: name(rows),
             seconds: mean(rows, DENOISE),
             mean: mean(rows, metric.name),
             against_best: paired.map(|paired| paired.difference.mean),
             interval: paired.and_then(|paired| paired.difference.interval),
+            worse: worse && !is_best,
             recommended: false,
         }
     };
-    let mut settings: Vec<Setting> = groups.values().map(setting).collect();
+    let mut settings: Vec<Setting> = groups.values().map(&mut setting).collect();
     settings.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
-    let good = |setting: &Setting| match (setting.against_best, setting.interval) {
-        (None, _) => true,
-        (Some(mean), None) => mean >= -margin,
-        // Worse only where even the kind end of the interval is.
-        (Some(_), Some((_, high))) => high >= -margin,
-    };
-    let pick = settings.iter().position(good).expect("the best is good");
+    let pick = settings.iter().position(|setting| !setting.worse).expect("the best is not worse");
     settings[pick].recommended = true;
-    let said = sentence(&settings, pick, metric, best_by_seed.len(), margin);
+    let said = sentence(&settings, pick, metric, seeds, margin);
     Ok(Recommendation { metric: metric.name.into(), said, settings })
 }
 
@@ -246,9 +271,10 @@ fn sentence(settings: &[Setting], pick: usize, metric: &Metric, seeds: usize, ma
     let cheaper = pick;
     if cheaper > 0 {
         let s = if cheaper == 1 { "setting is" } else { "settings are" };
-        text += &format!("; {cheaper} cheaper {s} significantly worse");
+        let how = if seeds == 1 { "worse in the one seed there is" } else { "significantly worse" };
+        text += &format!("; {cheaper} cheaper {s} {how}");
     }
-    text += &format!(". Evidence: {seeds} seeds");
+    text += &format!(". Evidence: {seeds} seed{}", if seeds == 1 { "" } else { "s" });
     if seeds < FEW_SEEDS {
         text += ", which is few: a difference that more seeds would show may be missed. Repeat with --seeds 16";
     }

@@ -115,9 +115,9 @@ pub(super) struct Made {
     /// Of each repeat, if there were several.
     #[serde(default)]
     pub(super) repeats: Vec<Stages>,
-    /// The process's resident memory at its highest while the picture was made.
+    /// The process's resident memory, the highest of looks before and after every step.
     pub(super) peak_memory_bytes: Option<u64>,
-    /// Memory of the device in use, by whomever, at its highest.
+    /// Memory of the device that was free when the run began and was not at the highest point.
     pub(super) peak_device_bytes: Option<u64>,
     /// Ends of prompts that an encoder did not read, and other remarks.
     #[serde(default)]
@@ -154,16 +154,13 @@ impl Folder {
             });
         }
         Manifest::read(path)?;
-        let lock = File::create(path.join(LOCK)).map_err(failed(path.join(LOCK)))?;
-        if lock.try_lock().is_err() {
-            return Err(Error::Run {
-                folder: path.into(),
-                problem: "is being worked on by another sweep".into(),
-                hint: "wait for it, or choose another folder".into(),
-            });
-        }
+        let lock = lock(path)?;
         for part in [PICTURES, LATENTS] {
             fs::create_dir_all(path.join(part)).map_err(failed(path.join(part)))?;
+        }
+        // What a killed run was writing: with the lock nobody writes now.
+        for part in [path.to_path_buf(), path.join(PICTURES), path.join(LATENTS)] {
+            files::sweep_up(&part);
         }
         let ledger = path.join(LEDGER);
         let ledger = OpenOptions::new().create(true).append(true).read(true).open(&ledger).map_err(failed(ledger))?;
@@ -172,18 +169,6 @@ impl Folder {
 
     pub(super) fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Writes the manifest, unless the one that is there says the same.
-    pub(super) fn keep(&self, manifest: &Manifest) -> Result<(), Error> {
-        if let Some(mut there) = Manifest::read(&self.path)? {
-            there.made.clone_from(&manifest.made);
-            if there == *manifest {
-                return Ok(());
-            }
-        }
-        let text = serde_json::to_vec(manifest).expect("plain data");
-        files::write(&self.path.join(MANIFEST), true, &text)
     }
 
     /// What is done, by key; a torn last line is cut off.
@@ -215,6 +200,32 @@ impl Folder {
         let written = self.ledger.write_all(&line).and_then(|()| self.ledger.sync_data());
         written.map_err(|source| Error::Write { path: self.path.join(LEDGER), source })
     }
+}
+
+/// Nobody else changes the folder while this is held.
+pub(super) fn lock(folder: &Path) -> Result<File, Error> {
+    let path = folder.join(LOCK);
+    let lock = File::create(&path).map_err(|source| Error::Write { path, source })?;
+    if lock.try_lock().is_err() {
+        return Err(Error::Run {
+            folder: folder.into(),
+            problem: "is being worked on by another sweep".into(),
+            hint: "wait for it, or choose another folder".into(),
+        });
+    }
+    Ok(lock)
+}
+
+/// Writes the manifest, unless the one that is there says the same.
+pub(super) fn keep(folder: &Path, manifest: &Manifest) -> Result<(), Error> {
+    if let Some(mut there) = Manifest::read(folder)? {
+        there.made.clone_from(&manifest.made);
+        if there == *manifest {
+            return Ok(());
+        }
+    }
+    let text = serde_json::to_vec(manifest).expect("plain data");
+    files::write(&folder.join(MANIFEST), true, &text)
 }
 
 /// From the run's folder.

@@ -13,7 +13,7 @@ use super::plan::{self, Base, Cell, Plan};
 use super::stats;
 use super::wish::{Asked, Sweep};
 use super::writer::{Picture, Writer};
-use super::{Axis, environment, report};
+use super::{Axis, environment, folder, report};
 use crate::config::Config;
 use crate::engine::{self, Event, Finished, Pipeline, Selected};
 use crate::fetch::Progress;
@@ -38,7 +38,7 @@ pub enum Stage<'a> {
     /// A LoRA that is not on this machine.
     Fetching(Progress),
     Loading(&'a str),
-    /// Before the first picture: what is to come.
+    /// Before the first picture: what is to come, as two steps of the first model let expect.
     Estimated(&'a Estimate),
     /// A step of picture `picture` of `pictures` (those that are made now), with the time that is left.
     Step {
@@ -89,17 +89,24 @@ pub(super) fn make(sweep: &Sweep, config: &Config, folder: &mut Folder, told: To
     let mut manifest = Manifest::new(&sweep.command, sweep.repeats, sweep.grid.clone(), cells);
     manifest.common = super::command::common(sweep);
     manifest.remarks.clone_from(&remarks);
-    folder.keep(&manifest)?;
     let mut surroundings = environment::environment(&device);
     surroundings.extend(bases.values().map(|base| (format!("model {}", base.model.name), format!("sha256 {}", base.sha256))));
-    report::keep_environment(folder.path(), &surroundings)?;
+    let path = folder.path().to_path_buf();
+    // Only of a run that goes ahead: one that is refused changes nothing of the one before.
+    let accepted = || {
+        folder::keep(&path, &manifest)?;
+        report::keep_environment(&path, &surroundings)
+    };
     let cells = &manifest.cells;
-    let done = folder.done()?;
+    let mut done = folder.done()?;
+    // Those that were timed less often are timed anew.
+    done.retain(|_, made| made.repeats.len().max(1) >= sweep.repeats);
     let order = plan::order(cells, &|key| done.contains_key(key));
     let kept =
         cells.iter().filter(|cell| done.contains_key(&cell.key)).map(|cell| &cell.key).collect::<std::collections::HashSet<_>>();
     let mut outcome = Outcome { kept: kept.len(), remarks, ..Outcome::default() };
     if order.is_empty() {
+        accepted()?;
         return Ok(outcome);
     }
     let mut maker = Maker {
@@ -114,7 +121,7 @@ pub(super) fn make(sweep: &Sweep, config: &Config, folder: &mut Folder, told: To
     };
     std::thread::scope(|scope| {
         let writer = Writer::begin(scope, folder);
-        let made = maker.make_all((cells, &order), &bases, &writer, &mut outcome, told);
+        let made = maker.make_all((cells, &order), &bases, (&accepted, &writer), &mut outcome, told);
         // What is made is written, whatever ended it; a disk that is full is the reason of what comes after.
         writer.finish()?;
         made
@@ -134,7 +141,7 @@ struct Maker<'a> {
     sweep: &'a Sweep,
     device: &'a Device,
     sources: &'a Sources,
-    loaded: Option<(String, DType, Pipeline)>,
+    loaded: Option<(Base, DType, Pipeline)>,
     /// The last set of LoRAs, as asked for and opened.
     loras: (Vec<Lora>, Vec<Selected>),
     memory: Memory,
@@ -147,7 +154,7 @@ impl Maker<'_> {
         &mut self,
         (cells, order): (&[Cell], &[usize]),
         bases: &BTreeMap<String, Base>,
-        writer: &Writer<'_>,
+        (accepted, writer): (&dyn Fn() -> Result<(), Error>, &Writer<'_>),
         outcome: &mut Outcome,
         told: Told,
     ) -> Result<(), Error> {
@@ -157,12 +164,13 @@ impl Maker<'_> {
             let asked = self.sweep.shared.asked(&plan::values(&self.sweep.grid, &cell.at))?;
             let base = &bases[&asked.model];
             let dtype = asked.precision.map_or_else(|| engine::default_dtype(self.device), Precision::dtype);
-            if self.is_other(&base.sha256, dtype) {
+            if self.is_other(base, dtype) {
                 self.load(&asked, base, dtype, told)?;
                 if i == 0 {
                     self.pace = self.trial(&asked, base, told)?;
                     let estimate = self.pace.estimate(cells, order, self.sweep.repeats, outcome.kept, self.keep_latents);
                     tell(told, Stage::Estimated(&estimate))?;
+                    accepted()?;
                     self.pace.begin(cells, order, self.sweep.repeats);
                 }
             }
@@ -190,8 +198,8 @@ impl Maker<'_> {
         Ok(())
     }
 
-    fn is_other(&self, sha256: &str, dtype: DType) -> bool {
-        self.loaded.as_ref().is_none_or(|(loaded, in_dtype, _)| loaded != sha256 || *in_dtype != dtype)
+    fn is_other(&self, base: &Base, dtype: DType) -> bool {
+        self.loaded.as_ref().is_none_or(|(loaded, in_dtype, _)| loaded.identity() != base.identity() || *in_dtype != dtype)
     }
 
     fn load(&mut self, asked: &Asked, base: &Base, dtype: DType, told: Told) -> Result<(), Error> {
@@ -201,10 +209,10 @@ impl Maker<'_> {
         let pipeline = Pipeline::load(&base.model.bundle, self.device, dtype, &mut |_| {})?;
         // The first run pays for what later ones find ready.
         let (mut job, _) = generate::prepare(&asked.request, &base.model)?;
-        job.steps = 1;
-        job.start = None;
+        // With words of its own: the first picture's are then encoded in its own time.
+        (job.steps, job.start, job.prompt) = (1, None, "warm-up".into());
         pipeline.run(&job, &mut |_| go_on(told, &base.model.name))?;
-        self.loaded = Some((base.sha256.clone(), dtype, pipeline));
+        self.loaded = Some((base.clone(), dtype, pipeline));
         Ok(())
     }
 
@@ -215,13 +223,14 @@ impl Maker<'_> {
     /// Measures the pace of a step and of the rest.
     fn trial(&self, asked: &Asked, base: &Base, told: Told) -> Result<Pace, Error> {
         let (mut job, _) = generate::prepare(&asked.request, &base.model)?;
-        (job.steps, job.start, job.true_cfg) = (TRIAL_STEPS, None, 1.);
+        (job.steps, job.start, job.true_cfg, job.prompt) = (TRIAL_STEPS, None, 1., "trial".into());
         let finished = self.pipeline().run(&job, &mut |_| go_on(told, &base.model.name))?;
         let pixels = (job.width * job.height) as f64;
         let timings = finished.timings;
         Ok(Pace {
             step: timings.denoise.as_secs_f64() / TRIAL_STEPS as f64 / pixels,
-            rest: (timings.encode + timings.decode).as_secs_f64() / pixels,
+            rest: timings.decode.as_secs_f64() / pixels,
+            encode: timings.encode.as_secs_f64(),
             ..Pace::default()
         })
     }
@@ -243,14 +252,8 @@ impl Maker<'_> {
             let (memory, device, pace) = (&mut self.memory, self.device, &self.pace);
             let pipeline = &self.loaded.as_ref().expect("loaded before the first picture").2;
             let finished = pipeline.run(&job, &mut |event| {
-                let (step, steps) = match event {
-                    Event::Step { step, steps, .. } => (step, steps),
-                    Event::Decoding { .. } => {
-                        memory.look(device);
-                        return ControlFlow::Continue(());
-                    }
-                    Event::Encoding | Event::Preview { .. } => return ControlFlow::Continue(()),
-                };
+                memory.look(device);
+                let Event::Step { step, steps, .. } = event else { return ControlFlow::Continue(()) };
                 let all = steps * self.sweep.repeats;
                 let left = pace.left(cell, (repeat * steps + step) as f64 / all as f64, self.sweep.repeats);
                 told(Stage::Step { picture, pictures, step: repeat * steps + step, steps: all, left })
@@ -321,6 +324,8 @@ fn notes(finished: &Finished) -> Vec<String> {
 struct Pace {
     step: f64,
     rest: f64,
+    /// Of a prompt that was not read before, in seconds.
+    encode: f64,
     /// Work in all and done, in seconds as estimated.
     all: f64,
     finished: f64,
@@ -340,12 +345,14 @@ impl Pace {
             let side = |name: &str| cells[*place].exact[name].as_f64().unwrap_or(0.);
             side("width") * side("height")
         };
+        let prompts: std::collections::HashSet<_> = order.iter().map(|place| cells[*place].exact["prompt"].as_str()).collect();
+        let work: f64 = order.iter().map(|place| self.cost(&cells[*place], repeats)).sum();
         let each = PNG_BYTES_PER_PIXEL + if latents { LATENT_BYTES_PER_PIXEL } else { 0. };
         Estimate {
             cells: cells.len(),
             pictures: order.len(),
             done,
-            time: Duration::from_secs_f64(order.iter().map(|place| self.cost(&cells[*place], repeats)).sum()),
+            time: Duration::try_from_secs_f64(work + self.encode * prompts.len() as f64).unwrap_or(Duration::MAX),
             bytes: order.iter().map(|place| pixels(place) * each).sum::<f64>() as u64,
         }
     }

@@ -59,8 +59,8 @@ pub(super) trait Judge {
 }
 
 /// Measures every row.
-pub(super) fn measure(rows: &mut [Row], run: &Path, judges: &[Box<dyn Judge>]) -> Result<(), Error> {
-    let references = references(rows);
+pub(super) fn measure(rows: &mut [Row], most: Option<f64>, run: &Path, judges: &[Box<dyn Judge>]) -> Result<(), Error> {
+    let references = references(rows, most);
     let mut kept: Option<(usize, RgbImage)> = None;
     for i in 0..rows.len() {
         let picture = read(run, &rows[i].key)?;
@@ -87,21 +87,17 @@ pub(super) fn measure(rows: &mut [Row], run: &Path, judges: &[Box<dyn Judge>]) -
     Ok(())
 }
 
-/// Of each row the one that differs in its steps alone and has the most; not of that one itself.
-fn references(rows: &[Row]) -> HashMap<usize, usize> {
-    let steps = |row: &Row| row.value(Axis::Steps).and_then(super::Value::as_number).unwrap_or(0.);
-    let mut best: HashMap<String, usize> = HashMap::new();
+/// Of each row the one that differs in its steps alone and has the most of the run, if it is made; not of that one itself.
+fn references(rows: &[Row], most: Option<f64>) -> HashMap<usize, usize> {
+    let steps = |row: &Row| row.value(Axis::Steps).and_then(super::Value::as_number);
     let group = |row: &Row| {
         let rest = row.values.iter().filter(|(axis, _)| *axis != Axis::Steps).map(|(_, value)| value.to_string());
         rest.collect::<Vec<_>>().join("\n")
     };
-    for (i, row) in rows.iter().enumerate() {
-        let entry = best.entry(group(row)).or_insert(i);
-        if steps(row) > steps(&rows[*entry]) {
-            *entry = i;
-        }
-    }
-    let of = |(i, row): (usize, &Row)| best.get(&group(row)).copied().filter(|best| *best != i).map(|best| (i, best));
+    let is_best = |row: &Row| most.is_some() && steps(row) == most;
+    let best: HashMap<String, usize> =
+        rows.iter().enumerate().filter(|(_, row)| is_best(row)).map(|(i, row)| (group(row), i)).collect();
+    let of = |(i, row): (usize, &Row)| best.get(&group(row)).filter(|best| **best != i).map(|best| (i, *best));
     rows.iter().enumerate().filter_map(of).collect()
 }
 

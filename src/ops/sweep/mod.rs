@@ -59,6 +59,14 @@ pub fn run(
     references.check(config)?;
     let mut folder = folder::Folder::open(&sweep.folder)?;
     let outcome = make::make(sweep, config, &mut folder, told)?;
+    if let Some((_, reason)) = outcome.failed.first()
+        && outcome.made + outcome.kept == 0
+    {
+        let problem = format!("has no picture: {} could not be made, the first because: {reason}", outcome.failed.len());
+        return Err(Error::Run { folder: sweep.folder.clone(), problem, hint: "mend that and run it again".into() });
+    }
+    let kept = References::kept(folder.path());
+    let references = if references.is_empty() { &kept } else { references };
     // Breaking off here would leave nothing undone that the same command does not do again.
     let _ = told(Stage::Reporting);
     let report = report::write(folder.path(), references, *layout, config)?;

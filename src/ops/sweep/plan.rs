@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 
+use ::models::bundle::{Bundle, ClipVocabulary};
 use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
@@ -18,6 +19,9 @@ use crate::ops::Error;
 use crate::ops::generate::{self, Picture, Precision};
 use crate::ops::lora::{Lora, Sources};
 use crate::ops::models::{self, Model};
+
+/// A run's manifest is held in memory, about a kilobyte for each cell.
+const MOST_CELLS: usize = 1_000_000;
 
 /// Hexadecimal digits of a picture's name.
 const KEY_DIGITS: usize = 20;
@@ -37,7 +41,36 @@ pub(super) struct Cell {
 #[derive(Debug, Clone)]
 pub(super) struct Base {
     pub(super) model: Model,
+    /// Over the content of all weight files.
     pub(super) sha256: String,
+    /// Over everything else that decides its pictures: configs, schedule, tokenizers.
+    pub(super) settings: String,
+}
+
+impl Base {
+    /// Two bases with the same name here make the same pictures.
+    pub(super) fn identity(&self) -> (&str, &str) {
+        (&self.sha256, &self.settings)
+    }
+}
+
+/// A digest of what a model is besides its weights.
+fn settings(bundle: &Bundle) -> Result<String, Error> {
+    let vocabulary = match &bundle.clip_tokenizer {
+        ClipVocabulary::Json(json) => vec![json],
+        ClipVocabulary::VocabMerges { vocab, merges } => vec![vocab, merges],
+    };
+    let configs = [&bundle.transformer, &bundle.t5, &bundle.clip, &bundle.vae].map(|files| files.config.as_ref());
+    let others = [bundle.scheduler.as_ref(), Some(&bundle.t5_tokenizer), bundle.t5_tokenizer_config.as_ref()];
+    let mut hasher = Sha256::new();
+    for blob in configs.into_iter().chain(others).chain(vocabulary.into_iter().map(Some)) {
+        // A file that is not there is another model than an empty one.
+        hasher.update(match blob {
+            Some(blob) => Sha256::digest(blob.read()?),
+            None => Sha256::digest("absent"),
+        });
+    }
+    Ok(hex(&hasher.finalize()))
 }
 
 /// What is to be done.
@@ -56,6 +89,13 @@ type Told<'a> = &'a mut dyn FnMut(Progress) -> ControlFlow<()>;
 pub(super) fn plan(sweep: &Sweep, config: &Config, device: &Device, sources: &Sources, told: Told) -> Result<Plan, Error> {
     let grid = &sweep.grid;
     let count = grid.count().unwrap_or(usize::MAX);
+    if count > MOST_CELLS {
+        return Err(Error::Combination {
+            field: "sweep",
+            problem: format!("would have {count} cells, more than {MOST_CELLS}, which is the most of one run"),
+            hint: "make several runs of it".into(),
+        });
+    }
     if let Some(most) = sweep.most.filter(|most| count > *most) {
         return Err(Error::Combination {
             field: "sweep",
@@ -141,12 +181,10 @@ impl Planner<'_> {
     fn base(&mut self, name: &str) -> Result<&Base, Error> {
         if !self.bases.contains_key(name) {
             let model = models::resolve(name, self.config)?;
-            let sha256 = models::digest(&model.bundle, self.config.cache.as_deref()).map_err(|source| Error::UnreadableFile {
-                field: "model",
-                path: name.into(),
-                source,
-            })?;
-            self.bases.insert(name.into(), Base { model, sha256 });
+            let unreadable = |source| Error::UnreadableFile { field: "model", path: name.into(), source };
+            let sha256 = models::digest(&model.bundle, self.config.cache.as_deref()).map_err(unreadable)?;
+            let settings = settings(&model.bundle)?;
+            self.bases.insert(name.into(), Base { model, sha256, settings });
         }
         Ok(&self.bases[name])
     }
@@ -173,7 +211,7 @@ impl Planner<'_> {
         let pictures = self.pictures.clone().unzip();
         let base = self.base(&model)?;
         let guided = base.model.shape.guidance;
-        let digest = base.sha256.clone();
+        let (digest, settings) = (base.sha256.clone(), base.settings.clone());
         let (job, said) = generate::prepare(&request, &base.model)?;
         for remark in said {
             if !remarks.contains(&remark) {
@@ -189,7 +227,7 @@ impl Planner<'_> {
             }
         }
         Ok(json!({
-            "base": { "sha256": digest, "dtype": dtype_name(dtype) },
+            "base": { "sha256": digest, "settings": settings, "dtype": dtype_name(dtype) },
             "loras": selected,
             "lora_mode": format!("{:?}", job.lora_mode).to_lowercase(),
             "prompt": job.prompt,

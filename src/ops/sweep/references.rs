@@ -56,13 +56,34 @@ impl References {
         Ok(())
     }
 
-    /// Those that the run's last report used.
+    /// Those that the run's last report used, as far as they are still there.
     pub(super) fn kept(run: &Path) -> Self {
-        std::fs::read(run.join(FILE)).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
+        let text = std::fs::read(run.join(FILE)).ok();
+        let mut kept: Self = text.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+        let there = |folder: &PathBuf| {
+            let there = pictures("identity", folder).is_ok();
+            if !there {
+                tracing::warn!(folder = %folder.display(), "reference pictures are not there any more");
+            }
+            there
+        };
+        kept.identity = kept.identity.filter(there);
+        kept.others.retain(there);
+        kept
     }
 
+    /// Found from anywhere.
     pub(super) fn keep(&self, run: &Path) -> Result<(), Error> {
-        files::write(&run.join(FILE), true, &serde_json::to_vec(self).expect("paths"))
+        let full = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+        let kept = Self {
+            identity: self.identity.as_ref().map(full),
+            others: self.others.iter().map(full).collect(),
+            judge: self.judge.as_ref().map(|judge| {
+                let path = PathBuf::from(judge);
+                if path.exists() { full(&path).display().to_string() } else { judge.clone() }
+            }),
+        };
+        files::write(&run.join(FILE), true, &serde_json::to_vec(&kept).expect("paths"))
     }
 
     /// Whatever can look at the pictures of this run. Of two that measure the same the later one counts.
@@ -74,7 +95,10 @@ impl References {
         }
         #[cfg(feature = "pocket")]
         if results.rows.iter().any(super::portraits::is_portrait) {
-            judges.push(Box::new(super::portraits::Portraits::new(self)?));
+            // One column, one instrument: faces are measured by the probe where it reads all of them.
+            let all = results.rows.iter().all(super::portraits::is_portrait);
+            let references = if all { self } else { &Self::default() };
+            judges.push(Box::new(super::portraits::Portraits::new(references)?));
         }
         #[cfg(not(feature = "pocket"))]
         let _ = results;

@@ -76,6 +76,9 @@ impl Row {
             ("lora_scale", axis(Axis::LoraScale)),
             ("trigger_policy", axis(Axis::TriggerPolicy)),
             ("loras", exact("loras")),
+            ("lora_mode", exact("lora_mode")),
+            ("image", exact("image")),
+            ("mask", exact("mask")),
             ("switch_s", json!(seconds.switch)),
             ("encode_s", json!(seconds.encode)),
             ("denoise_s", json!(seconds.denoise)),
@@ -132,7 +135,10 @@ impl Results {
             let values = plan::values(&manifest.grid, &cell.at);
             Some(Row {
                 key: cell.key.clone(),
-                command: command::generate(&manifest.common, &values),
+                command: {
+                    let dtype = cell.exact["base"]["dtype"].as_str().unwrap_or_default();
+                    command::generate(&manifest.common, &values, &made.device, dtype)
+                },
                 values: values.into_iter().map(|(axis, value)| (axis, value.clone())).collect(),
                 at: cell.at.clone(),
                 exact: cell.exact.clone(),
@@ -146,7 +152,9 @@ impl Results {
 
     /// Measures every picture.
     pub(super) fn measure(&mut self, path: &Path, judges: &[Box<dyn Judge>]) -> Result<(), Error> {
-        metrics::measure(&mut self.rows, path, judges)?;
+        let most =
+            self.manifest.grid.values(Axis::Steps).unwrap_or_default().iter().filter_map(Value::as_number).reduce(f64::max);
+        metrics::measure(&mut self.rows, most, path, judges)?;
         let has = |metric: &&Metric| self.rows.iter().any(|row| row.metrics.contains_key(metric.name));
         self.metrics = METRICS.iter().filter(has).collect();
         Ok(())
@@ -178,6 +186,17 @@ impl Results {
         let index = self.manifest.grid.axes.iter().position(|(has, _)| *has == axis)?;
         Summary::of(&by_seed(self.rows.iter().filter(|row| row.at[index] == place), figure).into_values().collect::<Vec<_>>())
     }
+}
+
+/// Differences of a figure between pictures that belong together, of each seed their mean.
+pub(super) fn paired<'a>(pairs: impl Iterator<Item = (&'a Row, &'a Row)>, figure: &str) -> Vec<f64> {
+    let mut by_seed: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for (a, b) in pairs {
+        if let (Some(x), Some(y)) = (a.figure(figure), b.figure(figure)) {
+            by_seed.entry(a.exact["seed"].to_string()).or_default().push(y - x);
+        }
+    }
+    by_seed.into_values().map(|values| stats::mean(&values)).collect()
 }
 
 /// The mean of a figure for each seed.

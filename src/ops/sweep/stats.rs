@@ -15,6 +15,9 @@ const CONFIDENCE: f64 = 0.95;
 /// Of a planned experiment: how surely it shows a difference that is there.
 const POWER: f64 = 0.8;
 
+/// So many equal signs are chance in 3 of 100 cases.
+const EQUAL_SIGNS: usize = 6;
+
 /// Beyond this many seeds nobody goes.
 const MOST_SEEDS: usize = 100_000;
 
@@ -86,7 +89,7 @@ pub struct Paired {
     pub p: Option<f64>,
     /// Seeds that an experiment needs to show this difference at 5 % with a power of 80 %. Absent where no number would do.
     pub seeds_needed: Option<usize>,
-    /// The interval does not hold 0.
+    /// The interval does not hold 0, and p is below 5 %: of few seeds the interval alone is too sure. Equal differences need six.
     pub significant: bool,
 }
 
@@ -101,12 +104,14 @@ impl Paired {
         // Rounding leaves something of equal values.
         let spread = n > 1 && deviation > difference.mean.abs() * 1e-12;
         let effect = spread.then(|| difference.mean / deviation);
+        let p = effect.and_then(|d| p_of(d * (n as f64).sqrt(), n - 1));
+        let sure = p.map_or(n >= EQUAL_SIGNS, |p| p < 1. - CONFIDENCE);
         Some(Self {
             difference,
             effect,
-            p: effect.and_then(|d| p_of(d * (n as f64).sqrt(), n - 1)),
+            p,
             seeds_needed: effect.and_then(seeds_for),
-            significant: difference.interval.is_some_and(|(low, high)| low > 0. || high < 0.),
+            significant: difference.interval.is_some_and(|(low, high)| low > 0. || high < 0.) && sure,
         })
     }
 }
@@ -175,9 +180,10 @@ mod tests {
 
     #[test]
     fn equal_values_have_no_spread_and_no_effect() {
-        let paired = Paired::of(&[0.1; 5]).unwrap();
+        let paired = Paired::of(&[0.1; 6]).unwrap();
         assert_eq!((paired.effect, paired.seeds_needed), (None, None));
         assert!(paired.significant, "always 0.1 more");
+        assert!(!Paired::of(&[0.1; 5]).unwrap().significant && !Paired::of(&[0.1, 0.2]).unwrap().significant, "of too few seeds");
         assert!(!Paired::of(&[0.; 5]).unwrap().significant);
         assert_eq!(Paired::of(&[0.3]).unwrap().p, None);
     }

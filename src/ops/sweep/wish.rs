@@ -122,15 +122,31 @@ impl Wish {
     pub fn read(path: &Path) -> Result<Self, Error> {
         let text =
             fs::read_to_string(path).map_err(|source| Error::UnreadableFile { field: "file", path: path.into(), source })?;
-        let told = |error: toml::de::Error| Error::Combination {
+        let told = |error: toml::de::Error| {
+            Error::Combination {
             field: "file",
             problem: format!("{} is not a sweep: {}", path.display(), error.to_string().trim().replace('\n', " ")),
-            hint: "its keys are the flags of darkroom sweep without the dashes in front".into(),
+            hint: "its keys are the axes and settings of the pictures, called as the flags; how to run and report stays with the command".into(),
+        }
         };
         let mut wish: Self = toml::from_str(&text).map_err(told)?;
         let folder = path.parent().unwrap_or(Path::new(""));
         for named in [&mut wish.prompts, &mut wish.image, &mut wish.mask].into_iter().flatten() {
             *named = folder.join(&*named);
+        }
+        // Names of models and of LoRAs elsewhere are none of its files.
+        let near = |text: &str| {
+            let (reference, scale) =
+                text.trim().rsplit_once('@').map_or((text.trim(), None), |(name, scale)| (name, Some(scale)));
+            let path = folder.join(reference);
+            let path = if path.exists() { path.display().to_string() } else { return text.trim().to_owned() };
+            scale.map_or_else(|| path.clone(), |scale| format!("{path}@{scale}"))
+        };
+        for model in &mut wish.model {
+            *model = near(model);
+        }
+        for set in &mut wish.lora {
+            *set = set.split(TOGETHER).map(near).collect::<Vec<_>>().join(TOGETHER);
         }
         Ok(wish)
     }
@@ -309,9 +325,8 @@ impl Shared {
             ("--lora-text-scale", self.text_scale.map(|scale| scale.to_string())),
             ("--lora-blocks", self.blocks.clone()),
         ];
-        let mut flags: Vec<String> =
-            named.into_iter().filter_map(|(flag, value)| Some([flag.to_owned(), value?])).flatten().collect();
-        flags.extend(self.files.iter().flat_map(|(flag, path)| [(*flag).to_owned(), path.display().to_string()]));
+        let mut flags: Vec<String> = named.into_iter().filter_map(|(flag, value)| Some(format!("{flag}={}", value?))).collect();
+        flags.extend(self.files.iter().map(|(flag, path)| format!("{flag}={}", path.display())));
         flags.extend(request.clean_prompt.then(|| "--clean-prompt".to_owned()));
         flags
     }
@@ -359,6 +374,9 @@ impl Shared {
             lora.scales.model *= factor.unwrap_or(1.);
             if self.text_scale.is_none() {
                 lora.scales.text *= factor.unwrap_or(1.);
+            }
+            if !lora.scales.is_finite() {
+                return Err(Error::invalid("lora-scale", &factor.unwrap_or(1.), "a factor that leaves the scales finite"));
             }
         }
         Ok(loras)

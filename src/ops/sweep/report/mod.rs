@@ -16,7 +16,7 @@ pub use layout::Layout;
 
 use super::metrics::{self, Better};
 use super::results::{DENOISE, Results, Row, by_seed};
-use super::{Axis, References, stats};
+use super::{Axis, References, folder, stats};
 use crate::config::Config;
 use crate::image::{self, Format};
 use crate::ops::{Error, files};
@@ -189,6 +189,8 @@ fn settings(results: &Results, metric: &str) -> Vec<plot::Setting> {
 
 /// As `darkroom sweep report` does it.
 pub fn report(run: &Path, references: &References, layout: &Layout, config: &Config) -> Result<Written, Error> {
+    Results::read(run)?;
+    let _lock = folder::lock(run)?;
     let references = if references.is_empty() { References::kept(run) } else { references.clone() };
     references.check(config)?;
     write(run, &references, *layout, config)

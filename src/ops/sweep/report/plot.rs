@@ -124,7 +124,8 @@ pub(super) fn pareto(title: &str, figure: &str, higher: bool, settings: &[Settin
             last = Some(at);
             let (side, shift) = if setting.seconds > middle { (HPos::Right, -7) } else { (HPos::Left, 7) };
             let style = TextStyle::from((text::FAMILY, SMALL - 1.).into_font()).color(&INK).pos(Pos::new(side, VPos::Bottom));
-            let at = EmptyElement::at((setting.seconds, setting.quality)) + Text::new(setting.label.clone(), (shift, -5), style);
+            let at =
+                EmptyElement::at((setting.seconds, setting.quality)) + Text::new(text::plain(&setting.label), (shift, -5), style);
             chart.draw_series(std::iter::once(at)).ok()?;
         }
         root.present().ok()?;
@@ -144,7 +145,7 @@ fn chart<'a, 'b>(
     text::ready();
     root.fill(&WHITE).ok()?;
     let built = ChartBuilder::on(root)
-        .caption(title, (text::FAMILY, 15).into_font().color(&INK))
+        .caption(text::plain(title), (text::FAMILY, 15).into_font().color(&INK))
         .margin(12)
         .x_label_area_size(44)
         .y_label_area_size(62)

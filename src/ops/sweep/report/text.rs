@@ -43,7 +43,7 @@ pub(super) fn wrapped(text: &str, size: f64, widest: u32, most: usize) -> Vec<St
         kept.iter().collect::<String>() + "…"
     };
     let mut lines: Vec<String> = Vec::new();
-    for word in text.split_whitespace() {
+    for word in plain(text).split_whitespace() {
         let longer = lines.last().map(|line| format!("{line} {word}"));
         match longer.filter(|longer| fits(longer)) {
             Some(longer) => *lines.last_mut().expect("there is a last line") = longer,
@@ -56,6 +56,11 @@ pub(super) fn wrapped(text: &str, size: f64, widest: u32, most: usize) -> Vec<St
         }
     }
     lines
+}
+
+/// Without what is no letter: control characters have no picture, and make an SVG no SVG.
+pub(super) fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() || ('\u{fffe}'..='\u{ffff}').contains(&c) { ' ' } else { c }).collect()
 }
 
 /// Writes on a picture.
