@@ -321,20 +321,7 @@ fn sweep(mut args: SweepArgs, config: &Config) -> anyhow::Result<()> {
 }
 
 fn wish(args: SweepArgs) -> Wish {
-    let Settings {
-        lora_text_scale,
-        lora_blocks,
-        lora_mode,
-        trigger_word,
-        clean_prompt,
-        negative_prompt,
-        aspect_ratio,
-        megapixels,
-        noise,
-        image,
-        mask,
-        device: _,
-    } = args.settings;
+    let settings = args.settings;
     let numbers = |text: Option<String>| text.map(Numbers);
     Wish {
         prompt: args.prompt,
@@ -353,17 +340,17 @@ fn wish(args: SweepArgs) -> Wish {
         seed: numbers(args.seed),
         seeds: args.seeds,
         zip: args.zip,
-        negative_prompt,
-        aspect_ratio,
-        megapixels,
-        noise,
-        image,
-        mask,
-        lora_text_scale,
-        lora_blocks,
-        lora_mode,
-        trigger_word,
-        clean_prompt,
+        negative_prompt: settings.negative_prompt,
+        aspect_ratio: settings.aspect_ratio,
+        megapixels: settings.megapixels,
+        noise: settings.noise,
+        image: settings.image,
+        mask: settings.mask,
+        lora_text_scale: settings.lora_text_scale,
+        lora_blocks: settings.lora_blocks,
+        lora_mode: settings.lora_mode,
+        trigger_word: settings.trigger_word,
+        clean_prompt: settings.clean_prompt,
     }
 }
 

@@ -1,7 +1,6 @@
 //! SHA-256 of files, and of a model as a whole.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -12,16 +11,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::hub;
+use crate::hex::hex;
 
 const CHUNK_BYTES: usize = 1 << 20;
-
-/// Lowercase hexadecimal.
-fn hex(digest: &[u8]) -> String {
-    digest.iter().fold(String::with_capacity(64), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
 
 /// The digest of a file's content. `told` hears how many bytes were read, and may stop it with `false`.
 pub(super) fn of_file(path: &Path, told: &mut dyn FnMut(u64) -> bool) -> io::Result<String> {

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::metrics::{Better, Metric};
-use super::results::{DENOISE, Results, Row, TOTAL, by_seed, paired};
+use super::results::{DENOISE, Results, Row, Setting as Group, TOTAL, by_seed, paired};
 use super::stats::{self, Paired};
 use super::{Axis, References};
 use crate::config::Config;
@@ -178,13 +178,7 @@ pub fn recommend(path: &Path, metric: Option<&str>, margin: f64, config: &Config
     results.measure(path, &References::kept(path).judges(&results, config)?)?;
     let metric = chosen(&results, metric)?;
     let sign = if metric.better == Some(Better::Lower) { -1. } else { 1. };
-    let choices: Vec<usize> = (0..results.manifest.grid.axes.len())
-        .filter(|i| results.manifest.grid.axes[*i].0.is_choice() && results.manifest.grid.axes[*i].1.len() > 1)
-        .collect();
-    let mut groups: BTreeMap<Vec<usize>, Vec<&Row>> = BTreeMap::new();
-    for row in results.rows.iter().filter(|row| row.metrics.contains_key(metric.name)) {
-        groups.entry(choices.iter().map(|i| row.at[*i]).collect()).or_default().push(row);
-    }
+    let groups = results.settings(metric.name);
     if groups.len() < 2 {
         return Err(Error::Run {
             folder: path.into(),
@@ -192,24 +186,19 @@ pub fn recommend(path: &Path, metric: Option<&str>, margin: f64, config: &Config
             hint: "sweep an axis other than prompt and seed, or name another metric".into(),
         });
     }
-    let mean =
-        |rows: &[&Row], figure: &str| stats::mean(&by_seed(rows.iter().copied(), figure).into_values().collect::<Vec<_>>());
-    let quality = |rows: &[&Row]| sign * mean(rows, metric.name);
+    let quality = |setting: &Group| sign * setting.mean(metric.name);
     // Of equally good ones the cheapest.
-    let order = |a: &[&Row], b: &[&Row]| quality(a).total_cmp(&quality(b)).then(mean(b, DENOISE).total_cmp(&mean(a, DENOISE)));
-    let best = groups.values().max_by(|a, b| order(a, b)).expect("two at least");
+    let order = |a: &Group, b: &Group| quality(a).total_cmp(&quality(b)).then(b.mean(DENOISE).total_cmp(&a.mean(DENOISE)));
+    let best = groups.iter().max_by(|a, b| order(a, b)).expect("two at least");
+    let choices = results.choices();
     // Pictures that differ in the choices alone: of one seed and one prompt.
     let others: Vec<usize> = (0..results.manifest.grid.axes.len()).filter(|i| !choices.contains(i)).collect();
     let key = |row: &Row| others.iter().map(|i| row.at[*i]).collect::<Vec<_>>();
-    let of_best: BTreeMap<Vec<usize>, &Row> = best.iter().map(|row| (key(row), *row)).collect();
+    let of_best: BTreeMap<Vec<usize>, &Row> = best.rows.iter().map(|row| (key(row), *row)).collect();
     let mut seeds = 0;
-    let name = |rows: &[&Row]| {
-        let of = |i: &usize| format!("{} {}", results.manifest.grid.axes[*i].0, rows[0].values[*i].1);
-        choices.iter().map(of).collect::<Vec<_>>().join(", ")
-    };
-    let mut setting = |rows: &Vec<&Row>| {
-        let is_best = std::ptr::eq(rows, best);
-        let pairs = rows.iter().filter_map(|row| Some((*of_best.get(&key(row))?, *row)));
+    let mut setting = |group: &Group| {
+        let is_best = std::ptr::eq(group, best);
+        let pairs = group.rows.iter().filter_map(|row| Some((*of_best.get(&key(row))?, *row)));
         let differences: Vec<f64> = paired(pairs, metric.name).into_iter().map(|difference| sign * difference).collect();
         seeds = seeds.max(differences.len());
         let paired = Paired::of(&differences).filter(|_| !is_best);
@@ -218,16 +207,16 @@ pub fn recommend(path: &Path, metric: Option<&str>, margin: f64, config: &Config
         let worse = Paired::of(&beyond)
             .is_some_and(|beyond| beyond.difference.mean < 0. && (beyond.significant || beyond.difference.n == 1));
         Setting {
-            name: name(rows),
-            seconds: mean(rows, DENOISE),
-            mean: mean(rows, metric.name),
+            name: group.name.clone(),
+            seconds: group.mean(DENOISE),
+            mean: group.mean(metric.name),
             against_best: paired.map(|paired| paired.difference.mean),
             interval: paired.and_then(|paired| paired.difference.interval),
             worse: worse && !is_best,
             recommended: false,
         }
     };
-    let mut settings: Vec<Setting> = groups.values().map(&mut setting).collect();
+    let mut settings: Vec<Setting> = groups.iter().map(&mut setting).collect();
     settings.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     let pick = settings.iter().position(|setting| !setting.worse).expect("the best is not worse");
     settings[pick].recommended = true;

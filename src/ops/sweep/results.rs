@@ -181,10 +181,43 @@ impl Results {
         files::write(&path.join("results.csv"), true, &bytes)
     }
 
+    /// The places of the axes that are choices and were varied.
+    pub(super) fn choices(&self) -> Vec<usize> {
+        let axes = &self.manifest.grid.axes;
+        (0..axes.len()).filter(|i| axes[*i].0.is_choice() && axes[*i].1.len() > 1).collect()
+    }
+
+    /// Every setting that has pictures with this metric.
+    pub(super) fn settings(&self, metric: &str) -> Vec<Setting<'_>> {
+        let choices = self.choices();
+        let mut groups: BTreeMap<Vec<usize>, Vec<&Row>> = BTreeMap::new();
+        for row in self.rows.iter().filter(|row| row.metrics.contains_key(metric)) {
+            groups.entry(choices.iter().map(|i| row.at[*i]).collect()).or_default().push(row);
+        }
+        let name = |row: &Row| {
+            let of = |i: &usize| format!("{} {}", row.values[*i].0, row.values[*i].1);
+            choices.iter().map(of).collect::<Vec<_>>().join(", ")
+        };
+        groups.into_values().map(|rows| Setting { name: name(rows[0]), rows }).collect()
+    }
+
     /// The summary of a figure where an axis has its value of that place: a value for each seed, the mean of its pictures.
     pub(super) fn summary(&self, axis: Axis, place: usize, figure: &str) -> Option<Summary> {
         let index = self.manifest.grid.axes.iter().position(|(has, _)| *has == axis)?;
         Summary::of(&by_seed(self.rows.iter().filter(|row| row.at[index] == place), figure).into_values().collect::<Vec<_>>())
+    }
+}
+
+/// The pictures of one combination of all that can be chosen.
+pub(super) struct Setting<'a> {
+    pub(super) name: String,
+    pub(super) rows: Vec<&'a Row>,
+}
+
+impl Setting<'_> {
+    /// The mean over seeds.
+    pub(super) fn mean(&self, figure: &str) -> f64 {
+        stats::mean(&by_seed(self.rows.iter().copied(), figure).into_values().collect::<Vec<_>>())
     }
 }
 

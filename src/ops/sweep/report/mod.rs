@@ -15,8 +15,8 @@ use serde::Serialize;
 pub use layout::Layout;
 
 use super::metrics::{self, Better};
-use super::results::{DENOISE, Results, Row, by_seed};
-use super::{Axis, References, folder, stats};
+use super::results::{self, DENOISE, Results};
+use super::{Axis, References, folder};
 use crate::config::Config;
 use crate::image::{self, Format};
 use crate::ops::{Error, files};
@@ -159,32 +159,18 @@ fn plots(results: &Results) -> Vec<plot::Plot> {
         found.extend(varied.iter().filter_map(|axis| along(*axis, metric.name, metric.name)));
     }
     for metric in results.metrics.iter().filter(|metric| metric.better.is_some()) {
-        let settings = settings(results, metric.name);
+        let of = |setting: results::Setting| plot::Setting {
+            seconds: setting.mean(DENOISE),
+            quality: setting.mean(metric.name),
+            label: setting.name,
+        };
+        let settings: Vec<_> = results.settings(metric.name).into_iter().map(of).collect();
         if settings.len() > 1 {
             let title = format!("{} against time", metric.name);
             found.extend(plot::pareto(&title, metric.name, metric.better == Some(Better::Higher), &settings));
         }
     }
     found
-}
-
-/// The combinations of all that can be chosen, with the means over everything else.
-fn settings(results: &Results, metric: &str) -> Vec<plot::Setting> {
-    let grid = &results.manifest.grid;
-    let choices: Vec<usize> = (0..grid.axes.len()).filter(|i| grid.axes[*i].0.is_choice() && grid.axes[*i].1.len() > 1).collect();
-    let mut groups: BTreeMap<Vec<usize>, Vec<&Row>> = BTreeMap::new();
-    for row in results.rows.iter().filter(|row| row.metrics.contains_key(metric)) {
-        groups.entry(choices.iter().map(|i| row.at[*i]).collect()).or_default().push(row);
-    }
-    let mean =
-        |rows: &[&Row], figure: &str| stats::mean(&by_seed(rows.iter().copied(), figure).into_values().collect::<Vec<_>>());
-    let label = |rows: &[&Row]| {
-        let of = |i: &usize| format!("{} {}", grid.axes[*i].0, rows[0].values[*i].1);
-        choices.iter().map(of).collect::<Vec<_>>().join(", ")
-    };
-    let setting =
-        |rows: &Vec<&Row>| plot::Setting { label: label(rows), seconds: mean(rows, DENOISE), quality: mean(rows, metric) };
-    groups.values().map(setting).collect()
 }
 
 /// As `darkroom sweep report` does it.
