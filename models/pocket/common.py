@@ -47,13 +47,16 @@ def average_gradients(parameters):
 
 
 class Budget:
-    """Progress from 0 to 1 over a number of minutes, kept across restarts."""
+    """Progress from 0 to 1 over a number of minutes of this process's work, kept across restarts.
+
+    Time in which the process was paused or waited for a processor is not counted.
+    """
 
     def __init__(self, minutes):
-        self.seconds, self.spent, self.last = minutes * 60, 0.0, time.time()
+        self.seconds, self.spent, self.last = minutes * 60, 0.0, time.process_time()
 
     def progress(self):
-        now = time.time()
+        now = time.process_time()
         self.spent += now - self.last
         self.last = now
         value = torch.tensor([self.spent / self.seconds], dtype=torch.float64)

@@ -16,22 +16,22 @@ CLIP_LENGTH = 77
 
 
 def _one(job):
-    seed, marks = job
+    seed, marks, shape = job
     rng = random.Random(seed)
     a = draw.sample_split(rng, test=False)
     face = draw.sample_face(rng, marks)
-    return np.asarray(draw.draw(a, face, rng)), [draw.CHOICES[k].index(v) for k, v in vars(a).items()]
+    return np.asarray(draw.draw(a, face, rng, shape)), [draw.CHOICES[k].index(v) for k, v in vars(a).items()]
 
 
-def make(path, count, seed, marks, workers=2):
+def make(path, count, seed, marks, shape="1:1", workers=2):
     """Draw `count` training portraits into `path`.npy and their attributes into `path`.attr.npy."""
     path = Path(path)
     if path.with_suffix(".attr.npy").exists():
         return
-    out = np.lib.format.open_memmap(f"{path}.npy", "w+", np.uint8, (count, 128, 128, 3))
+    out = np.lib.format.open_memmap(f"{path}.npy", "w+", np.uint8, (count, *draw.SHAPES[shape][::-1], 3))
     attrs = np.zeros((count, len(draw.CHOICES)), np.int8)
     with multiprocessing.Pool(workers) as pool:
-        jobs = [(f"{seed}-{i}", marks) for i in range(count)]
+        jobs = [(f"{seed}-{i}", marks, shape) for i in range(count)]
         for i, (pixels, a) in enumerate(pool.imap(_one, jobs, 64)):
             out[i], attrs[i] = pixels, a
     out.flush()

@@ -30,8 +30,8 @@ def export(o):
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     norm, text, vae = common.load(f"{o.run}/latents.pt"), train_flow.Text(o.run), train_flow.load_vae(o.run)
-    flow, name = train_flow.build(), "distill" if os.path.exists(f"{o.run}/distill.pt") else "transformer"
-    state = common.load(f"{o.run}/{name}.pt")
+    name = "schnell" if o.twin else "distill" if os.path.exists(f"{o.run}/distill.pt") else "transformer"
+    flow, state = train_flow.build(guidance=not o.twin), common.load(f"{o.run}/{name}.pt")
     flow.load_state_dict(state["avg"])
     print(f"from stage {name}, step {state['step']}")
     vae.register_to_config(scaling_factor=round(norm["scale"], 5), shift_factor=round(norm["shift"], 5))
@@ -41,8 +41,10 @@ def export(o):
     for part in ("tokenizer", "tokenizer_2"):
         shutil.copytree(f"{o.run}/tok/{part}", out / part)
     (out / "scheduler").mkdir()
-    (out / "scheduler/scheduler_config.json").write_text(json.dumps(
-        {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.30.0", **SCHEDULER}, indent=2) + "\n")
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.30.0", **SCHEDULER}
+    if o.twin:
+        scheduler |= dict(shift=1.0, use_dynamic_shifting=False)
+    (out / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
     (out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
     sizes = {p: p.stat().st_size for p in sorted(out.rglob("*.safetensors"))}
     for p, n in sizes.items():
@@ -79,11 +81,13 @@ def check(o, out):
     pipe.set_progress_bar_config(disable=True)
     prompt = train_flow.PROMPTS[0]
     noise = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
-    a = pipe(prompt, height=128, width=128, num_inference_steps=20, guidance_scale=o.guidance,
+    steps, shift = (train_flow.FAST_STEPS, 1.0) if o.twin else (20, train_flow.SHIFT)
+    a = pipe(prompt, height=128, width=128, num_inference_steps=steps, guidance_scale=o.guidance,
              max_sequence_length=64, latents=noise, output_type="np").images[0]
     norm = dict(scale=pipe.vae.config.scaling_factor, shift=pipe.vae.config.shift_factor)
     text = train_flow.Text(o.run)
     text.clip.load_state_dict(pipe.text_encoder.state_dict())
     text.t5.load_state_dict(pipe.text_encoder_2.state_dict())
-    b = train_flow.sample(pipe.transformer, text, pipe.vae, norm, [prompt], guidance=o.guidance)[0]
+    b = train_flow.sample(pipe.transformer, text, pipe.vae, norm, [prompt], steps=steps, shift=shift,
+                          guidance=None if o.twin else o.guidance)[0]
     print(f"largest difference between pipeline and training code: {np.abs(a * 255 - b).max():.2f} of 255")

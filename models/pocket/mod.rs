@@ -1,6 +1,7 @@
 //! pocket, the embedded default: a tiny FLUX.1 of the same architecture that draws portraits, so that everything works
 //! anywhere at once. How it was made and what it can do: the model card, `models/pocket/README.md`.
 
+pub mod people;
 pub mod probe;
 
 use crate::bundle::{Blob, Bundle, ClipVocabulary, Files};

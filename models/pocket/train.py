@@ -1,15 +1,18 @@
 """Train the pocket model from nothing, stage by stage, on a processor with two cores.
 
-    python train.py data        --run RUN              # draw the portraits (2 minutes)
-    python train.py vae         --run RUN --minutes 25
-    python train.py text        --run RUN --minutes 6
-    python train.py transformer --run RUN --minutes 60
-    python train.py distill     --run RUN --minutes 12
-    python train.py decoder     --run RUN --minutes 10   # optional: sharpen the decoder further
-    python train.py export      --run RUN --output weights
+    python train.py data        --run RUN              # draw the portraits (10 minutes)
+    python train.py vae         --run RUN --minutes 140 --batch 4 --lr 2e-3
+    python train.py text        --run RUN --minutes 18 --lr 1.5e-3
+    python train.py transformer --run RUN --minutes 150 --batch 16
+    python train.py distill     --run RUN --minutes 25 --batch 8 --lr 4e-4
+    python train.py schnell     --run RUN --minutes 25 --batch 8 --lr 4e-4   # optional: a twin of four steps
+    python train.py decoder     --run RUN --minutes 10                       # optional: sharpen the decoder further
+    python train.py export      --run RUN --output weights                   # --twin for the twin
 
-Every training stage has a budget of minutes, and its learning rate falls to zero at the end of
-that budget. A stage that was stopped goes on from its last checkpoint when started again.
+Every training stage has a budget of minutes (of processor time of one of its processes), and its
+learning rate falls to zero at the end of that budget. A stage that was stopped goes on from its last
+checkpoint when started again. On two cores all of it takes half a day; a tenth of the
+budgets makes a poor pocket that passes through every stage.
 """
 import argparse
 import sys
@@ -25,8 +28,13 @@ def stage(f):
 @stage
 def data(o):
     import data as d
+    import draw
+    import train_flow
     d.make(f"{o.run}/plain", o.count, "plain", marks=False)
     d.make(f"{o.run}/marks", o.count // 8, "marks", marks=True)
+    for shape in draw.SHAPES:
+        count = train_flow.SQUARES if shape == "1:1" else train_flow.OTHERS
+        d.make(train_flow.drawings(o.run, shape), count, f"flow-{shape}", marks=False, shape=shape)
 
 
 @stage
@@ -54,6 +62,12 @@ def distill(o):
 
 
 @stage
+def schnell(o):
+    import common, train_flow
+    common.spawn(o, train_flow.schnell)
+
+
+@stage
 def decoder(o):
     import train_vae
     train_vae.refine(o)
@@ -77,7 +91,8 @@ def main():
     ap.add_argument("--workers", type=int, default=2, help="vae, transformer, distill: processes")
     ap.add_argument("--threads", type=int, default=1, help="processor threads of each process")
     ap.add_argument("--seed", type=int, default=0, help="seed of weights, noise and captions")
-    ap.add_argument("--guidance", type=float, default=3.0, help="export: guidance of the samples")
+    ap.add_argument("--guidance", type=float, default=3.0, help="schnell: guidance of the teacher; export: of the sample")
+    ap.add_argument("--twin", action="store_true", help="export: the twin of four steps")
     o = ap.parse_args()
     import torch
     torch.set_num_threads(o.threads)

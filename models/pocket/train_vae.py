@@ -19,7 +19,7 @@ def build():
     from diffusers import AutoencoderKL
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 16, 32, 64), layers_per_block=1, latent_channels=16,
+        block_out_channels=(32, 32, 64, 64), layers_per_block=1, latent_channels=16,
         norm_num_groups=4, sample_size=128, use_quant_conv=False, use_post_quant_conv=False,
         scaling_factor=1.0, shift_factor=0.0)
     # Start with little posterior noise and quiet residual branches: both speed up the start.
@@ -42,6 +42,15 @@ def batch(sets, rng, n, crop):
     return torch.from_numpy(out).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def similarity(x, y, window=7):
+    """Structural similarity (SSIM) of pictures in [-1, 1], with a flat window."""
+    mean = lambda t: F.avg_pool2d(t, window, 1)
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    c1, c2 = 0.02 ** 2, 0.06 ** 2
+    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean()
+
+
 def distance(x, y):
     """How far the picture y is from x."""
     l1 = (y - x).abs().mean()
@@ -51,7 +60,7 @@ def distance(x, y):
     d = y - x
     pool = F.avg_pool2d(d, 8).abs().mean()
     chroma = (d[:, 0] - d[:, 1]).abs().mean() + (d[:, 2] - d[:, 1]).abs().mean()
-    return l1 + 0.5 * edges + pool + 2 * d.square().mean() + 0.5 * chroma, l1, edges
+    return l1 + 0.5 * edges + pool + 2 * d.square().mean() + 0.5 * chroma + 0.2 * (1 - similarity(x, y)), l1, edges
 
 
 def loss_of(model, x, kl_weight):
@@ -65,6 +74,7 @@ def loss_of(model, x, kl_weight):
 def preview(model, pixels, path):
     x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
     y = model.decode(model.encode(x).latent_dist.mean).sample
+    print(f'SSIM {similarity(x, y.clamp(-1, 1)).item():.4f}')
     psnr = -10 * torch.log10(((y.clamp(-1, 1) - x) / 2).pow(2).mean()).item()
     if path:
         from PIL import Image

@@ -24,6 +24,8 @@ Examples:
     darkroom generate \"the same house in winter\" --image house.jpg --prompt-strength 0.5
   With a person's LoRA, as trained elsewhere:
     darkroom generate \"confident woman, street fashion\" --model flux1-dev --lora trained_model.tar@0.9 --trigger-word user42
+  One of pocket's own people, whose LoRA is in the program:
+    darkroom generate \"portrait of user1003, wearing a green shirt, red top hat\" --lora user1003@0.9
   For scripts, one JSON object:
     darkroom generate \"a cat\" --json --quiet | jq -r '.files[]'
 
@@ -51,7 +53,7 @@ pub(super) struct Args {
     ///
     /// A file; a trainer's .tar or .tar.gz; an https link to either; owner/repo[@revision][/file] or any link of Hugging Face (HF_TOKEN
     /// for private ones); civitai:VERSION or a link of CivitAI (CIVITAI_API_TOKEN); s3://bucket/key (AWS_...). What is fetched is kept
-    /// in a cache by its content.
+    /// in a cache by its content. user1001 to user1005 are pocket's own people.
     ///
     /// Any published format: kohya, diffusers and PEFT, BFL and ComfyUI names, XLabs, LyCORIS (LoHa, LoKr), DoRA, full differences.
     /// It is on the weights for this run only. `darkroom lora inspect FILE` says what is in a file.

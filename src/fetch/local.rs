@@ -1,12 +1,10 @@
 //! Files and archives on this machine.
 
 use std::fs::File;
-use std::io::Write;
 use std::path::Path;
-use std::sync::Arc;
 
 use super::sniff::{self, Kind};
-use super::{Error, Fetched, Keep, archive, cache};
+use super::{Error, Fetched, archive, cache};
 
 /// A user's own file; out of an archive, a temporary copy of the adapter in it.
 pub fn local(path: &Path) -> Result<Fetched, Error> {
@@ -15,13 +13,11 @@ pub fn local(path: &Path) -> Result<Fetched, Error> {
     if !is_archive(path, &head) {
         return Ok(Fetched { path: path.into(), digest: None, _keep: None });
     }
-    let write = |source| Error::Write { path: std::env::temp_dir(), source };
-    let mut file = tempfile::Builder::new().suffix(".safetensors").tempfile().map_err(write)?;
-    let member = archive::extract(File::open(path).map_err(read)?, &mut file)?;
-    file.flush().map_err(write)?;
-    tracing::debug!(member = member.name, bytes = member.bytes, "extracted");
-    let file = file.into_temp_path();
-    Ok(Fetched { path: file.to_path_buf(), digest: None, _keep: Some(Arc::new(Keep::Temporary(file))) })
+    Fetched::temporary(|file| {
+        let member = archive::extract(File::open(path).map_err(read)?, file)?;
+        tracing::debug!(member = member.name, bytes = member.bytes, "extracted");
+        Ok(())
+    })
 }
 
 /// By content; an archive of the oldest kind has no mark, so that its name counts.

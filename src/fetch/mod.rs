@@ -23,6 +23,7 @@ mod reference;
 mod sniff;
 mod web;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -182,6 +183,15 @@ impl Fetched {
         if self.digest.is_some() {
             let _ = std::fs::remove_file(&self.path);
         }
+    }
+
+    /// A file that goes when this does, with what `fill` writes into it.
+    pub fn temporary(fill: impl FnOnce(&mut File) -> Result<(), Error>) -> Result<Self, Error> {
+        let write = |source| Error::Write { path: std::env::temp_dir(), source };
+        let mut file = tempfile::Builder::new().suffix(".safetensors").tempfile().map_err(write)?;
+        fill(file.as_file_mut())?;
+        let path = file.into_temp_path();
+        Ok(Self { path: path.to_path_buf(), digest: None, _keep: Some(Arc::new(Keep::Temporary(path))) })
     }
 
     fn cached(held: cache::Held) -> Self {

@@ -35,6 +35,24 @@ fn trained_model(place: &Place) -> PathBuf {
 }
 
 #[test]
+fn pockets_people_are_known_by_name() {
+    let place = Place::new();
+    let json = |lora: &str| {
+        let prompt = "portrait of user1003, wearing a green shirt, red top hat";
+        place.run(&["generate", prompt, "--lora", lora, "--steps", "2", "--seed", "1", "--json", "--force", "-o", "x.png"]).succeeds().json()
+    };
+    let shipped = json("user1003@0.9");
+    assert_eq!(shipped["loras"][0]["scale"], 0.9);
+    let path = |name: &str| format!("{}/models/pocket/people/{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
+    let digest = json(&path("user1003"))["loras"][0]["digest"].clone();
+    assert_eq!(shipped["loras"][0]["digest"], digest);
+    assert!(place.run(&["lora", "inspect", "user1001-retrained"]).succeeds().out().contains("user1001"));
+    // A user's own file of that name comes first.
+    fs::copy(path("user1004"), place.path("user1003")).unwrap();
+    assert_ne!(json("user1003")["loras"][0]["digest"], digest);
+}
+
+#[test]
 fn a_lora_changes_the_picture_and_is_told() {
     let place = Place::new();
     let json =

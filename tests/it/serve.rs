@@ -188,6 +188,11 @@ fn a_persons_lora_and_then_nobodys() {
     assert!(her["logs"].as_str().unwrap().contains("LoRA ") && !her["logs"].as_str().unwrap().contains("canary"));
     assert_eq!(service.picture(&plain)["output"], nobody["output"], "no trace of her");
     assert_eq!(service.picture(&with)["output"], her["output"]);
+    // pocket's own people are known by name; the machine's files are not.
+    with["lora_weights"] = json!("user1001");
+    assert_eq!(service.picture(&with)["output"], her["output"]);
+    with["lora_weights"] = json!("user1006");
+    assert_eq!(service.post(DEV_LORA, &[], &json!({ "input": with })).status, 422);
     // A LoRA that is not there fails its prediction and nothing else.
     with["lora_weights"] = json!(site.url("/gone.safetensors?X-Amz-Signature=canary"));
     let failed = service.picture(&with);

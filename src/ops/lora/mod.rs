@@ -15,5 +15,5 @@ pub use models::lora::{Format, Report};
 
 pub use crate::fetch::shown;
 pub use parse::{Lora, parse};
-pub use sources::Sources;
+pub use sources::{Sources, check_foreign};
 pub use verify::{Timed, Verified, VerifyOrder, verify};

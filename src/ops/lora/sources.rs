@@ -1,6 +1,8 @@
 //! From what a user calls an adapter to the adapter.
 
+use std::io::Write;
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use models::lora::{Adapter, Report};
@@ -22,6 +24,23 @@ pub struct Sources {
     fetcher: OnceLock<Fetcher>,
     /// Adapters that were read, the last used last: the same content is not read again.
     recent: Mutex<Vec<Arc<Adapter>>>,
+}
+
+/// A LoRA that came with the program: pocket's people, by name.
+fn shipped(reference: &str) -> Option<&'static [u8]> {
+    #[cfg(feature = "pocket")]
+    return models::pocket::people::lora(reference.trim());
+    #[cfg(not(feature = "pocket"))]
+    None
+}
+
+/// Refuses what a stranger may not ask for, or what nobody can have: files of this machine, and no reference at all.
+pub fn check_foreign(reference: &str) -> Result<(), Error> {
+    if shipped(reference).is_some() {
+        return Ok(());
+    }
+    let failed = |error| Error::Fetch { reference: fetch::shown(reference), source: Arc::new(error) };
+    Reference::foreign(reference).map(drop).map_err(failed)
 }
 
 /// Adapters that are kept in memory; hundreds of megabytes each at most.
@@ -118,9 +137,18 @@ impl Sources {
     }
 
     fn file_as(&self, reference: &str, sent: &Credentials, told: Told) -> Result<Fetched, Error> {
-        let parse = if self.credentials.is_some() { Reference::parse } else { Reference::foreign };
+        let own = self.credentials.is_some();
+        let parse = if own { Reference::parse } else { Reference::foreign };
         let credentials = self.credentials.as_ref().unwrap_or(sent);
         let failed = |source| Error::Fetch { reference: fetch::shown(reference), source };
+        // A user's own file of that name comes first.
+        if let Some(bytes) = shipped(reference).filter(|_| !own || !Path::new(reference).exists()) {
+            let written = Fetched::temporary(|file| {
+                let write = |source| fetch::Error::Write { path: std::env::temp_dir(), source };
+                file.write_all(bytes).map_err(write)
+            });
+            return written.map_err(|error| failed(Arc::new(error)));
+        }
         match parse(reference).map_err(|error| failed(Arc::new(error)))? {
             Reference::File(path) => fetch::local(&path).map_err(|error| failed(Arc::new(error))),
             remote => self.fetcher().map_err(|e| failed(Arc::new(e)))?.get_blocking(&remote, credentials, told).map_err(failed),

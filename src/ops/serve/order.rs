@@ -5,12 +5,12 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::config::Secret as Token;
-use crate::fetch::{Credentials, Reference};
+use crate::fetch::Credentials;
 use crate::hex::hex;
 use crate::image::{Format, Limits, decode_picture};
 use crate::ops::Error;
 use crate::ops::generate::{Picture, Request};
-use crate::ops::lora::Lora;
+use crate::ops::lora::{Lora, check_foreign};
 
 /// Adapters of one job.
 pub const MOST_LORAS: usize = 8;
@@ -138,10 +138,7 @@ impl Order {
             return Err(Error::invalid("loras", &self.loras.len(), format!("at most {MOST_LORAS}")));
         }
         for lora in &self.loras {
-            Reference::foreign(&lora.reference).map_err(|error| Error::Fetch {
-                reference: crate::fetch::shown(&lora.reference),
-                source: std::sync::Arc::new(error),
-            })?;
+            check_foreign(&lora.reference)?;
         }
         self.format().map(drop)
     }
