@@ -13,7 +13,6 @@ import json
 import random
 import subprocess
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from sheet import sheet
 
 EVERYONE = list(people.PEOPLE)
 PROMPTS = 100
-PLAIN = "--width 128 --height 128 --steps 20 --guidance 3".split()     # what pocket's card says
+PLAIN = {"--width": "128", "--height": "128", "--steps": "20", "--guidance": "3"}      # where a run says nothing else
 
 
 def prompts(person, trigger=True):
@@ -79,7 +78,7 @@ def make(o):
             lines = folder.with_suffix(".txt")
             lines.write_text("".join(text + "\n" for text, _ in prompts(person, trigger)[:10 if suffix else count]))
             command = [o.darkroom, "sweep", "--prompts", lines, "--seed", f"0:{(10 if suffix else count) - 1}", "--zip", "prompt,seed",
-                       "--model", base, *(PLAIN if suffix else []), *flags, "-o", folder, "--yes", "--quiet"]
+                       "--model", base, *flags, *(x for k, v in PLAIN.items() if k not in flags for x in (k, v)), "-o", folder, "--yes", "--quiet"]
             print(folder.name, flush=True)
             subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
 
@@ -135,12 +134,11 @@ def read(o):
     table(promise, lambda r: f"{r['person']} at {scale(r)}", "person")
     print("## Without her LoRA\n")
     without = every(o.folder, "without")
-    table(without, lambda r: f"no LoRA, prompts of {r['person']}", "pictures")
-    found = Counter(r["who"] for r in without)
-    print(f"Recognised in {len(without)} pictures without a LoRA: {dict(found)}\n")
+    table(without, lambda r: f"prompts of {r['person']}", "no LoRA")
     others = every(o.folder, "others")
     table(others, lambda r: f"prompts of {r['person']}", "LoRA of another")
-    print(f"Whose LoRA it was: {sum(r['who'] == r['lora'].split('@')[0] for r in others)} of {len(others)}\n")
+    named = sum(r["who"] == r["lora"].split("@")[0] for r in others)
+    print(f"The probe names the person whose LoRA it was in {named} of {len(others)}.\n")
     table(every(o.folder, "silent"), lambda r: r["person"], "own LoRA, no trigger word")
     for kind, by, title in (("scale", lambda r: f"{scale(r):.2f}", "scale"), ("guidance", lambda r: r["guidance"], "guidance"),
                             ("steps", lambda r: r["steps"], "steps"), ("policy", lambda r: r["trigger_policy"], "trigger policy")):

@@ -11,7 +11,7 @@ use crate::fixtures::{Fixture, relative_l2};
 
 const PROMPT: &str = "a portrait of a person with long red hair and glasses, smiling, wearing a blue shirt, yellow background";
 
-/// What pocket's card says.
+/// As pocket is measured.
 fn job(prompt: &str, seed: u64) -> Job {
     Job {
         prompt: prompt.into(),

@@ -102,7 +102,7 @@ fn all_files_of_a_person_are_that_person() {
     // Two names for the same factors.
     assert!(same(&of("user1001.safetensors", "user1001", 0), &of("user1001.kohya.safetensors", "user1001", 0)));
     // Another algorithm, and another training.
-    for (file, who) in [("user1001-retrained.safetensors", "user1001")] {
+    for (file, who) in [("user1002.lokr.safetensors", "user1002"), ("user1001-retrained.safetensors", "user1001")] {
         let found: Vec<_> = (0..4).map(|seed| recognise(&probe.look(of(file, who, seed).as_raw()).unwrap().face)).collect();
         assert!(found.iter().filter(|found| **found == Some(who)).count() >= 3, "{file}: {found:?}");
     }
