@@ -39,7 +39,10 @@ fn pockets_people_are_known_by_name() {
     let place = Place::new();
     let json = |lora: &str| {
         let prompt = "portrait of user1003, wearing a green shirt, red top hat";
-        place.run(&["generate", prompt, "--lora", lora, "--steps", "2", "--seed", "1", "--json", "--force", "-o", "x.png"]).succeeds().json()
+        place
+            .run(&["generate", prompt, "--lora", lora, "--steps", "2", "--seed", "1", "--json", "--force", "-o", "x.png"])
+            .succeeds()
+            .json()
     };
     let shipped = json("user1003@0.9");
     assert_eq!(shipped["loras"][0]["scale"], 0.9);

@@ -2,12 +2,14 @@
 
 use std::ops::ControlFlow;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use darkroom::engine::{Event, Job, LoraMode, NoiseKind, Pipeline};
-
+use darkroom::image::measure::ssim;
 use models::pocket::probe::{ATTRIBUTES, Face, Probe, asked};
+use models::vae::Autoencoder;
+use models::weights::Component;
 
-use crate::fixtures::{Fixture, relative_l2};
+use crate::fixtures::{Fixture, component, relative_l2};
 
 const PROMPT: &str = "a portrait of a person with long red hair and glasses, smiling, wearing a blue shirt, yellow background";
 
@@ -155,6 +157,27 @@ fn other_shapes_of_the_same_area() {
     }
     println!("{found:?}");
     assert!(found.0 * 10 >= found.1 * 8, "{found:?}");
+}
+
+/// The eyes, glasses, marks and mouths of eight drawings are still there after the autoencoder.
+#[test]
+fn a_drawn_portrait_survives_the_autoencoder() {
+    let (source, config) = component("../../models/pocket/weights", "vae", Component::Vae);
+    let vae = Autoencoder::load(&source, Some(&config)).unwrap();
+    let side = models::pocket::SIDE;
+    let alike = (0..8).map(|i| {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("models/pocket/reference/{i}.png"));
+        let drawing = image::open(path).unwrap().to_rgb8();
+        let x = Tensor::from_slice(drawing.as_raw(), (1, side, side, 3), &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+        let x = ((x / 127.5).unwrap() - 1.).unwrap().permute((0, 3, 1, 2)).unwrap().contiguous().unwrap();
+        let y = vae.decode(&vae.encode(&x).unwrap().mean).unwrap().clamp(-1f32, 1f32).unwrap();
+        let y = ((y + 1.).unwrap() * 127.5).unwrap().round().unwrap().to_dtype(DType::U8).unwrap();
+        let bytes = y.permute((0, 2, 3, 1)).unwrap().flatten_all().unwrap().to_vec1::<u8>().unwrap();
+        ssim(&drawing, &image::RgbImage::from_raw(side as u32, side as u32, bytes).unwrap()).unwrap()
+    });
+    let alike: Vec<f64> = alike.collect();
+    println!("{alike:.3?}");
+    assert!(alike.iter().sum::<f64>() / 8. >= 0.95, "{alike:?}");
 }
 
 /// Eight drawings: people and strangers. What the network says of them in PyTorch, and who is recognised.

@@ -37,10 +37,8 @@ fn pocket() -> Pipeline {
 }
 
 fn picture(pipeline: &Pipeline, loras: &[(&Arc<Adapter>, f64)], prompt: &str, seed: u64, steps: usize) -> RgbImage {
-    let selected = |(adapter, scale): &(&Arc<Adapter>, f64)| Selected {
-        adapter: (*adapter).clone(),
-        scales: Scales::uniform(*scale),
-    };
+    let selected =
+        |(adapter, scale): &(&Arc<Adapter>, f64)| Selected { adapter: (*adapter).clone(), scales: Scales::uniform(*scale) };
     let job = Job {
         prompt: prompt.into(),
         negative_prompt: String::new(),
@@ -60,8 +58,8 @@ fn picture(pipeline: &Pipeline, loras: &[(&Arc<Adapter>, f64)], prompt: &str, se
     pipeline.run(&job, &mut |_: Event| ControlFlow::Continue(())).unwrap().pictures.remove(0)
 }
 
-/// Of 20 pictures each, a tenth of a percent of what `measure.py` looks at: the right person with her own LoRA, in what the prompt says
-/// she wears; nobody without; never one person with the LoRA of another.
+/// Twenty pictures of each kind: the right person with her own LoRA, in what the prompt says she wears; nobody without; never one person
+/// with the LoRA of another.
 #[test]
 fn the_right_person_and_nobody_else() {
     let (pipeline, probe) = (pocket(), Probe::load().unwrap());
