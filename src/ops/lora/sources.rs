@@ -27,10 +27,13 @@ pub struct Sources {
 }
 
 /// A LoRA that came with the program: pocket's people, by name.
+#[cfg(feature = "pocket")]
 fn shipped(reference: &str) -> Option<&'static [u8]> {
-    #[cfg(feature = "pocket")]
-    return models::pocket::people::lora(reference.trim());
-    #[cfg(not(feature = "pocket"))]
+    models::pocket::people::lora(reference.trim())
+}
+
+#[cfg(not(feature = "pocket"))]
+fn shipped(_reference: &str) -> Option<&'static [u8]> {
     None
 }
 
