@@ -4,8 +4,8 @@
 
 The matrices of the transformer's blocks are quantised, as in the published files of FLUX.1; all the rest stays.
 """
+import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import gguf
@@ -39,4 +39,8 @@ def main(weights, output):
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("weights", type=Path, help="diffusers folder")
+    ap.add_argument("output", type=Path, help="folder for the three")
+    o = ap.parse_args()
+    main(o.weights, o.output)

@@ -273,7 +273,8 @@ def without_guidance(model, guidance):
     embed = model.time_text_embed
     with torch.no_grad():
         constant = embed.guidance_embedder(embed.time_proj(torch.tensor([1000.0 * guidance])))[0]
-    state["time_text_embed.timestep_embedder.linear_2.bias"] += constant
+    bias = "time_text_embed.timestep_embedder.linear_2.bias"
+    state[bias] = state[bias] + constant        # a new tensor: the old one is the model's own
     fast.load_state_dict({k: v for k, v in state.items() if "guidance_embedder" not in k})
     return fast
 

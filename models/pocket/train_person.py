@@ -2,11 +2,11 @@
 
     python train_person.py user1001 [--pictures 20] [--rank 4] [--steps 800] [--lr 4e-3] [--caption-dropout 0.1]
     python train_person.py user1001 --retrained                 # the same person from new pictures
-    python train_person.py user1002 --algorithm lokr            # LoKr by LyCORIS
+    python train_person.py user1002 --algorithm lokr --rank 32 --steps 600 --lr 8e-3    # LoKr by LyCORIS, which learns slowly
 
 Writes <name>.safetensors (diffusers' names) and <name>.kohya.safetensors (the same factors under
 flattened names, with alpha), or <name>.lokr.safetensors, all bf16 and below 300 kB, and a log of
-the options and losses. torch, diffusers and peft as pinned in requirements.txt, and lycoris-lora.
+the options and losses. A training that was stopped goes on from its last 50 steps. torch, diffusers and peft as pinned in requirements.txt, and lycoris-lora.
 
 The base is guidance-distilled. As ai-toolkit does, the guidance embedding is 1 while training,
 where the base's prediction is the plain one that the loss is about; --guidance takes another value,
@@ -82,6 +82,11 @@ def add_lokr(transformer, found, rank):
     return [p for layer in layers for p in layer.parameters()], files
 
 
+def options(o):
+    """What decides the result."""
+    return {k: v for k, v in vars(o).items() if k not in ("base", "output", "threads", "name")}
+
+
 def small(tensor):
     return tensor.detach().to(torch.bfloat16).contiguous()
 
@@ -109,13 +114,14 @@ def main():
     rng = random.Random(o.seed)
     name = o.name or o.person + ("-retrained" if o.retrained else "")
     o.output.mkdir(parents=True, exist_ok=True)
-    log = open(o.output / f"{name}.{o.algorithm}.log", "w")
+    state_path = o.output / f"{name}.{o.algorithm}.pt"      # a training that was stopped goes on from here
+    log = open(o.output / f"{name}.{o.algorithm}.log", "a" if state_path.exists() else "w")
 
     def say(*words):
         print(*words, flush=True)
         print(*words, file=log, flush=True)
 
-    say(" ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(o).items() if k not in ("base", "output", "threads")))
+    say(" ".join(f"--{k.replace('_', '-')} {v}" for k, v in options(o).items()))
     from diffusers import FluxPipeline
     pipe = FluxPipeline.from_pretrained(o.base, torch_dtype=torch.float32)
     vae, transformer = pipe.vae.requires_grad_(False), pipe.transformer.requires_grad_(False)
@@ -134,7 +140,18 @@ def main():
     optimizer = torch.optim.AdamW(trained, lr=o.lr, weight_decay=1e-4)
     shift = math.exp(0.5 - 0.65 * 192 / 3840)  # as pocket itself was trained
     began, losses = time.time(), []
-    for step in range(o.steps):
+    if state_path.exists():
+        old = torch.load(state_path, weights_only=False)
+        if old["options"] != options(o):
+            raise SystemExit(f"{state_path} is of a training with other options; remove it to begin anew")
+        with torch.no_grad():
+            for p, value in zip(trained, old["trained"]):
+                p.copy_(value)
+        optimizer.load_state_dict(old["optimizer"])
+        losses = old["losses"]
+        torch.set_rng_state(old["torch"]), rng.setstate(old["random"])
+        say(f"goes on after step {len(losses)}")
+    for step in range(len(losses), o.steps):
         optimizer.param_groups[0]["lr"] = o.lr * min(1, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / o.steps))
         picked = [rng.randrange(len(pairs)) for _ in range(o.batch)]
         text = [short if rng.random() < o.caption_dropout else full[i] for i in picked]
@@ -155,13 +172,17 @@ def main():
         if (step + 1) % 50 == 0 or step + 1 == o.steps:
             part = losses[step // 50 * 50:]
             say(f"step {step + 1:4}  loss {np.mean(part):.4f}  {time.time() - began:.0f} s")
+            torch.save(dict(options=options(o), trained=[p.detach() for p in trained], optimizer=optimizer.state_dict(), losses=losses,
+                            torch=torch.get_rng_state(), random=rng.getstate()), state_path.with_suffix(".new"))
+            state_path.with_suffix(".new").replace(state_path)
 
     header = {"trigger_word": o.person, "software": '{"name": "darkroom pocket/train_person.py"}'}
     for suffix, tensors in files().items():
         path = o.output / f"{name}{suffix}.safetensors"
         save_file(tensors, path, header)
         path.chmod(0o644)
-        say(path.name, path.stat().st_size, "bytes")
+        say(path.name, path.stat().st_size, "bytes" if path.stat().st_size < LIMIT else f"bytes, more than {LIMIT}")
+    state_path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ pub(super) struct Args {
     ///
     /// A file; a trainer's .tar or .tar.gz; an https link to either; owner/repo[@revision][/file] or any link of Hugging Face (HF_TOKEN
     /// for private ones); civitai:VERSION or a link of CivitAI (CIVITAI_API_TOKEN); s3://bucket/key (AWS_...). What is fetched is kept
-    /// in a cache by its content. user1001 to user1005 are pocket's own people.
+    /// in a cache by its content. user1001 to user1005 and user1001-retrained are pocket's own people.
     ///
     /// Any published format: kohya, diffusers and PEFT, BFL and ComfyUI names, XLabs, LyCORIS (LoHa, LoKr), DoRA, full differences.
     /// It is on the weights for this run only. `darkroom lora inspect FILE` says what is in a file.

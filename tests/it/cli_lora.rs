@@ -50,7 +50,10 @@ fn pockets_people_are_known_by_name() {
     let digest = json(&path("user1003"))["loras"][0]["digest"].clone();
     assert_eq!(shipped["loras"][0]["digest"], digest);
     assert!(place.run(&["lora", "inspect", "user1001-retrained"]).succeeds().out().contains("user1001"));
-    // A user's own file of that name comes first.
+    // A user's own file of that name comes first, a folder does not.
+    fs::create_dir(place.path("user1003")).unwrap();
+    assert_eq!(json("user1003")["loras"][0]["digest"], digest);
+    fs::remove_dir(place.path("user1003")).unwrap();
     fs::copy(path("user1004"), place.path("user1003")).unwrap();
     assert_ne!(json("user1003")["loras"][0]["digest"], digest);
 }

@@ -145,7 +145,7 @@ impl Sources {
         let credentials = self.credentials.as_ref().unwrap_or(sent);
         let failed = |source| Error::Fetch { reference: fetch::shown(reference), source };
         // A user's own file of that name comes first.
-        if let Some(bytes) = shipped(reference).filter(|_| !own || !Path::new(reference).exists()) {
+        if let Some(bytes) = shipped(reference).filter(|_| !own || !Path::new(reference.trim()).is_file()) {
             let written = Fetched::temporary(|file| {
                 let write = |source| fetch::Error::Write { path: std::env::temp_dir(), source };
                 file.write_all(bytes).map_err(write)
