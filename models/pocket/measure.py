@@ -93,7 +93,7 @@ def rows(folder, name, person, trigger):
         seen, want = probe.attributes(v), wants[row["prompt"]]
         right = {k: seen[k] == value for k, value in want.items()}
         out.append(row | dict(person=person, who=identity.decide(v, rule), clothes=right["shirt"] and right["background"],
-                              asked=np.mean(list(right.values())), all=all(right.values())))
+                              all=all(right.values())))
     return out
 
 

@@ -125,9 +125,9 @@ fn between_two_people_there_is_nobody() {
     }
 }
 
-/// 500 pictures of one engine against 500 processes that make one each. Takes minutes: `cargo test --release -- --ignored five_hundred`.
+/// 500 pictures of one engine against 500 processes that make one each. `cargo test --test it -- --ignored five_hundred`
 #[test]
-#[ignore = "takes minutes"]
+#[ignore = "500 processes take 5 to 25 minutes; docs/identity.md says when it was run"]
 fn five_hundred_pictures_equal_those_of_fresh_processes() {
     let pipeline = pocket();
     let adapters = PEOPLE.map(|name| lora(&format!("{name}.safetensors")));
