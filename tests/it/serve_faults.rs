@@ -91,7 +91,10 @@ fn malformed_requests_are_refused() {
     let many = format!("GET / HTTP/1.1\r\nHost: localhost\r\n{}\r\n", "X: y\r\n".repeat(10_000));
     assert!(["431", "closed"].contains(&status(many.as_bytes()).as_str()));
     let both = b"POST /v1/predictions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /smuggled HTTP/1.1\r\n\r\n";
-    assert!(!once(both).contains("404"), "no second request out of one body");
+    // The answer's status line is asked, not its text: random ids in it may hold any digits.
+    let answer = once(both);
+    let answers: Vec<_> = answer.lines().filter(|line| line.contains("HTTP/1.1 ")).collect();
+    assert!(answers.len() <= 1 && !answers.concat().contains("HTTP/1.1 404"), "a second request out of one body: {answers:?}");
     assert_eq!(status(b"GET /v1/predictions/%FF%FE HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"), "400");
     assert_eq!(status(b"nonsense\r\n\r\n"), "400");
     assert!(["200", "closed"].contains(&status(b"GET /health/live HTTP/1.0\r\n\r\n").as_str()));
