@@ -3,9 +3,11 @@
 //! | op | what it does | reference |
 //! |---|---|---|
 //! | [`add_gated`] | x + gate * update in one pass | composed candle ops, in tests |
+//! | [`add_gated_then_norm`] | that and the modulated norm of it in one pass | the two, in tests |
 //! | [`attention`] | softmax(q kᵀ / √e) v in chunks of queries | the same in one piece, in tests |
 //! | [`convolve`] | convolution, unfolding a part of the input at a time | candle's `conv2d`, in tests |
 //! | [`gelu`] | the tanh form | candle's, in tests |
+//! | [`gelu_beside`] | \[attended, gelu\] without a concatenation | composed candle ops, in tests |
 //! | [`group_norm`] | group norm, affine, SiLU in one pass | composed candle ops, in tests |
 //! | [`joint_heads`] | q, k, v of all streams from their projections: split, norm, rotate, join | composed ops, in its module |
 //! | [`layer_norm`] | layer norm without weights, f32 statistics | composed candle ops, in tests |
@@ -15,18 +17,24 @@
 //! | [`rms_norm`] | root-mean-square norm with scale, f32 statistics | composed candle ops, in tests |
 //! | [`rotate`] | rotary embedding of interleaved pairs | composed candle ops, in tests |
 //!
-//! The model never asks which device it runs on: a faster kernel for one device replaces the inside of its function here.
+//! The model never asks which device it runs on: a faster kernel for one device replaces the inside of its function here. Kernels for
+//! CUDA are in `cuda/`, one file for each file of `ops/`; `launch.rs` runs them, and [`use_fused`] turns them on. None of them has run
+//! on a card yet: they have been compiled for cards and run, emulated, against the references above.
 
+mod launch;
 mod memory;
 mod ops;
 
+#[cfg(feature = "emulator")]
+pub use launch::emulated;
+pub use launch::{launches, use_fused};
 pub use memory::{free_memory, zeros};
-pub use ops::activation::gelu;
+pub use ops::activation::{gelu, gelu_beside};
 pub use ops::attention::{Budget, attention};
 pub use ops::convolve::{Window, convolve};
 pub use ops::group_norm::{After, group_norm};
 pub use ops::heads::{Heads, Projection, joint_heads};
 pub use ops::linear::linear;
 pub use ops::merge::{Addend, Delta, merge};
-pub use ops::norm::{add_gated, layer_norm, modulated_norm, rms_norm};
+pub use ops::norm::{add_gated, add_gated_then_norm, layer_norm, modulated_norm, rms_norm};
 pub use ops::rotary::rotate;

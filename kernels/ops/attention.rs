@@ -3,6 +3,7 @@
 use candle_core::{D, DType, Result, Tensor};
 
 use super::activation::softmax;
+use crate::launch::{Launch, Pointer, applies, in_eights, launch, output};
 
 /// Largest score matrix, in bytes, that is held at once.
 #[derive(Debug, Clone, Copy)]
@@ -20,6 +21,9 @@ impl Default for Budget {
 /// `scale` multiplies the scores. The softmax is f32 whatever the dtype of q is; on the CPU, which gains nothing from 16-bit
 /// products, so are both products. Errors if the shapes do not fit.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>, budget: Budget) -> Result<Tensor> {
+    if let (None, Some(y)) = (bias, by_kernel(q, k, v, scale)?) {
+        return Ok(y);
+    }
     let (b, h, l, _) = q.dims4()?;
     let (l_kv, dtype) = (k.dim(2)?, q.dtype());
     let product = if q.device().is_cpu() { DType::F32 } else { dtype };
@@ -42,4 +46,64 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&T
     }
     let chunks = (0..l).step_by(rows).map(chunk).collect::<Result<Vec<_>>>()?;
     Tensor::cat(&chunks, D::Minus2)
+}
+
+/// As `AttentionArguments` in cuda/attention.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Arguments {
+    q: Pointer,
+    k: Pointer,
+    v: Pointer,
+    y: Pointer,
+    /// Of q, k and v: from one item, head and token to the next.
+    strides: [[u64; 3]; 3],
+    h: u32,
+    l: u32,
+    l_kv: u32,
+    scale: f32,
+}
+
+/// Queries and threads of a block, and keys of a tile, as in cuda/attention.cu.
+const QUERIES: usize = 128;
+const THREADS: usize = 256;
+const KEYS: usize = 64;
+
+/// Attention by our kernel: 16-bit values, heads of 16, 32, 64 or 128 channels; `None` if it does not apply. The result's memory lies
+/// as `(b, l, h, e)`, so that joining the heads costs nothing.
+fn by_kernel(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Option<Tensor>> {
+    let ((b, h, l, e), (_, _, l_kv, _), dtype) = (q.dims4()?, k.dims4()?, q.dtype());
+    let kernel = match e {
+        16 => "attention_16",
+        32 => "attention_32",
+        64 => "attention_64",
+        128 => "attention_128",
+        _ => return Ok(None),
+    };
+    let fits = |x: &Tensor| x.dtype() == dtype && in_eights(x);
+    let shaped = k.dims() == [b, h, l_kv, e] && v.dims() == k.dims() && b * h * l * l_kv > 0;
+    if !(applies(q) && matches!(dtype, DType::F16 | DType::BF16) && shaped && fits(q) && fits(k) && fits(v)) {
+        return Ok(None);
+    }
+    let y = output((b, l, h, e), dtype, q.device())?;
+    let strides = [q, k, v].map(|x| [x.stride()[0] as u64, x.stride()[1] as u64, x.stride()[2] as u64]);
+    launch([q, k, v], [&y], |[q, k, v], [y]| Launch {
+        kernel,
+        values: dtype,
+        grid: [l.div_ceil(QUERIES), h, b],
+        threads: THREADS,
+        shared: (QUERIES + 4 * KEYS) * e * dtype.size_in_bytes(),
+        arguments: Arguments {
+            q,
+            k,
+            v,
+            y,
+            strides,
+            h: h as u32,
+            l: l as u32,
+            l_kv: l_kv as u32,
+            scale: (scale * std::f64::consts::LOG2_E) as f32,
+        },
+    })?;
+    Ok(Some(y.transpose(1, 2)?))
 }

@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, W
 use rayon::prelude::*;
 
 use super::cpu::{silu, sum};
+use crate::launch::{Launch, Pointer, applies, launch, output, suffix};
 
 /// What follows the norm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,12 +26,81 @@ pub fn group_norm(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor, eps
         bail!("group norm of {:?} in {groups} groups with weight {:?} and bias {:?}", x.shape(), weight.shape(), bias.shape());
     }
     // Parameters are few, and f32 inside.
-    let (weight, bias) = (weight.to_dtype(DType::F32)?, bias.to_dtype(DType::F32)?);
+    let (weight, bias) = (weight.to_dtype(DType::F32)?.contiguous()?, bias.to_dtype(DType::F32)?.contiguous()?);
+    if let Some(y) = by_kernel(x, groups, [&weight, &bias], eps, after)? {
+        return Ok(y);
+    }
     if x.device().is_cpu() {
         let op = GroupNorm { per_group: c / groups, weight: weight.to_vec1()?, bias: bias.to_vec1()?, eps, after };
         return x.contiguous()?.apply_op1_no_bwd(&op);
     }
     composed(x, groups, &weight, &bias, eps, after)
+}
+
+/// As `GroupNormArguments` in cuda/group_norm.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Arguments {
+    x: Pointer,
+    weight: Pointer,
+    bias: Pointer,
+    parts: Pointer,
+    y: Pointer,
+    c: u32,
+    groups: u32,
+    blocks: u32,
+    silu: u32,
+    area: u64,
+    eps: f32,
+}
+
+const THREADS: usize = 256;
+/// Blocks of one group's statistics at most, each for so many values at least.
+const MOST_BLOCKS: usize = 64;
+const OF_A_BLOCK: usize = 16 << 10;
+
+/// `None` if the kernel does not apply.
+fn by_kernel(x: &Tensor, groups: usize, [weight, bias]: [&Tensor; 2], eps: f32, after: After) -> Result<Option<Tensor>> {
+    let (b, c, height, width) = x.dims4()?;
+    let (area, dtype) = (height * width, x.dtype());
+    let size = c / groups * area;
+    let fits = x.is_contiguous() && x.layout().start_offset().is_multiple_of(8) && size.is_multiple_of(8) && size > 0;
+    if !(applies(x) && suffix(dtype).is_some() && fits) {
+        return Ok(None);
+    }
+    let blocks = size.div_ceil(OF_A_BLOCK).min(MOST_BLOCKS);
+    let parts = output((b * groups, blocks, 3), DType::F32, x.device())?;
+    let y = output(x.shape(), dtype, x.device())?;
+    let arguments = |x, weight, bias, parts, y| Arguments {
+        x,
+        weight,
+        bias,
+        parts,
+        y,
+        c: c as u32,
+        groups: groups as u32,
+        blocks: blocks as u32,
+        silu: u32::from(after == After::Silu),
+        area: area as u64,
+        eps,
+    };
+    launch([x, weight, bias], [&parts], |[x, weight, bias], [parts]| Launch {
+        kernel: "group_norm_parts",
+        values: dtype,
+        grid: [blocks, b * groups, 1],
+        threads: THREADS,
+        shared: 128,
+        arguments: arguments(x, weight, bias, parts, Pointer::NULL),
+    })?;
+    launch([x, weight, bias, &parts], [&y], |[x, weight, bias, parts], [y]| Launch {
+        kernel: "group_norm_apply",
+        values: dtype,
+        grid: [size.div_ceil(OF_A_BLOCK), b * groups, 1],
+        threads: THREADS,
+        shared: 0,
+        arguments: arguments(x, weight, bias, parts, y),
+    })?;
+    Ok(Some(y))
 }
 
 /// Largest f32 copy of an input, in bytes, that [`composed`] makes at once.

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::norm::{rms_norm, root_mean_square};
 use super::{cpu, rotary::rotate};
+use crate::launch::{Launch, Pointer, applies, launch, output, suffix};
 
 /// The projection of one stream of tokens, and the norms of its heads.
 #[derive(Debug, Clone)]
@@ -31,6 +32,9 @@ pub struct Heads {
 /// Fused on the CPU: composed, the same takes seven passes and as many copies. Errors if the shapes do not fit.
 pub fn joint_heads(streams: &[Projection<'_>], heads: usize, cos: &Tensor, sin: &Tensor, eps: f32) -> Result<Heads> {
     let Some(first) = streams.first() else { bail!("attention over no stream") };
+    if let Some(heads) = by_kernel(streams, heads, cos, sin, eps)? {
+        return Ok(heads);
+    }
     if first.qkv.device().is_cpu() { fused(streams, heads, cos, sin, eps) } else { composed(streams, heads, cos, sin, eps) }
 }
 
@@ -87,6 +91,85 @@ fn fused(streams: &[Projection<'_>], heads: usize, cos: &Tensor, sin: &Tensor, e
     })??;
     let [q, k, v] = parts.map(|values| cpu::from_f32(values, (b, heads, l, e), dtype));
     Ok(Heads { q: q?, k: k?, v: v? })
+}
+
+/// As `HeadsArguments` in cuda/heads.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Arguments {
+    qkv: Pointer,
+    query_scale: Pointer,
+    key_scale: Pointer,
+    cos: Pointer,
+    sin: Pointer,
+    q: Pointer,
+    k: Pointer,
+    v: Pointer,
+    item: u64,
+    token: u64,
+    l: u32,
+    h: u32,
+    e: u32,
+    all: u32,
+    before: u32,
+    eps: f32,
+}
+
+/// Threads of a block, each warp of 32 for one head of one token; and the widest head.
+const THREADS: usize = 128;
+const WIDEST: usize = 256;
+
+/// One launch for each stream, into its tokens of the joint tensors; `None` if the kernel does not apply.
+fn by_kernel(streams: &[Projection<'_>], heads: usize, cos: &Tensor, sin: &Tensor, eps: f32) -> Result<Option<Heads>> {
+    let first = streams[0].qkv;
+    let (b, _, width) = first.dims3()?;
+    let (e, dtype) = (width / (3 * heads), first.dtype());
+    let all = streams.iter().map(|stream| stream.qkv.dim(1)).sum::<Result<usize>>()?;
+    let table = |x: &Tensor| x.dims() == [all, e / 2] && x.dtype() == DType::F32 && x.is_contiguous();
+    let scale = |x: &Tensor| x.dims() == [e] && x.dtype() == DType::F32 && x.is_contiguous();
+    let fits = |stream: &Projection<'_>| {
+        let qkv = stream.qkv;
+        let shaped = matches!(qkv.dims(), [items, l, channels] if *l > 0 && (*items, *channels) == (b, width));
+        shaped && qkv.dtype() == dtype && qkv.stride()[2] == 1 && scale(&stream.query_scale) && scale(&stream.key_scale)
+    };
+    let shaped = width == 3 * heads * e && e.is_multiple_of(2) && e <= WIDEST && b > 0;
+    if !(applies(first) && suffix(dtype).is_some() && shaped && table(cos) && table(sin) && streams.iter().all(fits)) {
+        return Ok(None);
+    }
+    let new = || output((b, heads, all, e), dtype, first.device());
+    let (q, k, v) = (new()?, new()?, new()?);
+    let mut before = 0;
+    for stream in streams {
+        let (qkv, l) = (stream.qkv, stream.qkv.dim(1)?);
+        let inputs = [qkv, &stream.query_scale, &stream.key_scale, cos, sin];
+        launch(inputs, [&q, &k, &v], |[qkv_at, query_scale, key_scale, cos, sin], [q, k, v]| Launch {
+            kernel: "heads",
+            values: dtype,
+            grid: [(l * heads).div_ceil(THREADS / 32), b, 1],
+            threads: THREADS,
+            shared: 0,
+            arguments: Arguments {
+                qkv: qkv_at,
+                query_scale,
+                key_scale,
+                cos,
+                sin,
+                q,
+                k,
+                v,
+                item: qkv.stride()[0] as u64,
+                token: qkv.stride()[1] as u64,
+                l: l as u32,
+                h: heads as u32,
+                e: e as u32,
+                all: all as u32,
+                before: before as u32,
+                eps,
+            },
+        })?;
+        before += l;
+    }
+    Ok(Some(Heads { q, k, v }))
 }
 
 /// One head of one stream.

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::cpu;
 use super::low_rank::{self, Packed};
+use crate::launch::{Launch, Pointer, applies, in_eights, launch, output};
 
 /// What is added to some rows of a weight.
 #[derive(Debug, Clone)]
@@ -65,12 +66,100 @@ pub fn merge(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
     if let Some(addend) = addends.iter().find(|addend| !addend.fits(output, input)) {
         bail!("rows {:?} of {:?} cannot take {:?}", addend.rows, weight.shape(), addend.delta);
     }
+    if let Some(merged) = by_kernel(weight, addends)? {
+        return Ok(merged);
+    }
     match (weight.device(), weight.dtype()) {
         (Device::Cpu, DType::F32) => in_rows::<f32>(weight, addends),
         (Device::Cpu, DType::BF16) => in_rows::<bf16>(weight, addends),
         (Device::Cpu, DType::F16) => in_rows::<f16>(weight, addends),
         _ => composed(weight, addends),
     }
+}
+
+/// As `MergeAddend` in cuda/merge.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct AddendArguments {
+    /// The whole change if the rank is 0.
+    up: Pointer,
+    down: Pointer,
+    from: u32,
+    to: u32,
+    rank: u32,
+}
+
+/// Addends of one launch.
+const AT_ONCE: usize = 8;
+
+/// As `MergeArguments` in cuda/merge.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Arguments {
+    weight: Pointer,
+    merged: Pointer,
+    rows: u32,
+    columns: u32,
+    count: u32,
+    addends: [AddendArguments; AT_ONCE],
+}
+
+/// Threads, rows and columns of a block, and how much of the rank at a time, as in cuda/merge.cu.
+const THREADS: usize = 256;
+const BLOCK: [usize; 2] = [128, 64];
+const DEPTH: usize = 16;
+
+/// `None` if the kernel does not apply.
+fn by_kernel(weight: &Tensor, addends: &[Addend]) -> Result<Option<Tensor>> {
+    let (rows, columns) = weight.dims2()?;
+    let fits = |x: &Tensor| x.dtype() == DType::F32 && x.is_contiguous() && x.device().same_device(weight.device());
+    let addend_fits = |addend: &Addend| match &addend.delta {
+        Delta::LowRank { up, down } => up.dim(1).is_ok_and(|r| r > 0) && fits(up) && fits(down),
+        Delta::Dense(delta) => fits(delta) && in_eights(delta),
+    };
+    // For weights of 32 bits the kernel's products, which keep 16 bits of the factors, are not fine enough.
+    let weight_fits = matches!(weight.dtype(), DType::F16 | DType::BF16)
+        && weight.is_contiguous()
+        && in_eights(weight)
+        && weight.elem_count() > 0;
+    if !(applies(weight) && weight_fits && addends.len() <= AT_ONCE && addends.iter().all(addend_fits)) {
+        return Ok(None);
+    }
+    let merged = output((rows, columns), weight.dtype(), weight.device())?;
+    // The places of addends that there are not are held by the weight; nothing reads them.
+    let factors = |addend: Option<&'_ Addend>| match addend.map(|addend| &addend.delta) {
+        Some(Delta::LowRank { up, down }) => [up.clone(), down.clone()],
+        Some(Delta::Dense(delta)) => [delta.clone(), delta.clone()],
+        None => [weight.clone(), weight.clone()],
+    };
+    let held: [[Tensor; 2]; AT_ONCE] = std::array::from_fn(|i| factors(addends.get(i)));
+    let inputs: [&Tensor; 1 + 2 * AT_ONCE] =
+        std::array::from_fn(|i| if i == 0 { weight } else { &held[(i - 1) / 2][(i - 1) % 2] });
+    launch(inputs, [&merged], |pointers, [merged]| {
+        let place = |i: usize| {
+            let [up, down] = [pointers[1 + 2 * i], pointers[2 + 2 * i]];
+            addends.get(i).map_or(AddendArguments { up, down, from: 0, to: 0, rank: 0 }, |addend| {
+                let rank = if let Delta::LowRank { down, .. } = &addend.delta { down.dims()[0] } else { 0 };
+                AddendArguments { up, down, from: addend.rows.start as u32, to: addend.rows.end as u32, rank: rank as u32 }
+            })
+        };
+        Launch {
+            kernel: "merge",
+            values: weight.dtype(),
+            grid: [rows.div_ceil(BLOCK[0]), columns.div_ceil(BLOCK[1]), 1],
+            threads: THREADS,
+            shared: (BLOCK[0] + BLOCK[1]) * (DEPTH + 4) * size_of::<f32>(),
+            arguments: Arguments {
+                weight: pointers[0],
+                merged,
+                rows: rows as u32,
+                columns: columns as u32,
+                count: addends.len() as u32,
+                addends: std::array::from_fn(place),
+            },
+        }
+    })?;
+    Ok(Some(merged))
 }
 
 /// By candle's own operations, on any device.

@@ -3,6 +3,7 @@
 use candle_core::{D, DType, Result, Tensor};
 
 use super::cpu;
+use crate::launch::{Launch, Pointer, applies, in_eights, launch, output, suffix};
 
 /// x `(.., d)` -> `(x - mean) / sqrt(variance + eps)` over d, same shape and dtype.
 pub fn layer_norm(x: &Tensor, eps: f32) -> Result<Tensor> {
@@ -26,6 +27,9 @@ pub fn layer_norm(x: &Tensor, eps: f32) -> Result<Tensor> {
 /// Fused on the CPU, where composed ops would read and write x three times.
 pub fn modulated_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f32) -> Result<Tensor> {
     let (_, l, d) = x.dims3()?;
+    if let Some((_, Some(y))) = fused(x, None, Some([scale, shift]), eps)? {
+        return Ok(y);
+    }
     if !x.device().is_cpu() {
         return layer_norm(x, eps)?.broadcast_mul(&(scale + 1.)?)?.broadcast_add(shift);
     }
@@ -46,6 +50,9 @@ pub fn modulated_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f32) -> R
 /// x and update `(b, l, d)`, gate `(b, 1, d)` -> `x + gate * update`, in x's dtype.
 pub fn add_gated(x: &Tensor, gate: &Tensor, update: &Tensor) -> Result<Tensor> {
     let (_, l, d) = x.dims3()?;
+    if let Some((Some(sum), _)) = fused(x, Some([gate, update]), None, 0.)? {
+        return Ok(sum);
+    }
     if !x.device().is_cpu() {
         return x + update.broadcast_mul(gate)?;
     }
@@ -64,6 +71,104 @@ pub fn add_gated(x: &Tensor, gate: &Tensor, update: &Tensor) -> Result<Tensor> {
             )
         })?
     })?
+}
+
+/// [`add_gated`], and the [`modulated_norm`] of its result: `(sum, norm)`, each as x.
+pub fn add_gated_then_norm(
+    x: &Tensor,
+    [gate, update]: [&Tensor; 2],
+    [scale, shift]: [&Tensor; 2],
+    eps: f32,
+) -> Result<(Tensor, Tensor)> {
+    if let Some((Some(sum), Some(y))) = fused(x, Some([gate, update]), Some([scale, shift]), eps)? {
+        return Ok((sum, y));
+    }
+    let sum = add_gated(x, gate, update)?;
+    let y = modulated_norm(&sum, scale, shift, eps)?;
+    Ok((sum, y))
+}
+
+/// As `NormArguments` in cuda/norm.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Arguments {
+    x: Pointer,
+    update: Pointer,
+    gate: Pointer,
+    scale: Pointer,
+    shift: Pointer,
+    sum: Pointer,
+    y: Pointer,
+    x_item: u64,
+    x_token: u64,
+    gate_item: u64,
+    scale_item: u64,
+    shift_item: u64,
+    l: u32,
+    d: u32,
+    eps: f32,
+}
+
+/// Values that a thread keeps in registers, and threads of a block at most.
+const OF_A_THREAD: usize = 32;
+const MOST_THREADS: usize = 1024;
+
+/// The kernel's sum (if there is an update) and norm (if there is a modulation); `None` if it does not apply.
+fn fused(
+    x: &Tensor,
+    added: Option<[&Tensor; 2]>,
+    modulation: Option<[&Tensor; 2]>,
+    eps: f32,
+) -> Result<Option<(Option<Tensor>, Option<Tensor>)>> {
+    let (b, l, d) = x.dims3()?;
+    let rows = [added.map(|[gate, _]| gate), modulation.map(|[scale, _]| scale), modulation.map(|[_, shift]| shift)];
+    let fits = |row: &Tensor| row.dims() == [b, 1, d] && row.dtype() == x.dtype() && in_eights(row);
+    let update = added.map(|[_, update]| update);
+    let applicable = applies(x)
+        && suffix(x.dtype()).is_some()
+        && in_eights(x)
+        && b * l > 0
+        && d <= OF_A_THREAD * MOST_THREADS
+        && rows.iter().flatten().all(|row| fits(row))
+        && update.is_none_or(|u| u.dims() == x.dims() && u.dtype() == x.dtype() && u.is_contiguous() && in_eights(u));
+    if !applicable {
+        return Ok(None);
+    }
+    let new = || output(x.shape(), x.dtype(), x.device());
+    let (sum, y) = (added.map(|_| new()).transpose()?, modulation.map(|_| new()).transpose()?);
+    let Some(first) = y.as_ref().or(sum.as_ref()) else { return Ok(None) };
+    let item = |row: Option<&Tensor>| row.map_or(0, |row| row.stride()[0] as u64);
+    let [gate, scale, shift] = rows;
+    let threads = d.div_ceil(OF_A_THREAD).next_multiple_of(32);
+    // What is not asked for is x again, and its pointer is not passed on.
+    let inputs = [x, update.unwrap_or(x), gate.unwrap_or(x), scale.unwrap_or(x), shift.unwrap_or(x)];
+    launch(
+        inputs,
+        [sum.as_ref().unwrap_or(first), y.as_ref().unwrap_or(first)],
+        |[x_at, update, gate_at, scale_at, shift_at], [sum, y]| {
+            let (with, modulated) = (|p| if added.is_some() { p } else { Pointer::NULL }, modulation.is_some());
+            let of = |p| if modulated { p } else { Pointer::NULL };
+            let arguments = Arguments {
+                x: x_at,
+                update: with(update),
+                gate: with(gate_at),
+                scale: of(scale_at),
+                shift: of(shift_at),
+                sum: with(sum),
+                y: of(y),
+                x_item: x.stride()[0] as u64,
+                x_token: x.stride()[1] as u64,
+                gate_item: item(gate),
+                scale_item: item(scale),
+                shift_item: item(shift),
+                l: l as u32,
+                d: d as u32,
+                eps,
+            };
+            Launch { kernel: "norm", values: x.dtype(), grid: [b * l, 1, 1], threads, shared: 128, arguments }
+        },
+    )?;
+    Ok(Some((sum, y)))
 }
 
 /// x `(.., d)`, scale `(d)` f32 -> `x / sqrt(mean(x²) + eps) * scale`, same shape and dtype as x.

@@ -1,0 +1,151 @@
+// A stand-in for a card: runs kernels on a processor, one block after another, its threads as fibers in an order drawn at random, so
+// that a missing barrier shows. Reads and writes of global memory outside the buffers that a launch names, misaligned accesses,
+// and barriers that not all threads reach are errors; shared memory is all NaN when a block begins. Kernels use dynamic shared memory only.
+// Speed does not matter here: it is for tests.
+#pragma once
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+#define DYNAMIC_SHARED(name) unsigned char *name = emulator::shared()
+
+struct bf16 { uint16_t bits; };
+typedef _Float16 f16;
+
+inline float widen(float x) { return x; }
+inline float widen(f16 x) { return (float)x; }
+inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+inline void round_to(float x, float &y) { y = x; }
+inline void round_to(float x, f16 &y) { y = (f16)x; }
+inline void round_to(float x, bf16 &y) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    y.bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+struct Dim3 { uint32_t x, y, z; };
+extern thread_local Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+struct Fault : std::runtime_error { using std::runtime_error::runtime_error; };
+
+unsigned char *shared();
+[[noreturn]] void fault(const std::string &what);
+// Waits for all threads of the block.
+void block_barrier();
+// Waits for all lanes of the warp; the last to come calls `then` with what each lane has given, which may write to it.
+void collective(void *mine, const std::function<void(void *const *)> &then);
+// Errors unless a launch's buffer holds these bytes, at a multiple of `alignment`.
+void check(const void *p, size_t bytes, size_t alignment, bool writing);
+void start_copy(void *to, const void *from, bool valid);
+void commit_copies();
+void wait_for_copies(int still_running);
+
+void list(const char *name, void (*kernel)(const void *));
+struct Listed { Listed(const char *name, void (*kernel)(const void *)) { list(name, kernel); } };
+
+} // namespace emulator
+
+#define KERNEL(name, Arguments, threads, body) \
+    static void call_##name(const void *a) { \
+        if (blockDim.x > (threads)) emulator::fault("more threads than the kernel is bound to"); \
+        body(*(const Arguments *)a); \
+    } \
+    static emulator::Listed listed_##name(#name, call_##name);
+
+inline void __syncthreads() { emulator::block_barrier(); }
+inline void __syncwarp() { emulator::collective(nullptr, [](void *const *) {}); }
+
+inline float __shfl_xor_sync(uint32_t, float x, int mask) {
+    float mine = x;
+    emulator::collective(&mine, [mask](void *const *lanes) {
+        float all[32];
+        for (int i = 0; i < 32; i++) all[i] = *(float *)lanes[i];
+        for (int i = 0; i < 32; i++) *(float *)lanes[i] = all[i ^ mask];
+    });
+    return mine;
+}
+
+template <typename V> V read(const V *p) {
+    emulator::check(p, sizeof *p, alignof(V), false);
+    return *p;
+}
+template <typename V> void write(V *p, V value) {
+    emulator::check(p, sizeof *p, alignof(V), true);
+    *p = value;
+}
+
+template <typename T> float half_of(uint32_t word, int half) {
+    uint16_t bits = word >> (16 * half);
+    T x;
+    memcpy(&x, &bits, 2);
+    return widen(x);
+}
+
+template <typename T> void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
+    struct Lane { float *d; const uint32_t *a, *b; } mine{d, a, b};
+    emulator::collective(&mine, [](void *const *lanes) {
+        float A[16][16], B[16][8];
+        for (int l = 0; l < 32; l++) {
+            const Lane &lane = *(Lane *)lanes[l];
+            for (int r = 0; r < 4; r++)
+                for (int h = 0; h < 2; h++) A[l / 4 + 8 * (r % 2)][2 * (l % 4) + h + 8 * (r / 2)] = half_of<T>(lane.a[r], h);
+            for (int r = 0; r < 2; r++)
+                for (int h = 0; h < 2; h++) B[2 * (l % 4) + h + 8 * r][l / 4] = half_of<T>(lane.b[r], h);
+        }
+        for (int l = 0; l < 32; l++)
+            for (int i = 0; i < 4; i++) {
+                int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
+                float sum = ((Lane *)lanes[l])->d[i];
+                for (int k = 0; k < 16; k++) sum += A[row][k] * B[k][column];
+                ((Lane *)lanes[l])->d[i] = sum;
+            }
+    });
+}
+
+inline void load_matrices_as(uint32_t (&r)[4], const void *row, bool transposed) {
+    if ((uintptr_t)row % 16) emulator::fault("a row of a matrix in shared memory is not aligned to 16 bytes");
+    struct Lane { uint32_t *r; const uint16_t *row; } mine{r, (const uint16_t *)row};
+    emulator::collective(&mine, [transposed](void *const *lanes) {
+        for (int l = 0; l < 32; l++)
+            for (int m = 0; m < 4; m++) {
+                uint32_t halves[2];
+                for (int h = 0; h < 2; h++) {
+                    int y = l / 4, x = 2 * (l % 4) + h;
+                    if (transposed) std::swap(y, x);
+                    halves[h] = ((Lane *)lanes[8 * m + y])->row[x];
+                }
+                ((Lane *)lanes[l])->r[m] = halves[0] | halves[1] << 16;
+            }
+    });
+}
+inline void load_matrices(uint32_t (&r)[4], const void *row) { load_matrices_as(r, row, false); }
+inline void load_matrices_transposed(uint32_t (&r)[4], const void *row) { load_matrices_as(r, row, true); }
+
+inline void copy_async(void *to, const void *from, bool valid) { emulator::start_copy(to, from, valid); }
+inline void commit_copies() { emulator::commit_copies(); }
+template <int N> void wait_for_copies() { emulator::wait_for_copies(N); }

@@ -1,0 +1,241 @@
+//! Our kernels for cards against the plain operations, in every dtype, at odd sizes and strides: emulated on the processor, and on a
+//! card where there is one. Outputs are poisoned before, so what a kernel does not write shows.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and errors are of interest on a card")]
+
+use candle_core::{DType, Device, Result, Tensor};
+use kernels::{
+    Addend, After, Budget, Delta, Projection, add_gated, add_gated_then_norm, attention, emulated, gelu, gelu_beside, group_norm,
+    joint_heads, launches, merge, modulated_norm,
+};
+
+fn random(shape: &[usize]) -> Tensor {
+    Tensor::randn(0.3f32, 1.7, shape, &Device::Cpu).unwrap()
+}
+
+fn to_f32(x: &Tensor) -> Tensor {
+    x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap()
+}
+
+/// Euclidean distance over the length of the truth.
+fn relative(got: &Tensor, truth: &Tensor) -> f64 {
+    assert_eq!(got.dims(), truth.dims());
+    let norm = |x: &Tensor| f64::from(x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
+    norm(&(to_f32(got) - truth).unwrap()) / norm(truth)
+}
+
+/// Runs `op` with our kernels and without on inputs of each dtype, and without in f32: the kernel's error is at most that of the plain
+/// operations in the same dtype (which round once) and a little, and equal inputs give equal bits. `expected` launches are made.
+fn check(name: &str, dtypes: &[DType], inputs: &[Tensor], expected: usize, op: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    for &dtype in dtypes {
+        let of = |dtype: DType, x: &Tensor| x.to_dtype(dtype).unwrap();
+        let rounded: Vec<Tensor> = inputs.iter().map(|x| view_like(&of(dtype, x), x)).collect();
+        let exact: Vec<Tensor> = rounded.iter().map(|x| of(DType::F32, x)).collect();
+        let truth = op(&exact).unwrap();
+        let plain = relative(&op(&rounded).unwrap(), &truth);
+        for (place, run) in places() {
+            let placed: Vec<Tensor> = rounded.iter().map(|x| view_like(&x.to_device(&place).unwrap(), x)).collect();
+            let before = launches();
+            let got = run(&|| op(&placed).unwrap());
+            assert_eq!(launches() - before, expected, "{name} in {dtype:?} on {place:?}: launches");
+            assert_eq!(got.dtype(), dtype);
+            let error = relative(&got, &truth);
+            let unit = match dtype {
+                DType::F32 => 2e-5,
+                DType::F16 => 5e-4,
+                _ => 4e-3,
+            };
+            println!("{name} {dtype:?}: {error:.2e}, plain {plain:.2e}");
+            assert!(error <= 1.1 * plain + 0.05 * unit, "{name} in {dtype:?} on {place:?}: {error:e}, plain {plain:e}");
+            let again = run(&|| op(&placed).unwrap());
+            let same = (to_f32(&again) - to_f32(&got)).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert_eq!(same, 0.0, "{name} in {dtype:?} on {place:?} differs from run to run");
+        }
+    }
+}
+
+type Run = fn(&dyn Fn() -> Tensor) -> Tensor;
+
+/// Where kernels of ours run.
+fn places() -> Vec<(Device, Run)> {
+    let mut places: Vec<(Device, Run)> = vec![(Device::Cpu, |f| emulated(f))];
+    if cfg!(feature = "cuda") {
+        kernels::use_fused(true);
+        places.push((Device::new_cuda(0).expect("a CUDA build is tested on a machine with a card"), |f| f()));
+    }
+    places
+}
+
+/// `x` with the strides and offset of `like`: a conversion or a move makes a copy in one piece.
+fn view_like(x: &Tensor, like: &Tensor) -> Tensor {
+    let (strides, dims) = (like.stride(), like.dims());
+    let offset = like.layout().start_offset();
+    if like.is_contiguous() && offset == 0 {
+        return x.contiguous().unwrap();
+    }
+    // Only views of wider last dimensions are needed here: `(.., width)` narrowed to columns `offset..offset + d`.
+    let (d, width) = (dims[dims.len() - 1], strides[strides.len() - 2]);
+    let pad = x.pad_with_zeros(dims.len() - 1, offset, width - offset - d).unwrap();
+    pad.narrow(dims.len() - 1, offset, d).unwrap()
+}
+
+const ALL: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+const HALF: [DType; 2] = [DType::F16, DType::BF16];
+
+#[test]
+fn norms_and_gates() {
+    for (b, l, d) in [(1, 1, 8), (2, 19, 96), (1, 3, 3072), (2, 2, 4104), (1, 1, 32768)] {
+        // Modulation as it is in a block: a part of a wider row.
+        let rows = random(&[b, 1, 3 * d]);
+        let part = |i| rows.narrow(2, i * d, d).unwrap();
+        let wide = random(&[b, l, 2 * d + 8]);
+        let x = wide.narrow(2, 8, d).unwrap();
+        check("modulated_norm", &ALL, &[x.clone(), part(0), part(1)], 1, |x| modulated_norm(&x[0], &x[1], &x[2], 1e-6));
+        let inputs = [x, part(2), random(&[b, l, d]), part(0), part(1)];
+        check("add_gated", &ALL, &inputs, 1, |x| add_gated(&x[0], &x[1], &x[2]));
+        let both = |x: &[Tensor]| add_gated_then_norm(&x[0], [&x[1], &x[2]], [&x[3], &x[4]], 1e-6);
+        check("sum", &ALL, &inputs, 1, |x| Ok(both(x)?.0));
+        // The plain norm is that of the rounded sum too, so only f32 is compared with unrounded truth.
+        check("norm of the sum", &[DType::F32], &inputs, 1, |x| Ok(both(x)?.1));
+        for dtype in HALF {
+            let inputs: Vec<Tensor> = inputs.iter().map(|x| view_like(&x.to_dtype(dtype).unwrap(), x)).collect();
+            let (got, want) = (emulated(|| both(&inputs).unwrap()), both(&inputs).unwrap());
+            assert!(relative(&got.1, &to_f32(&want.1)) < 1e-3, "{dtype:?}");
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_left_to_plain_operations() {
+    let x = random(&[2, 3, 12]);
+    let row = random(&[2, 1, 12]);
+    check("width of 12", &ALL, &[x.clone(), row.clone(), row.clone()], 0, |x| modulated_norm(&x[0], &x[1], &x[2], 1e-6));
+    check("gelu of 301", &ALL, &[random(&[5, 301])], 0, |x| gelu(&x[0]));
+    let one = random(&[1, 2, 9, 24]);
+    check("heads of 24", &HALF, &[one.clone(), one.clone(), one], 0, |x| {
+        attention(&x[0], &x[1], &x[2], 0.2, None, Budget(usize::MAX))
+    });
+}
+
+#[test]
+fn gelu_by_itself_and_beside() {
+    check("gelu", &ALL, &[(random(&[3, 5, 304]) * 4.).unwrap()], 1, |x| gelu(&x[0]));
+    for (b, l, d, m) in [(1, 1, 8, 8), (2, 7, 96, 400), (1, 5, 3072, 12288)] {
+        let wide = random(&[b, l, 3 * d + m]);
+        let mlp = wide.narrow(2, 3 * d, m).unwrap();
+        check("gelu_beside", &ALL, &[random(&[b, l, d]), mlp], 1, |x| gelu_beside(&x[0], &x[1]));
+    }
+}
+
+#[test]
+fn heads_of_two_streams() {
+    for (b, h, e, txt, img) in [(1, 1, 2, 1, 1), (2, 3, 16, 5, 7), (1, 2, 128, 3, 9), (1, 1, 256, 2, 2)] {
+        let width = 3 * h * e;
+        let wide = random(&[b, img, width + 24]);
+        let angles = random(&[txt + img, e / 2]);
+        let tables = [angles.cos().unwrap(), angles.sin().unwrap()];
+        let scales: Vec<Tensor> = (0..4).map(|_| random(&[e])).collect();
+        let inputs = [random(&[b, txt, width]), wide.narrow(2, 16, width).unwrap()];
+        for part in 0..3 {
+            check("joint_heads", &ALL, &inputs, 2, |x| {
+                let at = |t: &Tensor| t.to_device(x[0].device()).unwrap();
+                let stream = |qkv, i: usize| Projection { qkv, query_scale: at(&scales[i]), key_scale: at(&scales[i + 1]) };
+                let streams = [stream(&x[0], 0), stream(&x[1], 2)];
+                let heads = joint_heads(&streams, h, &at(&tables[0]), &at(&tables[1]), 1e-6)?;
+                Ok([heads.q, heads.k, heads.v][part].clone())
+            });
+        }
+    }
+}
+
+#[test]
+fn attention_of_all_widths() {
+    for (b, h, l, l_kv, e) in [(1, 1, 1, 1, 16), (2, 2, 37, 53, 32), (1, 2, 130, 64, 64), (1, 1, 150, 200, 128)] {
+        let inputs = [random(&[b, h, l, e]), random(&[b, h, l_kv, e]), random(&[b, h, l_kv, e])];
+        let scale = 1. / (e as f64).sqrt();
+        let op = |x: &[Tensor]| attention(&x[0], &x[1], &x[2], scale, None, Budget(usize::MAX));
+        for dtype in HALF {
+            let rounded: Vec<Tensor> = inputs.iter().map(|x| x.to_dtype(dtype).unwrap()).collect();
+            let exact: Vec<Tensor> = rounded.iter().map(to_f32).collect();
+            let before = launches();
+            let got = emulated(|| op(&rounded).unwrap());
+            assert_eq!(launches() - before, 1);
+            // The weights of the values are rounded to 16 bits, as in every such kernel.
+            let (error, bound) = (relative(&got, &op(&exact).unwrap()), if dtype == DType::F16 { 1e-3 } else { 6e-3 });
+            println!("attention {e} {dtype:?}: {error:.2e}");
+            assert!(error < bound, "{l} {l_kv} {e} {dtype:?}: {error:e}");
+            assert!(got.transpose(1, 2).unwrap().is_contiguous(), "heads lie side by side");
+        }
+    }
+}
+
+#[test]
+fn attention_of_views_and_large_scores() {
+    // q, k and v as parts of one tensor, and scores far from 0, of which only the largest counts.
+    let (l, h, e) = (70, 2, 64);
+    let all = (random(&[1, l, 3 * h * e]) * 8.).unwrap().to_dtype(DType::BF16).unwrap();
+    let part = |i: usize| all.narrow(2, i * h * e, h * e).unwrap().reshape((1, l, h, e)).unwrap().transpose(1, 2).unwrap();
+    let op = |x: [Tensor; 3]| attention(&x[0], &x[1], &x[2], 1., None, Budget(usize::MAX)).unwrap();
+    let strided = [0, 1, 2].map(|i| all.clone().narrow(2, i * h * e, h * e).unwrap());
+    let got = emulated(|| op([part(0), part(1), part(2)]));
+    let want = op([part(0), part(1), part(2)].map(|x| to_f32(&x)));
+    assert!(relative(&got, &want) < 6e-3);
+    assert_eq!(strided[1].layout().start_offset(), h * e);
+}
+
+#[test]
+fn group_norms() {
+    for (b, c, groups, height, width) in [(1, 8, 4, 2, 4), (2, 6, 2, 20, 24), (1, 32, 32, 9, 16), (1, 4, 2, 190, 200)] {
+        let (weight, bias) = (random(&[c]), random(&[c]));
+        // A mean far from 0, as activations of an autoencoder have it.
+        let x = (random(&[b, c, height, width]) + 30.).unwrap();
+        for after in [After::Nothing, After::Silu] {
+            let name = format!("group_norm {c} {height} {width} {after:?}");
+            check(&name, &HALF, std::slice::from_ref(&x), 2, |x| {
+                let at = |t: &Tensor| t.to_device(x[0].device()).unwrap();
+                group_norm(&x[0], groups, &at(&weight), &at(&bias), 1e-6, after)
+            });
+        }
+        let op = || group_norm(&x, groups, &weight, &bias, 1e-6, After::Silu).unwrap();
+        assert!(relative(&emulated(op), &op()) < 2e-5, "in f32, whose mean of 30 costs both five bits");
+    }
+}
+
+#[test]
+fn merges_of_several_loras() {
+    let low = |rows: std::ops::Range<usize>, columns: usize, r: usize| {
+        let up = (random(&[rows.len(), r]) * 0.05).unwrap();
+        Addend { rows, delta: Delta::LowRank { up, down: random(&[r, columns]) } }
+    };
+    for (rows, columns) in [(1, 8), (150, 72), (300, 200)] {
+        let dense = (random(&[rows / 2, columns]) * 0.02).unwrap();
+        let sets = [
+            vec![low(0..rows, columns, 1)],
+            vec![low(0..rows, columns, 16), low(rows / 3..rows, columns, 5)],
+            vec![
+                low(rows / 2..rows, columns, 33),
+                Addend { rows: 0..rows / 2, delta: Delta::Dense(dense) },
+                low(0..rows, columns, 4),
+            ],
+            vec![],
+        ];
+        for addends in sets {
+            let addends: Vec<Addend> = addends.into_iter().filter(|addend| !addend.rows.is_empty()).collect();
+            for dtype in HALF {
+                let weight = random(&[rows, columns]).to_dtype(dtype).unwrap();
+                let before = launches();
+                let got = emulated(|| merge(&weight, &addends).unwrap());
+                assert_eq!(launches() - before, 1);
+                let (want, got) = (merge(&weight, &addends).unwrap(), to_f32(&got));
+                // One unit in the last place where the sum lies near the middle of two.
+                let unit = if dtype == DType::F16 { 1.01 / 1024. } else { 1.01 / 128. };
+                let (got, want) = (got.flatten_all().unwrap().to_vec1::<f32>().unwrap(), to_f32(&want));
+                let want = want.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let close = |(got, want): (&f32, &f32)| (got - want).abs() <= unit * want.abs().max(0.05);
+                assert!(got.iter().zip(&want).all(close), "{rows} x {columns} {dtype:?}");
+                let apart = got.iter().zip(&want).filter(|(got, want)| got != want).count();
+                assert!(apart * 50 <= got.len().max(50), "{apart} of {} in {dtype:?}", got.len());
+            }
+        }
+    }
+}
