@@ -20,10 +20,11 @@ struct Modulation {
 }
 
 impl Modulation {
-    /// The `index`-th modulation in `parts`, whose order is shift, scale, gate.
-    fn at(parts: &[Tensor], index: usize) -> Self {
-        let part = |i: usize| parts[3 * index + i].clone();
-        Self { shift: part(0), scale: part(1), gate: part(2) }
+    /// `(b, n 3 d)` -> n modulations, each in the order shift, scale, gate.
+    fn split<const N: usize>(all: &Tensor) -> Result<[Self; N]> {
+        let parts = all.unsqueeze(1)?.chunk(3 * N, D::Minus1)?;
+        let part = |i: usize| parts[i].clone();
+        Ok(std::array::from_fn(|n| Self { shift: part(3 * n), scale: part(3 * n + 1), gate: part(3 * n + 2) }))
     }
 
     /// layer_norm(x) * (1 + scale) + shift.
@@ -34,6 +35,11 @@ impl Modulation {
     /// x + gate * update.
     fn add_gated(&self, x: &Tensor, update: &Tensor) -> Result<Tensor> {
         kernels::add_gated(x, &self.gate, update)
+    }
+
+    /// x + gate * update, and the `next` modulation's [`Self::apply`] of it.
+    fn add_gated_then(&self, next: &Self, x: &Tensor, update: &Tensor) -> Result<(Tensor, Tensor)> {
+        kernels::add_gated_then_norm(x, [&self.gate, update], [&next.scale, &next.shift], EPS)
     }
 }
 
@@ -90,17 +96,10 @@ impl Stream {
         })
     }
 
-    /// vec `(b, d)`, after SiLU -> the modulations of the attention and of the MLP.
-    fn modulations(&self, vec: &Tensor) -> Result<[Modulation; 2]> {
-        let parts = self.modulation.forward(vec)?.unsqueeze(1)?.chunk(6, D::Minus1)?;
-        Ok([Modulation::at(&parts, 0), Modulation::at(&parts, 1)])
-    }
-
     /// Adds what attention found, then the MLP, each through its gate.
     fn finish(&self, x: &Tensor, attended: &Tensor, [attention, mlp]: &[Modulation; 2]) -> Result<Tensor> {
-        let x = attention.add_gated(x, &self.proj.forward(attended)?)?;
-        let y = kernels::gelu(&self.mlp_in.forward(&mlp.apply(&x)?)?)?;
-        mlp.add_gated(&x, &self.mlp_out.forward(&y)?)
+        let (x, y) = attention.add_gated_then(mlp, x, &self.proj.forward(attended)?)?;
+        mlp.add_gated(&x, &self.mlp_out.forward(&kernels::gelu(&self.mlp_in.forward(&y)?)?)?)
     }
 }
 
@@ -117,9 +116,14 @@ impl DoubleBlock {
         Ok(Self { img: Stream::load(source, "img", config)?, txt: Stream::load(source, "txt", config)?, heads: config.heads })
     }
 
-    /// img `(b, l_img, d)`, txt `(b, l_txt, d)`, vec `(b, d)` after SiLU -> img and txt of the same shapes.
-    pub fn forward(&self, img: &Tensor, txt: &Tensor, vec: &Tensor, rope: &Rope) -> Result<(Tensor, Tensor)> {
-        let (img_mods, txt_mods) = (self.img.modulations(vec)?, self.txt.modulations(vec)?);
+    /// vec `(n, d)` after SiLU -> what modulates img and txt, each `(n, 6 d)`.
+    pub fn modulation(&self, vec: &Tensor) -> Result<[Tensor; 2]> {
+        Ok([self.img.modulation.forward(vec)?, self.txt.modulation.forward(vec)?])
+    }
+
+    /// img `(b, l_img, d)`, txt `(b, l_txt, d)`, modulations `(b, 6 d)` -> img and txt of the same shapes.
+    pub fn forward(&self, img: &Tensor, txt: &Tensor, modulations: [&Tensor; 2], rope: &Rope) -> Result<(Tensor, Tensor)> {
+        let [img_mods, txt_mods] = [Modulation::split(modulations[0])?, Modulation::split(modulations[1])?];
         let img_qkv = self.img.qkv.forward(&img_mods[0].apply(img)?)?;
         let txt_qkv = self.txt.qkv.forward(&txt_mods[0].apply(txt)?)?;
 
@@ -159,15 +163,20 @@ impl SingleBlock {
         })
     }
 
-    /// x `(b, l, d)`, vec `(b, d)` after SiLU -> x of the same shape.
-    pub fn forward(&self, x: &Tensor, vec: &Tensor, rope: &Rope) -> Result<Tensor> {
-        let modulation = Modulation::at(&self.modulation.forward(vec)?.unsqueeze(1)?.chunk(3, D::Minus1)?, 0);
+    /// vec `(n, d)` after SiLU -> what modulates x, `(n, 3 d)`.
+    pub fn modulation(&self, vec: &Tensor) -> Result<Tensor> {
+        self.modulation.forward(vec)
+    }
+
+    /// x `(b, l, d)`, modulation `(b, 3 d)` -> x of the same shape.
+    pub fn forward(&self, x: &Tensor, modulation: &Tensor, rope: &Rope) -> Result<Tensor> {
+        let [modulation] = Modulation::split(modulation)?;
         let y = self.linear1.forward(&modulation.apply(x)?)?; // (b, l, 3 d + mlp)
         let qkv = y.narrow(D::Minus1, 0, 3 * self.hidden)?;
-        let mlp = kernels::gelu(&y.narrow(D::Minus1, 3 * self.hidden, self.mlp)?)?;
+        let mlp = y.narrow(D::Minus1, 3 * self.hidden, self.mlp)?;
 
         let attended = attend(&[self.head_norms.of(&qkv)?], self.heads, rope)?;
-        let update = self.linear2.forward(&Tensor::cat(&[attended, mlp], D::Minus1)?)?;
+        let update = self.linear2.forward(&kernels::gelu_beside(&attended, &mlp)?)?;
         modulation.add_gated(x, &update)
     }
 }

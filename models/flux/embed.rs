@@ -59,15 +59,15 @@ impl Embedding {
         })
     }
 
-    /// time `(b)` in 0..=1, guidance `(b)`, pooled `(b, d_pooled)` -> `(b, d)`. A model with a guidance embedding needs
-    /// `guidance`; one without it ignores it.
+    /// time `(n)` in 0..=1, guidance `(b)`, pooled `(b, d_pooled)`, where b is n, or 1 for n times of one prompt -> `(n, d)`. A model
+    /// with a guidance embedding needs `guidance`; one without it ignores it.
     pub fn forward(&self, time: &Tensor, guidance: Option<&Tensor>, pooled: &Tensor) -> Result<Tensor> {
         let dtype = pooled.dtype();
         let embed = |embedder: &Embedder, value: &Tensor| embedder.forward(&sinusoid(&(value * 1000.)?)?.to_dtype(dtype)?);
-        let vec = (embed(&self.time, time)? + self.pooled.forward(pooled)?)?;
+        let vec = embed(&self.time, time)?.broadcast_add(&self.pooled.forward(pooled)?)?;
         match (&self.guidance, guidance) {
             (None, _) => Ok(vec),
-            (Some(embedder), Some(guidance)) => vec + embed(embedder, guidance)?,
+            (Some(embedder), Some(guidance)) => vec.broadcast_add(&embed(embedder, guidance)?),
             (Some(_), None) => candle_core::bail!("this model was distilled with guidance and needs a value for it"),
         }
     }

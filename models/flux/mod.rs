@@ -8,7 +8,7 @@ mod transformer;
 
 pub use config::Config;
 pub use position::Rope;
-pub use transformer::{Conditioning, Flux};
+pub use transformer::{Conditioning, Flux, Prepared};
 
 #[doc(hidden)]
 pub use blocks::{DoubleBlock, SingleBlock};

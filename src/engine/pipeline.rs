@@ -263,8 +263,18 @@ impl Pipeline {
             Some(origin) => sampler::add_noise(&origin.latents, &noise, sigmas[0])?,
             None => noise.clone(),
         };
+        // Through the scheduler's timestep and back, as the reference does it: the product rounds.
+        let times: Vec<f32> = sigmas[..sigmas.len() - 1].iter().map(|sigma| sigma * 1000. / 1000.).collect();
+        let times = Tensor::new(times, &self.device)?;
+        let positive = self.flux.prepare(&times, &prompts.positive)?;
+        let negative = prompts.negative.as_ref().map(|negative| self.flux.prepare(&times, negative)).transpose()?;
         for (step, pair) in sigmas.windows(2).enumerate() {
-            let velocity = self.velocity(&x, pair[0], job.true_cfg, prompts, rope)?;
+            let img = x.to_dtype(self.dtype)?;
+            let velocity = |prepared| self.flux.step(step, &img, prepared, rope)?.to_dtype(DType::F32);
+            let velocity = match &negative {
+                None => velocity(&positive)?,
+                Some(negative) => sampler::true_cfg(&velocity(&positive)?, &velocity(negative)?, job.true_cfg)?,
+            };
             x = sampler::euler_step(&x, &velocity, pair[0], pair[1])?;
             if let Some(Origin { latents, mask: Some(mask) }) = &origin {
                 // Outside the mask the picture is the original one, with as much noise as the next step expects.
@@ -275,19 +285,6 @@ impl Pipeline {
             told(step + 1, &|| &x - (&velocity * f64::from(pair[1]))?)?;
         }
         Ok(x)
-    }
-
-    /// x `(1, l_img, 64)` f32 -> velocity of the same shape in f32.
-    fn velocity(&self, x: &Tensor, sigma: f32, true_cfg: f64, prompts: &Prompts, rope: &Rope) -> Result<Tensor, Error> {
-        // Through the scheduler's timestep and back, as the reference does it: the product rounds.
-        let time = Tensor::new(&[sigma * 1000. / 1000.], &self.device)?;
-        let img = x.to_dtype(self.dtype)?;
-        let forward = |conditioning| self.flux.forward(&img, &time, conditioning, rope)?.to_dtype(DType::F32);
-        let positive = forward(&prompts.positive)?;
-        match &prompts.negative {
-            None => Ok(positive),
-            Some(negative) => Ok(sampler::true_cfg(&positive, &forward(negative)?, true_cfg)?),
-        }
     }
 
     /// The job's picture as packed latents, and its mask.

@@ -35,13 +35,18 @@ pub fn json(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(path(name)).expect(name)).unwrap()
 }
 
+/// The weights of a tiny model's component.
+pub fn checkpoint(folder: &str) -> Checkpoint {
+    let files = std::fs::read_dir(path(folder)).unwrap().map(|entry| entry.unwrap().path());
+    let weights: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
+    Checkpoint::open(&weights).unwrap()
+}
+
 /// A component of a tiny model in f32, with its configuration.
 pub fn component(model: &str, folder: &str, component: Component) -> (Source, Value) {
     let folder = format!("{model}/{folder}");
-    let files = std::fs::read_dir(path(&folder)).unwrap().map(|entry| entry.unwrap().path());
-    let weights: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
-    let checkpoint = Checkpoint::open(&weights).unwrap();
-    (Source::new(component, &checkpoint, DType::F32, &Device::Cpu), json(&format!("{folder}/config.json")))
+    let source = Source::new(component, &checkpoint(&folder), DType::F32, &Device::Cpu);
+    (source, json(&format!("{folder}/config.json")))
 }
 
 /// max |got - want| / max |want|.

@@ -15,6 +15,7 @@ mod e2e;
 mod fetch;
 mod fetch_services;
 mod fixtures;
+mod fused;
 mod hub;
 pub(crate) mod jobs;
 mod jobs_service;

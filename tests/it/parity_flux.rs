@@ -65,7 +65,8 @@ fn double_block() {
     let block = DoubleBlock::load(&source.at("double_blocks.1"), &config).unwrap();
     let vec = fixture.get("flux.block.in.temb").silu().unwrap();
     let (img, txt) = (fixture.get("flux.double.in.img"), fixture.get("flux.double.in.txt"));
-    let (img, txt) = block.forward(&img, &txt, &vec, &rope(&config, &fixture)).unwrap();
+    let [of_img, of_txt] = block.modulation(&vec).unwrap();
+    let (img, txt) = block.forward(&img, &txt, [&of_img, &of_txt], &rope(&config, &fixture)).unwrap();
     assert_close("img", &img, &fixture.get("flux.double.out.img"), MODULE);
     assert_close("txt", &txt, &fixture.get("flux.double.out.txt"), MODULE);
 }
@@ -75,7 +76,8 @@ fn single_block() {
     let (source, config, fixture) = tiny();
     let block = SingleBlock::load(&source.at("single_blocks.1"), &config).unwrap();
     let vec = fixture.get("flux.block.in.temb").silu().unwrap();
-    let x = block.forward(&fixture.get("flux.single.in.seq"), &vec, &rope(&config, &fixture)).unwrap();
+    let modulation = block.modulation(&vec).unwrap();
+    let x = block.forward(&fixture.get("flux.single.in.seq"), &modulation, &rope(&config, &fixture)).unwrap();
     assert_close("x", &x, &fixture.get("flux.single.out.seq"), MODULE);
 }
 
@@ -84,7 +86,7 @@ fn final_layer() {
     let (source, _, fixture) = tiny();
     let flux = Flux::load(&source, None).unwrap();
     let vec = fixture.get("flux.block.in.temb").silu().unwrap();
-    let out = flux.finish(&fixture.get("flux.double.in.img"), &vec).unwrap();
+    let out = flux.final_layer(&fixture.get("flux.double.in.img"), &vec).unwrap();
     assert_close("final layer", &out, &fixture.get("flux.final.out"), MODULE);
 }
 
@@ -132,6 +134,24 @@ fn a_batch_item_equals_the_item_alone() {
         let alone = flux.forward(&at(&img), &at(&time), &one, &rope).unwrap();
         assert_close("item", &alone, &at(&batch), 1e-6);
     }
+}
+
+#[test]
+fn steps_prepared_together_equal_steps_alone() {
+    let (source, config, fixture) = tiny();
+    let flux = Flux::load(&source, None).unwrap();
+    let rope = rope(&config, &fixture);
+    let all = conditioning(&fixture);
+    let first = |x: &Tensor| x.narrow(0, 0, 1).unwrap();
+    let one = Conditioning { txt: first(&all.txt), pooled: first(&all.pooled), guidance: all.guidance.as_ref().map(first) };
+    let times = [1f32, 0.83, 0.4, 0.07];
+    let prepared = flux.prepare(&Tensor::new(&times, &Device::Cpu).unwrap(), &one).unwrap();
+    let img = first(&fixture.get("flux.in.img"));
+    for (i, time) in times.iter().enumerate() {
+        let alone = flux.forward(&img, &Tensor::new(&[*time], &Device::Cpu).unwrap(), &one, &rope).unwrap();
+        assert_close("step", &flux.step(i, &img, &prepared, &rope).unwrap(), &alone, 1e-6);
+    }
+    assert!(flux.step(times.len(), &img, &prepared, &rope).is_err(), "there is no such time");
 }
 
 #[test]
