@@ -124,6 +124,9 @@ fn build<A, const I: usize, const O: usize>(
 }
 
 #[cfg(feature = "cuda")]
+pub(crate) use cuda::address;
+
+#[cfg(feature = "cuda")]
 mod cuda {
     use std::collections::HashMap;
     use std::sync::{Arc, Mutex, PoisonError};
@@ -207,7 +210,8 @@ mod cuda {
         }
     }
 
-    fn address<'a>(storage: &'a CudaStorage, stream: &'a CudaStream) -> Result<(u64, SyncOnDrop<'a>)> {
+    /// Where a storage begins, and what must be kept until the work with it is in the stream.
+    pub(crate) fn address<'a>(storage: &'a CudaStorage, stream: &'a CudaStream) -> Result<(u64, SyncOnDrop<'a>)> {
         fn of<'a, T>(slice: &'a CudaSlice<T>, stream: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {
             slice.device_ptr(stream)
         }

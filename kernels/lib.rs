@@ -11,7 +11,7 @@
 //! | [`group_norm`] | group norm, affine, SiLU in one pass | composed candle ops, in tests |
 //! | [`joint_heads`] | q, k, v of all streams from their projections: split, norm, rotate, join | composed ops, in its module |
 //! | [`layer_norm`] | layer norm without weights, f32 statistics | composed candle ops, in tests |
-//! | [`linear`] | x Wᵀ + b, added onto the bias on the CPU | composed candle ops, in tests |
+//! | [`linear`], [`linear_gelu`] | x Wᵀ + b, added onto the bias on the CPU; cuBLASLt's epilogues on CUDA | composed candle ops, in tests |
 //! | [`merge`] | W + Σ B A, one pass over W | composed ops, in its module |
 //! | [`modulated_norm`] | layer norm, scale and shift in one pass | composed candle ops, in tests |
 //! | [`rms_norm`] | root-mean-square norm with scale, f32 statistics | composed candle ops, in tests |
@@ -21,20 +21,27 @@
 //! CUDA are in `cuda/`, one file for each file of `ops/`; `launch.rs` runs them, and [`use_fused`] turns them on. None of them has run
 //! on a card yet: they have been compiled for cards and run, emulated, against the references above.
 
+mod card;
+#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only cuBLASLt asks"))]
+mod choices;
 mod launch;
+#[cfg(feature = "cuda")]
+mod lt;
 mod memory;
 mod ops;
 
+pub use card::{free_memory, supported};
+pub use choices::keep_choices_in;
 #[cfg(feature = "emulator")]
 pub use launch::emulated;
 pub use launch::{launches, use_fused};
-pub use memory::{free_memory, zeros};
+pub use memory::zeros;
 pub use ops::activation::{gelu, gelu_beside};
 pub use ops::attention::{Budget, attention};
 pub use ops::convolve::{Window, convolve};
 pub use ops::group_norm::{After, group_norm};
 pub use ops::heads::{Heads, Projection, joint_heads};
-pub use ops::linear::linear;
+pub use ops::linear::{linear, linear_gelu};
 pub use ops::merge::{Addend, Delta, merge};
 pub use ops::norm::{add_gated, add_gated_then_norm, layer_norm, modulated_norm, rms_norm};
 pub use ops::rotary::rotate;

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
+use super::activation::gelu;
 use super::cpu;
 
 /// x `(n, input)`, weight `(output, input)`, bias `(output)` -> `x Wᵀ + b` `(n, output)`, in x's dtype, which is also the weight's.
@@ -12,11 +13,24 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     if width != input || bias.is_some_and(|bias| bias.dims() != [output]) {
         bail!("a linear layer of weight {:?} was given {:?}", weight.shape(), x.shape());
     }
+    #[cfg(feature = "cuda")]
+    if let Some(y) = crate::lt::linear(x, weight, bias, false)? {
+        return Ok(y);
+    }
     match bias {
         None => x.matmul(&weight.t()?),
         Some(bias) if x.device().is_cpu() && x.dtype() == DType::F32 => onto_bias(x, weight, bias, [n, input, output]),
         Some(bias) => x.matmul(&weight.t()?)?.broadcast_add(bias),
     }
+}
+
+/// The same through [`gelu`], which cuBLASLt does to the product before it is written.
+pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(y) = crate::lt::linear(x, weight, bias, true)? {
+        return Ok(y);
+    }
+    gelu(&linear(x, weight, bias)?)
 }
 
 #[expect(unsafe_code, reason = "gemm takes pointers")]

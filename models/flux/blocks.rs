@@ -99,7 +99,7 @@ impl Stream {
     /// Adds what attention found, then the MLP, each through its gate.
     fn finish(&self, x: &Tensor, attended: &Tensor, [attention, mlp]: &[Modulation; 2]) -> Result<Tensor> {
         let (x, y) = attention.add_gated_then(mlp, x, &self.proj.forward(attended)?)?;
-        mlp.add_gated(&x, &self.mlp_out.forward(&kernels::gelu(&self.mlp_in.forward(&y)?)?)?)
+        mlp.add_gated(&x, &self.mlp_out.forward(&self.mlp_in.forward_gelu(&y)?)?)
     }
 }
 

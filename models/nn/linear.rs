@@ -62,14 +62,29 @@ impl Linear {
     /// fp8 and GGUF matrices are widened before the product: FLUX multiplies hundreds of tokens at once, so widening costs
     /// little next to the product and the activations keep their precision.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.apply(x, false)
+    }
+
+    /// [`Self::forward`], then GELU (tanh form).
+    pub fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
+        self.apply(x, true)
+    }
+
+    fn apply(&self, x: &Tensor, gelu: bool) -> Result<Tensor> {
         let (weight, branch) = self.weight.current()?;
         let weight = weight.dense(x.dtype())?;
         let bias = self.bias.as_ref().map(Parameter::tensor).transpose()?;
         let mut shape = x.dims().to_vec();
         let x = x.reshape(((), x.dim(D::Minus1)?))?;
-        let mut y = kernels::linear(&x, &weight, bias.as_ref())?;
+        let mut y = match (gelu, branch.is_empty()) {
+            (true, true) => kernels::linear_gelu(&x, &weight, bias.as_ref())?,
+            _ => kernels::linear(&x, &weight, bias.as_ref())?,
+        };
         for addend in branch.iter() {
             y = add_branch(y, &x, addend)?;
+        }
+        if gelu && !branch.is_empty() {
+            y = kernels::gelu(&y)?;
         }
         if let Some(last) = shape.last_mut() {
             *last = y.dim(1)?;

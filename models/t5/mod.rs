@@ -130,7 +130,7 @@ impl Block {
 
         let normed = self.feed_norm.forward(&x)?.to_dtype(dtype)?;
         // The tanh form of gelu, transformers' `gelu_new`.
-        let gated = (kernels::gelu(&self.gate.forward(&normed)?)? * self.up.forward(&normed)?)?; // (b, l, d_ff)
+        let gated = (self.gate.forward_gelu(&normed)? * self.up.forward(&normed)?)?; // (b, l, d_ff)
         // The published model's products here exceed f16's 65504; transformers, too, keeps `wo` in f32 then.
         let gated = if dtype == DType::F16 { gated.to_dtype(DType::F32)? } else { gated };
         x + self.down.forward(&gated)?.to_dtype(DType::F32)?

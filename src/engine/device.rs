@@ -24,14 +24,20 @@ pub fn device(choice: DeviceChoice) -> Result<Device, Error> {
         DeviceChoice::Cpu => Ok(Device::Cpu),
         DeviceChoice::Cuda(ordinal) => cuda(ordinal),
         DeviceChoice::Metal => metal(),
-        DeviceChoice::Auto => Ok(cuda(0).or_else(|_| metal()).unwrap_or(Device::Cpu)),
+        DeviceChoice::Auto => {
+            let found = cuda(0).or_else(|e| {
+                if cfg!(feature = "cuda") {
+                    tracing::warn!("no CUDA card is used: {e}");
+                }
+                metal()
+            });
+            Ok(found.unwrap_or(Device::Cpu))
+        }
     }
 }
 
 fn cuda(ordinal: usize) -> Result<Device, Error> {
-    if !cfg!(feature = "cuda") {
-        return Err(Error::NoDevice { name: "cuda", hint: "this build has no CUDA; build with --features cuda".into() });
-    }
+    kernels::supported(ordinal).map_err(|hint| Error::NoDevice { name: "cuda", hint })?;
     Device::new_cuda(ordinal).map_err(|e| Error::NoDevice { name: "cuda", hint: e.to_string() })
 }
 

@@ -1,0 +1,64 @@
+//! What a card is: whether our kernels run on it, and how much memory it has left.
+
+use candle_core::Device;
+#[cfg(feature = "cuda")]
+use candle_core::cuda_backend::cudarc::driver;
+
+/// Lowest compute capability that the kernels, ours and candle's, are compiled for: matrix units for bf16 came with it.
+const LOWEST: (i32, i32) = (8, 0);
+
+/// Free bytes on a CUDA card; `None` on devices that do not say.
+#[cfg(feature = "cuda")]
+#[must_use]
+pub fn free_memory(device: &Device) -> Option<u64> {
+    let Device::Cuda(cuda) = device else { return None };
+    // The query answers for the context that is current on this thread.
+    cuda.cuda_stream().context().bind_to_thread().ok()?;
+    driver::result::mem_get_info().ok().map(|(free, _)| free as u64)
+}
+
+/// Free bytes on a CUDA card; `None` on devices that do not say.
+#[cfg(not(feature = "cuda"))]
+#[must_use]
+pub fn free_memory(_device: &Device) -> Option<u64> {
+    None
+}
+
+/// Whether the CUDA card of this number can run the kernels; the error says what is missing.
+#[cfg(feature = "cuda")]
+pub fn supported(ordinal: usize) -> Result<(), String> {
+    let context = driver::CudaContext::new(ordinal).map_err(|e| e.to_string())?;
+    let name = context.name().map_err(|e| e.to_string())?;
+    capable(&name, context.compute_capability().map_err(|e| e.to_string())?)
+}
+
+/// Whether the CUDA card of this number can run the kernels; the error says what is missing.
+#[cfg(not(feature = "cuda"))]
+pub fn supported(_ordinal: usize) -> Result<(), String> {
+    Err("this build has no CUDA; build with --features cuda".into())
+}
+
+#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only cards have a capability"))]
+fn capable(name: &str, (major, minor): (i32, i32)) -> Result<(), String> {
+    if (major, minor) >= LOWEST {
+        return Ok(());
+    }
+    Err(format!(
+        "{name} has compute capability {major}.{minor}; darkroom needs {}.{} or higher (RTX 30, A100 and newer); --device cpu works without",
+        LOWEST.0, LOWEST.1
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_cards_are_refused_by_name() {
+        for fine in [(8, 0), (8, 9), (9, 0), (12, 0)] {
+            assert_eq!(capable("a card", fine), Ok(()));
+        }
+        let refused = capable("Tesla T4", (7, 5)).unwrap_err();
+        assert!(refused.contains("Tesla T4 has compute capability 7.5") && refused.contains("8.0"), "{refused}");
+    }
+}

@@ -1,0 +1,285 @@
+//! Matrix products through cuBLASLt: bias and GELU in the epilogue, and the algorithm timed once for each shape.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::cublaslt::{result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, sys::CUevent_flags};
+use candle_core::{CudaDevice, DType, Device, Result, Storage, Tensor};
+
+use crate::choices::{Algorithm, Choices, Shape};
+use crate::launch::{address, applies, in_eights, output};
+
+/// What Hopper's fastest algorithms may use.
+const WORKSPACE: usize = 32 << 20;
+/// Algorithms that are timed, of those that the library thinks best; and runs of each, whose fastest counts.
+const CANDIDATES: usize = 8;
+const RUNS: usize = 5;
+
+/// The library, for one card: used by one thread at a time.
+struct Library {
+    handle: sys::cublasLtHandle_t,
+    workspace: CudaSlice<u8>,
+    choices: Choices,
+}
+
+// SAFETY: a handle may be used from any thread, and the lock around it keeps that to one at a time.
+#[expect(unsafe_code, reason = "see above")]
+unsafe impl Send for Library {}
+
+static LIBRARIES: Mutex<Option<HashMap<usize, Library>>> = Mutex::new(None);
+
+/// x `(n, input)`, weight `(output, input)`, bias `(output)` -> `x Wᵀ + b`, through GELU if asked, `(n, output)`. `None` if this is
+/// not for cuBLASLt: other devices, types other than 16-bit ones, sizes that are not multiples of eight.
+pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, gelu: bool) -> Result<Option<Tensor>> {
+    let Device::Cuda(device) = x.device() else { return Ok(None) };
+    let dtype = x.dtype();
+    let fits = |m: &Tensor| m.dtype() == dtype && in_eights(m) && m.elem_count() > 0;
+    let bias_fits = bias.is_none_or(|bias| bias.dtype() == dtype && bias.is_contiguous());
+    let sixteen = matches!(dtype, DType::F16 | DType::BF16);
+    if !(applies(x) && sixteen && fits(x) && fits(weight) && bias_fits && weight.dim(0)?.is_multiple_of(8)) {
+        return Ok(None);
+    }
+    let y = output((x.dim(0)?, weight.dim(0)?), dtype, x.device())?;
+    let mut libraries = LIBRARIES.lock().unwrap_or_else(PoisonError::into_inner);
+    let stream = device.cuda_stream();
+    let library = match libraries.get_or_insert_default().entry(stream.context().ordinal()) {
+        std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+        std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Library::open(device)?),
+    };
+    library.product(&stream, x, weight, bias, gelu, &y)?;
+    Ok(Some(y))
+}
+
+impl Library {
+    fn open(device: &CudaDevice) -> Result<Self> {
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        // SAFETY: the library writes to it before it reads.
+        #[expect(unsafe_code, reason = "memory that nothing has written")]
+        let workspace = unsafe { device.alloc::<u8>(WORKSPACE) }?;
+        // SAFETY: it takes nothing.
+        #[expect(unsafe_code, reason = "a call of the library")]
+        let version = unsafe { sys::cublasLtGetVersion() };
+        let name = context.name().w()?;
+        let choices = Choices::of(&format!("{name}-driver-{}-cublaslt-{version}", driver_version()));
+        Ok(Self { handle: result::create_handle().map_err(candle_core::Error::wrap)?, workspace, choices })
+    }
+
+    fn product(
+        &mut self,
+        stream: &CudaStream,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        gelu: bool,
+        y: &Tensor,
+    ) -> Result<()> {
+        let (n, input, outputs) = (x.dim(0)?, x.dim(1)?, weight.dim(0)?);
+        let epilogue = match (bias, gelu) {
+            (None, false) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DEFAULT,
+            (Some(_), false) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+            (None, true) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU,
+            (Some(_), true) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU_BIAS,
+        };
+        let kind = format!("{:?}-{epilogue:?}-{}", x.dtype(), x.stride()[0]);
+        let shape = Shape { n, output: outputs, input, kind };
+
+        let held = [Some(x), Some(weight), bias, Some(y)].map(|t| t.map(|t| (t.storage_and_layout().0, t.layout())));
+        let mut pointers = [0u64; 4];
+        let mut used = Vec::new();
+        for (held, pointer) in held.iter().zip(&mut pointers) {
+            let Some((storage, layout)) = held else { continue };
+            let Storage::Cuda(storage) = &**storage else { candle_core::bail!("a product of tensors on two devices") };
+            let (begin, record) = address(storage, stream)?;
+            *pointer = begin + (layout.start_offset() * x.dtype().size_in_bytes()) as u64;
+            used.push(record);
+        }
+        let [x_at, weight_at, bias_at, y_at] = pointers;
+        let (workspace, record) = self.workspace.device_ptr(stream);
+        used.push(record);
+
+        // The library counts by columns, where rows of ours are columns: yᵀ = W xᵀ.
+        let matrix = match x.dtype() {
+            DType::F16 => sys::cudaDataType::CUDA_R_16F,
+            _ => sys::cudaDataType::CUDA_R_16BF,
+        };
+        let layout = |rows: usize, columns: usize, pitch: usize| Layout::new(matrix, rows, columns, pitch);
+        let (a, b) = (layout(input, outputs, weight.stride()[0])?, layout(input, n, x.stride()[0])?);
+        let (c, description) = (layout(outputs, n, outputs)?, Description::new(epilogue, bias_at)?);
+        let call = |algorithm: &Algorithm| {
+            let (alpha, beta) = (1f32, 0f32);
+            let algorithm = sys::cublasLtMatmulAlgo_t { data: *algorithm };
+            // SAFETY: layouts are those of the tensors, which are held until the product is in the stream.
+            #[expect(unsafe_code, reason = "a call of the library")]
+            unsafe {
+                sys::cublasLtMatmul(
+                    self.handle,
+                    description.0,
+                    (&raw const alpha).cast(),
+                    weight_at as *const c_void,
+                    a.0,
+                    x_at as *const c_void,
+                    b.0,
+                    (&raw const beta).cast(),
+                    y_at as *const c_void,
+                    c.0,
+                    y_at as *mut c_void,
+                    c.0,
+                    &raw const algorithm,
+                    workspace as *mut c_void,
+                    WORKSPACE,
+                    stream.cu_stream().cast(),
+                )
+            }
+            .result()
+            .map_err(candle_core::Error::wrap)
+        };
+        let chosen = match self.choices.get(&shape) {
+            Some(algorithm) => algorithm,
+            None => {
+                let candidates = self.candidates(&description, [&a, &b, &c])?;
+                let fastest = fastest(stream, &candidates, &call)?;
+                self.choices.note(shape, fastest)
+            }
+        };
+        call(&chosen)
+    }
+
+    /// What the library thinks best, first first.
+    fn candidates(&self, description: &Description, [a, b, c]: [&Layout; 3]) -> Result<Vec<Algorithm>> {
+        let preference = Preference::new()?;
+        let mut found = [sys::cublasLtMatmulHeuristicResult_t {
+            algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+            workspaceSize: 0,
+            state: sys::cublasStatus_t::CUBLAS_STATUS_NOT_INITIALIZED,
+            wavesCount: 0.0,
+            reserved: [0; 4],
+        }; CANDIDATES];
+        let mut count = 0;
+        // SAFETY: there is room for as many results as are asked for.
+        #[expect(unsafe_code, reason = "a call of the library")]
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                description.0,
+                a.0,
+                b.0,
+                c.0,
+                c.0,
+                preference.0,
+                CANDIDATES as i32,
+                found.as_mut_ptr(),
+                &raw mut count,
+            )
+        };
+        status.result().map_err(candle_core::Error::wrap)?;
+        let usable = |one: &&sys::cublasLtMatmulHeuristicResult_t| one.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
+        Ok(found[..count as usize].iter().filter(usable).map(|one| one.algo.data).collect())
+    }
+}
+
+/// The algorithm whose fastest run is the fastest.
+fn fastest(stream: &CudaStream, candidates: &[Algorithm], call: &dyn Fn(&Algorithm) -> Result<()>) -> Result<Algorithm> {
+    let event = || stream.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).w();
+    let (begin, end) = (event()?, event()?);
+    let mut best: Option<(f32, Algorithm)> = None;
+    for candidate in candidates {
+        // One that cannot run here is not a candidate.
+        if call(candidate).is_err() {
+            continue;
+        }
+        let mut shortest = f32::INFINITY;
+        for _ in 0..RUNS {
+            begin.record(stream).w()?;
+            call(candidate)?;
+            end.record(stream).w()?;
+            end.synchronize().w()?;
+            shortest = shortest.min(begin.elapsed_ms(&end).w()?);
+        }
+        if best.is_none_or(|(time, _)| shortest < time) {
+            best = Some((shortest, *candidate));
+        }
+    }
+    let Some((_, algorithm)) = best else { candle_core::bail!("cuBLASLt has no algorithm for this product") };
+    Ok(algorithm)
+}
+
+fn driver_version() -> i32 {
+    let mut version = 0;
+    // SAFETY: it writes one number.
+    #[expect(unsafe_code, reason = "a call of the driver")]
+    let _ = unsafe { candle_core::cuda_backend::cudarc::driver::sys::cuDriverGetVersion(&raw mut version) };
+    version
+}
+
+struct Layout(sys::cublasLtMatrixLayout_t);
+
+impl Layout {
+    fn new(of: sys::cudaDataType, rows: usize, columns: usize, pitch: usize) -> Result<Self> {
+        result::create_matrix_layout(of, rows as u64, columns as u64, pitch as i64).map(Self).map_err(candle_core::Error::wrap)
+    }
+}
+
+impl Drop for Layout {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, and given back once.
+        #[expect(unsafe_code, reason = "a call of the library")]
+        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
+struct Description(sys::cublasLtMatmulDesc_t);
+
+impl Description {
+    fn new(epilogue: sys::cublasLtEpilogue_t, bias: u64) -> Result<Self> {
+        let (sum, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType::CUDA_R_32F);
+        let new = Self(result::create_matmul_desc(sum, scale).map_err(candle_core::Error::wrap)?);
+        new.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, &sys::cublasOperation_t::CUBLAS_OP_T)?;
+        new.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+        if bias != 0 {
+            new.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+        }
+        Ok(new)
+    }
+
+    fn set<T>(&self, attribute: sys::cublasLtMatmulDescAttributes_t, value: &T) -> Result<()> {
+        // SAFETY: the library copies as many bytes as the value has.
+        #[expect(unsafe_code, reason = "a call of the library")]
+        let set =
+            unsafe { result::set_matmul_desc_attribute(self.0, attribute, std::ptr::from_ref(value).cast(), size_of::<T>()) };
+        set.map_err(candle_core::Error::wrap)
+    }
+}
+
+impl Drop for Description {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, and given back once.
+        #[expect(unsafe_code, reason = "a call of the library")]
+        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+    }
+}
+
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Preference {
+    fn new() -> Result<Self> {
+        let new = Self(result::create_matmul_pref().map_err(candle_core::Error::wrap)?);
+        let (attribute, most) = (sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE);
+        // SAFETY: the library copies as many bytes as the value has.
+        #[expect(unsafe_code, reason = "a call of the library")]
+        let set = unsafe { result::set_matmul_pref_attribute(new.0, attribute, (&raw const most).cast(), size_of::<usize>()) };
+        set.map_err(candle_core::Error::wrap)?;
+        Ok(new)
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, and given back once.
+        #[expect(unsafe_code, reason = "a call of the library")]
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}
