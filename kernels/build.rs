@@ -6,35 +6,40 @@
     reason = "a build ends by panicking, and cargo speaks through the environment"
 )]
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
 /// Cards that the binary has machine code for: A100, RTX 30, RTX 40 and L4, H100 and H200, B200, RTX 50. Newer ones compile the
 /// text for the oldest of these when the program starts.
+#[cfg(feature = "cuda")]
 const ARCHITECTURES: [&str; 6] = ["80", "86", "89", "90a", "100", "120"];
 
 fn main() {
     println!("cargo:rerun-if-changed=cuda");
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
-    if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
-        cuda();
-    }
-    if std::env::var_os("CARGO_FEATURE_EMULATOR").is_some() {
-        cc::Build::new()
-            .cpp(true)
-            .std("c++17")
-            .opt_level(2)
-            .define("DARKROOM_EMULATOR", None)
-            .flag("-Wno-unknown-pragmas")
-            // Memory is read as whole words, whatever values are in it; and fibers are what the other is about.
-            .flag("-fno-strict-aliasing")
-            .flag_if_supported("-Wno-clobbered")
-            .file("cuda/emulator.cpp")
-            .compile("darkroom_emulator");
-    }
+    #[cfg(feature = "cuda")]
+    cuda();
+    #[cfg(feature = "emulator")]
+    emulator();
 }
 
+#[cfg(feature = "emulator")]
+fn emulator() {
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .opt_level(2)
+        .define("DARKROOM_EMULATOR", None)
+        .flag("-Wno-unknown-pragmas")
+        // Memory is read as whole words, whatever values are in it; and fibers are what the other is about.
+        .flag("-fno-strict-aliasing")
+        .flag_if_supported("-Wno-clobbered")
+        .file("cuda/emulator.cpp")
+        .compile("darkroom_emulator");
+}
+
+#[cfg(feature = "cuda")]
 fn cuda() {
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+
     let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap()).join("kernels.fatbin");
     let nvcc = std::env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin/nvcc")).filter(|nvcc| nvcc.exists());
     let nvcc = nvcc.unwrap_or_else(|| "nvcc".into());
