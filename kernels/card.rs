@@ -24,17 +24,27 @@ pub fn free_memory(_device: &Device) -> Option<u64> {
     None
 }
 
-/// Whether the CUDA card of this number can run the kernels; the error says what is missing.
+/// Opens the CUDA card of this number; the error says what is missing.
 #[cfg(feature = "cuda")]
-pub fn supported(ordinal: usize) -> Result<(), String> {
+pub fn open_cuda(ordinal: usize) -> Result<Device, String> {
     let context = driver::CudaContext::new(ordinal).map_err(|e| e.to_string())?;
     let name = context.name().map_err(|e| e.to_string())?;
-    capable(&name, context.compute_capability().map_err(|e| e.to_string())?)
+    capable(&name, context.compute_capability().map_err(|e| e.to_string())?)?;
+    let device = Device::new_cuda(ordinal).map_err(|e| e.to_string())?;
+    if let (Device::Cuda(cuda), true) = (&device, crate::launch::fused()) {
+        // Two events for every allocation say what other streams may do with it; there is one stream.
+        // SAFETY: every tensor of a device is made, used and freed on its one stream.
+        #[expect(unsafe_code, reason = "see above")]
+        unsafe {
+            cuda.disable_event_tracking();
+        }
+    }
+    Ok(device)
 }
 
-/// Whether the CUDA card of this number can run the kernels; the error says what is missing.
+/// Opens the CUDA card of this number; the error says what is missing.
 #[cfg(not(feature = "cuda"))]
-pub fn supported(_ordinal: usize) -> Result<(), String> {
+pub fn open_cuda(_ordinal: usize) -> Result<Device, String> {
     Err("this build has no CUDA; build with --features cuda".into())
 }
 

@@ -1,12 +1,9 @@
-//! Which of cuBLASLt's algorithms is used for each shape, kept in a file: timed once on a card, then always the same, so that equal
+//! Which of cuBLASLt's algorithms is used for each shape: timed once on a card, then always the same, so that equal
 //! jobs give equal bytes also in the next process.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs;
-use std::io::{self, Write as _};
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::OnceLock;
 
 /// An algorithm, as the library describes it to itself.
 pub(crate) type Algorithm = [u64; 8];
@@ -21,28 +18,32 @@ pub(crate) struct Shape {
     pub(crate) kind: String,
 }
 
-static FOLDER: Mutex<Option<PathBuf>> = Mutex::new(None);
-
-/// Where choices are kept. Without a folder they are made anew in every process, and may differ between two.
-pub fn keep_choices_in(folder: &Path) {
-    *FOLDER.lock().unwrap_or_else(PoisonError::into_inner) = Some(folder.to_owned());
+/// Keeps texts by name from one process to the next.
+pub trait Keeper: Send + Sync {
+    fn read(&self, name: &str) -> Option<String>;
+    /// What cannot be written is lost, which costs time only.
+    fn write(&self, name: &str, text: &str);
 }
 
-/// The choices for one card, driver and library, whose names make up `machine`.
+static KEEPER: OnceLock<Box<dyn Keeper>> = OnceLock::new();
+
+/// Who keeps the choices. Without a keeper they are made anew in every process, and may differ between two. The first one stays.
+pub fn keep_choices(keeper: Box<dyn Keeper>) {
+    let _ = KEEPER.set(keeper);
+}
+
+/// The choices for one card, driver and library, whose names make up the machine.
 #[derive(Debug, Default)]
 pub(crate) struct Choices {
     known: BTreeMap<Shape, Algorithm>,
-    path: Option<PathBuf>,
+    name: String,
 }
 
 impl Choices {
     pub(crate) fn of(machine: &str) -> Self {
-        let folder = FOLDER.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let safe = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
-        let path = folder.map(|folder| folder.join(format!("gemm-{}.txt", machine.chars().map(safe).collect::<String>())));
-        // A file that cannot be read is as good as none: its choices are timed again.
-        let known = path.as_ref().and_then(|path| fs::read_to_string(path).ok()).map(|text| parse(&text)).unwrap_or_default();
-        Self { known, path }
+        let name = format!("gemm-{}.txt", machine.chars().map(safe).collect::<String>());
+        Self { known: kept(&name), name }
     }
 
     pub(crate) fn get(&self, shape: &Shape) -> Option<Algorithm> {
@@ -51,15 +52,18 @@ impl Choices {
 
     /// Notes a choice, and returns the one that holds: another process may have made its own in the meantime.
     pub(crate) fn note(&mut self, shape: Shape, algorithm: Algorithm) -> Algorithm {
-        let theirs = self.path.as_ref().and_then(|path| fs::read_to_string(path).ok()).map(|text| parse(&text));
-        self.known.extend(theirs.unwrap_or_default());
+        self.known.extend(kept(&self.name));
         let holds = *self.known.entry(shape).or_insert(algorithm);
-        if let Some(path) = &self.path {
-            // Without the file the choice still holds for this process.
-            let _ = write(path, &self.known);
+        if let Some(keeper) = KEEPER.get() {
+            keeper.write(&self.name, &format(&self.known));
         }
         holds
     }
+}
+
+/// What is damaged is left out, and timed again.
+fn kept(name: &str) -> BTreeMap<Shape, Algorithm> {
+    KEEPER.get().and_then(|keeper| keeper.read(name)).map(|text| parse(&text)).unwrap_or_default()
 }
 
 fn parse(text: &str) -> BTreeMap<Shape, Algorithm> {
@@ -74,8 +78,7 @@ fn parse(text: &str) -> BTreeMap<Shape, Algorithm> {
     text.lines().filter_map(line).collect()
 }
 
-/// In one move, so that a reader never sees half a file.
-fn write(path: &Path, known: &BTreeMap<Shape, Algorithm>) -> io::Result<()> {
+fn format(known: &BTreeMap<Shape, Algorithm>) -> String {
     let mut text =
         String::from("# tokens outputs inputs kind algorithm: timed on this card; delete the file to time them again\n");
     for (Shape { n, output, input, kind }, algorithm) in known {
@@ -85,27 +88,36 @@ fn write(path: &Path, known: &BTreeMap<Shape, Algorithm>) -> io::Result<()> {
         }
         text.push('\n');
     }
-    let folder = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
-    let new = folder.join(format!("{}.{}", path.file_name().unwrap_or_default().display(), std::process::id()));
-    let mut file = fs::File::create(&new)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&new, path)
+    text
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
 
     fn shape(n: usize) -> Shape {
         Shape { n, output: 9216, input: 3072, kind: "bf16-bias".into() }
     }
 
+    /// In memory.
+    #[derive(Clone, Default)]
+    struct Memory(Arc<Mutex<BTreeMap<String, String>>>);
+
+    impl Keeper for Memory {
+        fn read(&self, name: &str) -> Option<String> {
+            self.0.lock().unwrap().get(name).cloned()
+        }
+        fn write(&self, name: &str, text: &str) {
+            self.0.lock().unwrap().insert(name.into(), text.into());
+        }
+    }
+
     #[test]
     fn the_first_choice_holds_whoever_made_it() {
-        let folder = std::env::temp_dir().join(format!("darkroom-choices-{}", std::process::id()));
-        keep_choices_in(&folder);
+        let memory = Memory::default();
+        keep_choices(Box::new(memory.clone()));
         let machine = "NVIDIA H200 / driver 580.1";
         let (mut one, mut two) = (Choices::of(machine), Choices::of(machine));
         assert_eq!(one.get(&shape(512)), None);
@@ -114,17 +126,14 @@ mod tests {
         assert_eq!(two.note(shape(4096), [u64::MAX; 8]), [u64::MAX; 8]);
         assert_eq!(one.note(shape(1), [3; 8]), [3; 8]);
         let again = Choices::of(machine);
-        assert_eq!(
-            (again.get(&shape(512)), again.get(&shape(4096)), again.get(&shape(1))),
-            (Some([1; 8]), Some([u64::MAX; 8]), Some([3; 8]))
-        );
+        let all = [512, 4096, 1].map(|n| again.get(&shape(n)));
+        assert_eq!(all, [Some([1; 8]), Some([u64::MAX; 8]), Some([3; 8])]);
         assert_eq!(Choices::of("another card").get(&shape(512)), None);
         // What is damaged is timed again, the rest holds.
-        let file = fs::read_dir(&folder).unwrap().next().unwrap().unwrap().path();
-        let text = fs::read_to_string(&file).unwrap();
-        fs::write(&file, format!("nonsense\n1 2 3\n{}", &text[..text.len() - 3])).unwrap();
+        let name = "gemm-NVIDIA-H200---driver-580.1.txt";
+        let text = memory.read(name).unwrap();
+        memory.write(name, &format!("nonsense\n1 2 3\n{}", &text[..text.len() - 3]));
         let damaged = Choices::of(machine);
-        assert_eq!((damaged.get(&shape(1)), damaged.get(&shape(512))), (Some([3; 8]), Some([1; 8])));
-        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!([1, 512, 4096].map(|n| damaged.get(&shape(n))), [Some([3; 8]), Some([1; 8]), None]);
     }
 }

@@ -20,6 +20,12 @@ pub fn use_fused(on: bool) {
     FUSED.store(on, Ordering::Relaxed);
 }
 
+/// What [`use_fused`] said last.
+#[must_use]
+pub fn fused() -> bool {
+    FUSED.load(Ordering::Relaxed)
+}
+
 /// Runs `f` with the kernels for cards, emulated, in the place of this thread's operations on CPU tensors. For tests: it is thousands
 /// of times slower.
 #[cfg(feature = "emulator")]
@@ -40,7 +46,7 @@ pub fn launches() -> usize {
 pub(crate) fn applies(x: &Tensor) -> bool {
     match x.device() {
         Device::Cpu => EMULATED.get(),
-        Device::Cuda(_) => FUSED.load(Ordering::Relaxed),
+        Device::Cuda(_) => fused(),
         Device::Metal(_) => false,
     }
 }

@@ -30,11 +30,11 @@ mod lt;
 mod memory;
 mod ops;
 
-pub use card::{free_memory, supported};
-pub use choices::keep_choices_in;
+pub use card::{free_memory, open_cuda};
+pub use choices::{Keeper, keep_choices};
 #[cfg(feature = "emulator")]
 pub use launch::emulated;
-pub use launch::{launches, use_fused};
+pub use launch::{fused, launches, use_fused};
 pub use memory::zeros;
 pub use ops::activation::{gelu, gelu_beside};
 pub use ops::attention::{Budget, attention};

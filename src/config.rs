@@ -74,6 +74,8 @@ pub struct Config {
     pub private_urls: bool,
     /// `DARKROOM_LORA_CACHE_GB`: how much fetched LoRAs may take of the disk; 20 if not set.
     pub lora_cache_bytes: u64,
+    /// `DARKROOM_KERNELS=fused`: kernels of our own on CUDA instead of candle's operations.
+    pub fused_kernels: bool,
     /// Our own cache, which may be deleted at any time: `$XDG_CACHE_HOME/darkroom`. `None` where there is no home.
     pub cache: Option<PathBuf>,
     /// `RUST_LOG`, as `tracing-subscriber` reads it.
@@ -111,6 +113,7 @@ impl Config {
             store: STORE.iter().filter_map(|name| Some(((*name).to_owned(), Secret(variable(name)?)))).collect(),
             private_urls: variable("DARKROOM_PRIVATE_URLS").is_some_and(|value| truthy(&value)),
             lora_cache_bytes: (gigabytes.unwrap_or(20.0) * 1e9) as u64,
+            fused_kernels: variable("DARKROOM_KERNELS").is_some_and(|kernels| kernels.trim().eq_ignore_ascii_case("fused")),
             cache: caches.map(|caches| caches.join("darkroom")),
             log: variable("RUST_LOG"),
             log_json: variable("DARKROOM_LOG_FORMAT").is_some_and(|format| format.eq_ignore_ascii_case("json")),

@@ -21,6 +21,7 @@ use clap::{ColorChoice, CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::Config;
+use crate::engine::Kept;
 use crate::ops;
 
 const FAILED: u8 = 1;
@@ -62,6 +63,10 @@ pub fn main() -> ExitCode {
         }
     };
     log(&config, matches!(cli.verb, Verb::Serve(_)));
+    kernels::use_fused(config.fused_kernels);
+    if let Some(cache) = &config.cache {
+        kernels::keep_choices(Box::new(Kept::in_folder(cache)));
+    }
     let result = match cli.verb {
         Verb::Generate(args) => generate::run(*args, &config),
         Verb::Sweep(args) => sweep::run(*args, &config),

@@ -37,8 +37,7 @@ pub fn device(choice: DeviceChoice) -> Result<Device, Error> {
 }
 
 fn cuda(ordinal: usize) -> Result<Device, Error> {
-    kernels::supported(ordinal).map_err(|hint| Error::NoDevice { name: "cuda", hint })?;
-    Device::new_cuda(ordinal).map_err(|e| Error::NoDevice { name: "cuda", hint: e.to_string() })
+    kernels::open_cuda(ordinal).map_err(|hint| Error::NoDevice { name: "cuda", hint })
 }
 
 fn metal() -> Result<Device, Error> {

@@ -121,6 +121,8 @@ impl Pipeline {
         let weights = parameters.values().map(|p| p.shape().iter().product::<usize>() * dtype.size_in_bytes()).sum::<usize>();
         let mut patches = Patches::new(parameters, device, dtype);
         patches.home = device::home(device, weights as u64);
+        let kernels = if device.is_cuda() && kernels::fused() { "fused" } else { "plain" };
+        tracing::info!(kernels, ?dtype, device = ?device.location(), "computed with");
         tracing::info!(home = %patches.home, bytes = weights, "pristine weights while LoRAs are on them");
         let patches = Mutex::new(patches);
         Ok(Self {

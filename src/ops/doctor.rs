@@ -52,6 +52,9 @@ pub fn examine(model: &str, choice: DeviceChoice, folders: &[(&str, PathBuf)], c
             Verdict::Note,
             "cpu: FLUX.1 takes minutes a step here; with a card, build with --features cuda or metal",
         ),
+        Ok(device) if kernels::fused() && device.is_cuda() => {
+            Finding::new("device", Verdict::Good, format!("{}, fused kernels", device_name(device)))
+        }
         Ok(device) => Finding::new("device", Verdict::Good, device_name(device)),
         Err(error) => Finding::new("device", Verdict::Bad, error.to_string()),
     });

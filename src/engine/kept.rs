@@ -1,0 +1,58 @@
+//! What kernels learned about a card, in files of our cache.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// One small file for each name, in a folder that may be deleted at any time.
+#[derive(Debug, Clone)]
+pub struct Kept(PathBuf);
+
+impl Kept {
+    #[must_use]
+    pub fn in_folder(folder: &Path) -> Self {
+        Self(folder.to_owned())
+    }
+
+    fn replace(&self, name: &str, text: &str) -> std::io::Result<()> {
+        std::fs::create_dir_all(&self.0)?;
+        // In one move, so that a reader never sees half a file.
+        let mut file = tempfile::NamedTempFile::new_in(&self.0)?;
+        file.write_all(text.as_bytes())?;
+        file.as_file().sync_all()?;
+        file.persist(self.0.join(name)).map(drop).map_err(|error| error.error)
+    }
+}
+
+impl kernels::Keeper for Kept {
+    fn read(&self, name: &str) -> Option<String> {
+        std::fs::read_to_string(self.0.join(name)).ok()
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        if let Err(error) = self.replace(name, text) {
+            tracing::warn!("what was timed on this card cannot be kept in {}: {error}", self.0.display());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels::Keeper;
+
+    use super::*;
+
+    #[test]
+    fn texts_are_kept_and_a_folder_that_cannot_be_written_costs_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let kept = Kept::in_folder(&folder.path().join("new"));
+        assert_eq!(kept.read("a.txt"), None);
+        kept.write("a.txt", "one");
+        kept.write("a.txt", "two");
+        assert_eq!(kept.read("a.txt").as_deref(), Some("two"));
+        let file = folder.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let nowhere = Kept::in_folder(&file);
+        nowhere.write("a.txt", "one");
+        assert_eq!(nowhere.read("a.txt"), None);
+    }
+}
