@@ -71,7 +71,8 @@ fn parse(text: &str) -> BTreeMap<Shape, Algorithm> {
         let words: Vec<&str> = line.split_whitespace().collect();
         let [n, output, input, kind, algorithm @ ..] = &words[..] else { return None };
         let number = |word: &str| word.parse().ok();
-        let algorithm: Vec<u64> = algorithm.iter().map(|word| u64::from_str_radix(word, 16).ok()).collect::<Option<_>>()?;
+        let hex = |word: &&str| (word.len() == 16).then(|| u64::from_str_radix(word, 16).ok()).flatten();
+        let algorithm: Vec<u64> = algorithm.iter().map(hex).collect::<Option<_>>()?;
         let shape = Shape { n: number(n)?, output: number(output)?, input: number(input)?, kind: (*kind).into() };
         Some((shape, algorithm.try_into().ok()?))
     };
