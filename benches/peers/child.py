@@ -24,8 +24,10 @@ class Child:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1, env=env)
         except OSError as error:
             self.process, self.gone = None, f"cannot be started: {error}"
+            self.log.close()
             return
-        threading.Thread(target=self.read, daemon=True).start()
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
 
     def read(self):
         for line in self.process.stdout:
@@ -45,8 +47,7 @@ class Child:
         except OSError:
             line = None
         if line is None:
-            self.process.wait()
-            self.fail(f"ended with status {self.process.returncode}: {self.last_words()}")
+            self.fail(f"{self.ending()}: {self.last_words()}")
         try:
             answer = json.loads(line)
         except ValueError:
@@ -63,8 +64,17 @@ class Child:
 
     def fail(self, reason):
         self.gone = reason
+        # It may hang, and it holds memory that the next one needs.
+        if self.process.poll() is None:
+            self.process.kill()
         self.stop()
         raise Absent(reason)
+
+    def ending(self):
+        try:
+            return f"ended with status {self.process.wait(timeout=10)}"
+        except subprocess.TimeoutExpired:
+            return "closed its stdout"
 
     def last_words(self):
         self.log.seek(0)
@@ -74,7 +84,7 @@ class Child:
     def stop(self):
         """Ends it: it goes by itself when its stdin ends, and is killed if it does not."""
         self.gone = self.gone or "was stopped"
-        if self.process is None or self.process.poll() is not None:
+        if self.process is None or self.reader is None:
             return
         try:
             self.process.stdin.close()
@@ -85,3 +95,9 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        # A child of its own may still hold the pipe.
+        self.reader.join(timeout=5)
+        if not self.reader.is_alive():
+            self.process.stdout.close()
+        self.reader = None
+        self.log.close()

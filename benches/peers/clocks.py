@@ -1,5 +1,7 @@
 """What the card did while times were taken: its clock, power and temperature, from nvidia-smi."""
 
+import os
+import pty
 import shutil
 import statistics
 import subprocess
@@ -7,7 +9,7 @@ import threading
 import time
 
 FIELDS = {"sm_mhz": "clocks.sm", "watts": "power.draw", "celsius": "temperature.gpu"}
-PAUSE_MS = 100
+PAUSE_MS = 200
 
 
 class Clocks:
@@ -19,18 +21,28 @@ class Clocks:
             self.reason = "there is no nvidia-smi"
             return
         # One process that repeats itself: starting nvidia-smi takes longer than the pause.
-        command = ["nvidia-smi", "-i", str(card), f"--query-gpu={','.join(FIELDS.values())}", "--format=csv,noheader,nounits", f"-lms={PAUSE_MS}"]
-        self.child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        threading.Thread(target=self.read, daemon=True).start()
+        command = ["nvidia-smi", "-i", str(card), f"--query-gpu={','.join(FIELDS.values())}", "--format=csv,noheader,nounits", f"--loop-ms={PAUSE_MS}"]
+        # To a terminal it writes line by line; in a pipe samples could wait, and be taken for later ones.
+        ours, its = pty.openpty()
+        self.child = subprocess.Popen(command, stdout=its, stderr=its)
+        os.close(its)
+        threading.Thread(target=self.read, args=(ours,), daemon=True).start()
 
-    def read(self):
-        for line in self.child.stdout:
+    def read(self, terminal):
+        with os.fdopen(terminal, errors="replace") as lines:
             try:
-                values = [float(value) for value in line.split(",")]
-            except ValueError:
-                self.reason = line.strip() or self.reason
-                continue
-            self.samples.append((time.monotonic(), dict(zip(FIELDS, values))))
+                for line in lines:
+                    self.note(line.strip())
+            except OSError:
+                pass  # What reading a terminal ends with when its program has ended.
+
+    def note(self, line):
+        try:
+            values = [float(value) for value in line.split(",")]
+        except ValueError:
+            self.reason = line or self.reason
+            return
+        self.samples.append((time.monotonic(), dict(zip(FIELDS, values))))
 
     def of(self, stretches):
         """Medians over samples within any of the (start, end) stretches; None without a sample."""

@@ -72,15 +72,16 @@ def hotswap(o):
     pipe = load(o)
     pipe.enable_lora_hotswap(target_rank=16)
     load_lora(pipe, o.lora)
-    layers = [module for module in pipe.transformer.modules() if hasattr(module, "lora_A")]
+    scales = [module.scaling["lora"] for module in pipe.transformer.modules() if hasattr(module, "lora_A")]
     compile_all(o, pipe)
 
     def switch(file, scale):
         if file:
             load_lora(pipe, file, hotswap=True)
-        # `set_adapters` would put numbers in the place of the compiled model's tensors.
-        for layer in layers:
-            layer.scaling["lora"].fill_(scale if file else 0.0)
+        # `set_adapters` would put numbers in the place of the compiled model's tensors. The files' alpha is their rank.
+        torch._foreach_zero_(scales)
+        if file:
+            torch._foreach_add_(scales, scale)
 
     peer = Peer(o, pipe, switch)
     switch(None, 0.0)

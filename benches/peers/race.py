@@ -161,15 +161,15 @@ def run_all(o, clocks, told):
 def main():
     o = options()
     make_weights(o)
-    found, clocks = [], Clocks()
-    print(report.heading(o, card_name()), flush=True)
+    found, clocks, card = [], Clocks(), card_name()
+    print(report.heading(o, card), flush=True)
 
     def told(result):
         found.append(result)
         print("\n".join(report.lines(result)), flush=True)
         # After every race: what a later crash takes away is not lost.
         if o.json:
-            o.json.write_text(json.dumps({"size": o.size, "card": card_name(), "clocks": clocks.reason, "rounds": o.rounds, "races": found}, indent=1) + "\n")
+            o.json.write_text(json.dumps({"size": o.size, "card": card, "clocks": clocks.reason, "rounds": o.rounds, "races": found}, indent=1) + "\n")
 
     try:
         run_all(o, clocks, told)

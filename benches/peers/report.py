@@ -31,8 +31,21 @@ def lines(result):
         if side.get("clocks"):
             clocks = side["clocks"]
             yield f"    {who}: {clocks['sm_mhz']:.0f} MHz, {clocks['watts']:.0f} W, {clocks['celsius']:.0f} °C ({clocks['samples']} samples)"
+    yield from notes(result)
     if result.get("warning"):
         yield f"    {result['warning']}"
+
+
+def notes(result):
+    """What is paid once."""
+    side, about = result["sides"]["B"], result["about"]["B"] or {}
+    found = []
+    if side.get("first_turn_s", 0) >= 5:
+        found.append(f"the first turn, compilation included, took {side['first_turn_s']:.0f} s")
+    if about.get("peak_gb"):
+        found.append(f"{about['peak_gb']:.1f} GB at most")
+    if found:
+        yield f"    {result['peer']}: {'; '.join(found)}"
 
 
 def times(side, measure):
