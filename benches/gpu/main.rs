@@ -1,9 +1,11 @@
 //! What speed work is judged by: parity of the tiny fixtures and of pocket on the device, then a FLUX.1-dev-sized transformer
-//! with random weights made in memory. `benches/gpu.sh` runs it on a machine without a toolchain.
+//! with random weights made in memory. `benches/gpu.sh` runs it on a machine without a toolchain. With `--serve` neither: it then
+//! is darkroom's side of the races in `benches/peers`.
 
 #![allow(clippy::print_stdout, reason = "a bench talks to a terminal")]
 
 mod parity;
+mod serve;
 mod speed;
 
 use std::path::PathBuf;
@@ -34,6 +36,12 @@ struct Options {
     /// Write all results here.
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Load `--model` and answer requests on stdin, one JSON object a line, until it ends.
+    #[arg(long, requires = "model")]
+    serve: bool,
+    /// A model's folder, for `--serve`.
+    #[arg(long)]
+    model: Option<PathBuf>,
     /// Passed by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -63,6 +71,10 @@ fn main() -> anyhow::Result<ExitCode> {
         Precision::F16 => DType::F16,
         Precision::Bf16 => DType::BF16,
     };
+    if let (true, Some(model)) = (options.serve, &options.model) {
+        serve::run(&device, dtype, model)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     println!("\nparity on {device:?}: relative L2 error, bound");
     let checks = parity::run(&device, &options.fixtures)?;
     for check in &checks {
