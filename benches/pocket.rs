@@ -70,7 +70,8 @@ fn step(c: &mut Criterion) {
     };
     let rope = Rope::new(config, l_txt, SIDE, SIDE, &Device::Cpu).unwrap();
     let (img, time) = (random(&[1, SIDE * SIDE, config.channels]), Tensor::new(&[0.7f32], &Device::Cpu).unwrap());
-    c.bench_function("step", |b| b.iter(|| flux.forward(&img, &time, &conditioning, &rope).unwrap()));
+    let prepared = flux.prepare(&time, &conditioning).unwrap();
+    c.bench_function("step", |b| b.iter(|| flux.step(0, &img, &prepared, &rope).unwrap()));
 }
 
 fn autoencoder(c: &mut Criterion) {

@@ -4,6 +4,7 @@
 
 #![allow(clippy::print_stdout, reason = "a bench talks to a terminal")]
 
+mod ops;
 mod parity;
 mod serve;
 mod speed;
@@ -13,6 +14,7 @@ use std::process::ExitCode;
 
 use candle_core::{DType, Device};
 use clap::{Parser, ValueEnum};
+use darkroom::engine::Kept;
 use serde_json::json;
 
 /// Parity and speed on one device.
@@ -27,6 +29,9 @@ struct Options {
     /// Sizes of the speed part: FLUX.1-dev's, or a tenth of them to try the bench itself.
     #[arg(long, value_enum, default_value_t = Size::Dev)]
     size: Size,
+    /// candle's operations, our kernels, or both in turn. Operations are always timed both ways.
+    #[arg(long, value_enum, default_value_t = Kernels::Both)]
+    kernels: Kernels,
     /// Timed steps, after two that warm up.
     #[arg(long, default_value_t = 10)]
     steps: usize,
@@ -55,6 +60,24 @@ enum Precision {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kernels {
+    Plain,
+    Fused,
+    Both,
+}
+
+impl Kernels {
+    /// Whether ours are on, one after the other.
+    fn runs(self) -> &'static [bool] {
+        match self {
+            Self::Plain => &[false],
+            Self::Fused => &[true],
+            Self::Both => &[false, true],
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Size {
     Dev,
     Tenth,
@@ -71,20 +94,44 @@ fn main() -> anyhow::Result<ExitCode> {
         Precision::F16 => DType::F16,
         Precision::Bf16 => DType::BF16,
     };
+    if let Some(cache) = dirs::cache_dir() {
+        kernels::keep_choices(Box::new(Kept::in_folder(&cache.join("darkroom"))));
+    }
     if let (true, Some(model)) = (options.serve, &options.model) {
+        kernels::use_fused(options.kernels == Kernels::Fused);
         serve::run(&device, dtype, model)?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!("\nparity on {device:?}: relative L2 error, bound");
-    let checks = parity::run(&device, &options.fixtures)?;
-    for check in &checks {
-        println!("{:44} {:.2e} {:.0e} {}", check.name, check.error, check.bound, if check.passes() { "ok" } else { "FAILED" });
+    let (mut checks, mut parity, mut speed) = (Vec::new(), Vec::new(), Vec::new());
+    // Our kernels are for cards; elsewhere there is nothing to compare.
+    let runs = if device.is_cuda() { options.kernels.runs() } else { &[false] };
+    for fused in runs {
+        kernels::use_fused(*fused);
+        let name = if *fused { "fused" } else { "plain" };
+        println!("\nparity on {device:?}, {name} kernels: relative L2 error, bound");
+        for check in parity::run(&device, &options.fixtures)? {
+            println!(
+                "{:44} {:.2e} {:.0e} {}",
+                check.name,
+                check.error,
+                check.bound,
+                if check.passes() { "ok" } else { "FAILED" }
+            );
+            parity.push(json!({"kernels": name, "name": check.name, "error": check.error, "bound": check.bound}));
+            checks.push(check);
+        }
+        println!("\n{name} kernels");
+        let mut figures = speed::run(&device, dtype, options.size == Size::Dev, options.steps)?;
+        figures["kernels"] = name.into();
+        speed.push(figures);
     }
-    let speed = speed::run(&device, dtype, options.size == Size::Dev, options.steps)?;
+    let operations = ops::run(&device, dtype, options.size == Size::Dev, options.steps)?;
     let passed = checks.iter().all(parity::Check::passes);
     if let Some(path) = options.json {
-        let parity: Vec<_> = checks.iter().map(|c| json!({"name": c.name, "error": c.error, "bound": c.bound})).collect();
-        let report = json!({"version": env!("CARGO_PKG_VERSION"), "device": options.device, "passed": passed, "parity": parity, "speed": speed});
+        let report = json!({
+            "version": env!("CARGO_PKG_VERSION"), "device": options.device, "passed": passed, "parity": parity, "speed": speed,
+            "operations": operations,
+        });
         std::fs::write(path, serde_json::to_string_pretty(&report)?)?;
     }
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -1,0 +1,186 @@
+//! Each operation at FLUX.1-dev's sizes (1024 x 1024, 512 text tokens): candle's operations, then kernels of ours, in turn.
+
+use std::time::Instant;
+
+use candle_core::{DType, Device, Result, Tensor};
+use kernels::{
+    Addend, After, Budget, Delta, Projection, add_gated_then_norm, attention, gelu_beside, group_norm, joint_heads, linear,
+    linear_gelu, merge, modulated_norm,
+};
+use serde_json::{Value, json};
+
+/// Sizes, so that the bench itself can be tried with small ones.
+struct Sizes {
+    l: usize,
+    l_txt: usize,
+    d: usize,
+    heads: usize,
+    e: usize,
+    mlp: usize,
+    side: usize,
+}
+
+/// An operation, and what it must do at least: bytes to move, and operations of the matrix units.
+struct Case<'a> {
+    name: String,
+    bytes: f64,
+    flops: f64,
+    run: Box<dyn Fn() -> Result<Tensor> + 'a>,
+}
+
+/// Times of one operation, in ms: all rounds, of both kinds of kernels.
+pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> anyhow::Result<Value> {
+    let sizes = if full {
+        Sizes { l: 4608, l_txt: 512, d: 3072, heads: 24, e: 128, mlp: 12288, side: 1024 }
+    } else {
+        Sizes { l: 144, l_txt: 16, d: 256, heads: 2, e: 128, mlp: 1024, side: 64 }
+    };
+    let value = dtype.size_in_bytes() as f64;
+    let random = |shape: &[usize], dtype| Tensor::randn(0f32, 1., shape, device)?.to_dtype(dtype);
+    let Sizes { l, l_txt, d, heads, e, mlp, side } = sizes;
+    let (x, update) = (random(&[1, l, d], dtype)?, random(&[1, l, d], dtype)?);
+    let modulation = random(&[1, 1, 3 * d], dtype)?.chunk(3, 2)?;
+    let y = random(&[1, l, 3 * d + mlp], dtype)?;
+    let (qkv, hidden) = (y.narrow(2, 0, 3 * d)?, y.narrow(2, 3 * d, mlp)?);
+    let text = random(&[1, l_txt, 3 * d], dtype)?;
+    let scale = random(&[e], DType::F32)?;
+    let angles = random(&[l + l_txt, e / 2], DType::F32)?;
+    let (cos, sin) = (angles.cos()?, angles.sin()?);
+    let head = |l| random(&[1, heads, l, e], dtype);
+    let (q, k, v) = (head(l)?, head(l)?, head(l)?);
+    let picture = random(&[1, 128, side, side], dtype)?;
+    let (weight, bias) = (random(&[128], DType::F32)?, random(&[128], DType::F32)?);
+
+    let rows = (l * d) as f64 * value;
+    let stream = |qkv| Projection { qkv, query_scale: scale.clone(), key_scale: scale.clone() };
+    let mut cases = vec![
+        Case {
+            name: "layer norm, modulate".into(),
+            bytes: 2. * rows,
+            flops: 0.,
+            run: Box::new(|| modulated_norm(&x, &modulation[0], &modulation[1], 1e-6)),
+        },
+        Case {
+            name: "gate, residual, layer norm, modulate".into(),
+            bytes: 4. * rows,
+            flops: 0.,
+            run: Box::new(|| {
+                let both = add_gated_then_norm(&x, [&modulation[2], &update], [&modulation[0], &modulation[1]], 1e-6)?;
+                Ok(both.1)
+            }),
+        },
+        Case {
+            name: "heads: norm, rotate, join".into(),
+            bytes: 6. * (rows + (l_txt * d) as f64 * value),
+            flops: 0.,
+            run: Box::new(|| Ok(joint_heads(&[stream(&text), stream(&qkv)], heads, &cos, &sin, 1e-6)?.q)),
+        },
+        Case {
+            name: "[attention | gelu(mlp)]".into(),
+            bytes: 2. * (l * (d + mlp)) as f64 * value,
+            flops: 0.,
+            run: Box::new(|| gelu_beside(&x, &hidden)),
+        },
+        Case {
+            name: "attention".into(),
+            bytes: 4. * rows,
+            flops: 4. * (l * l * d) as f64,
+            run: Box::new(|| attention(&q, &k, &v, 1. / (e as f64).sqrt(), None, Budget::default())),
+        },
+        Case {
+            name: "group norm, SiLU, 128 channels".into(),
+            bytes: 3. * (128 * side * side) as f64 * value,
+            flops: 0.,
+            run: Box::new(|| group_norm(&picture, 32, &weight, &bias, 1e-6, After::Silu)),
+        },
+    ];
+    // (name, tokens, outputs, inputs, GELU) of the matrices of both kinds of block.
+    let matrices = [
+        ("img qkv", l - l_txt, 3 * d, d, false),
+        ("img proj", l - l_txt, d, d, false),
+        ("img mlp up, GELU", l - l_txt, mlp, d, true),
+        ("img mlp down", l - l_txt, d, mlp, false),
+        ("txt qkv", l_txt, 3 * d, d, false),
+        ("txt mlp up, GELU", l_txt, mlp, d, true),
+        ("txt mlp down", l_txt, d, mlp, false),
+        ("single linear1", l, 3 * d + mlp, d, false),
+        ("single linear2", l, d, d + mlp, false),
+    ];
+    let small = |shape: &[usize], dtype| -> Result<Tensor> { (random(shape, DType::F32)? * 0.02)?.to_dtype(dtype) };
+    for (name, tokens, output, input, through_gelu) in matrices {
+        let (x, w) = (random(&[tokens, input], dtype)?, small(&[output, input], dtype)?);
+        let bias = small(&[output], dtype)?;
+        cases.push(Case {
+            name: format!("{name}: {tokens} x {output} x {input}"),
+            bytes: (tokens * (input + output) + output * input) as f64 * value,
+            flops: 2. * (tokens * output * input) as f64,
+            run: Box::new(move || (if through_gelu { linear_gelu } else { linear })(&x, &w, Some(&bias))),
+        });
+    }
+    for (output, input) in [(3 * d, d), (d, d + mlp), (3 * d + mlp, d)] {
+        let w = small(&[output, input], dtype)?;
+        let delta = Delta::LowRank { up: small(&[output, 16], DType::F32)?, down: small(&[16, input], DType::F32)? };
+        let addends = [Addend { rows: 0..output, delta }];
+        cases.push(Case {
+            name: format!("LoRA of rank 16 onto {output} x {input}"),
+            bytes: 2. * (output * input) as f64 * value,
+            flops: 0.,
+            run: Box::new(move || merge(&w, &addends)),
+        });
+    }
+
+    let copy = copy_rate(device, full)?;
+    println!("\noperations in {dtype:?}, medians of {rounds}; a copy on the device: {:.0} GB/s", copy / 1e9);
+    println!("{:42} {:>10} {:>10} {:>7} {:>10} {:>10}", "", "plain, ms", "fused, ms", "ratio", "GB/s", "TFLOP/s");
+    let mut report = Vec::new();
+    for case in &cases {
+        let times = [false, true].map(|_| Vec::with_capacity(rounds));
+        let [mut plain, mut fused] = times;
+        for round in 0..=rounds {
+            for (on, times) in [(false, &mut plain), (true, &mut fused)] {
+                kernels::use_fused(on);
+                let milliseconds = once(device, case)?;
+                // The first round warms up.
+                if round > 0 {
+                    times.push(milliseconds);
+                }
+            }
+        }
+        kernels::use_fused(false);
+        plain.sort_by(f64::total_cmp);
+        fused.sort_by(f64::total_cmp);
+        let (p, f) = (plain[rounds / 2], fused[rounds / 2]);
+        let (gigabytes, teraflops) = (case.bytes / f / 1e6, case.flops / f / 1e9);
+        println!("{:42} {p:10.3} {f:10.3} {:7.2} {gigabytes:10.0} {teraflops:10.0}", case.name, p / f);
+        report.push(json!({"name": case.name, "plain_ms": plain, "fused_ms": fused, "bytes": case.bytes, "flops": case.flops}));
+    }
+    Ok(json!({"copy_bytes_per_second": copy, "operations": report}))
+}
+
+/// Milliseconds of one run: a few in a row, so that launching is not what is measured, synchronised around.
+fn once(device: &Device, case: &Case<'_>) -> Result<f64> {
+    const IN_A_ROW: usize = 5;
+    device.synchronize()?;
+    let start = Instant::now();
+    for _ in 0..IN_A_ROW {
+        std::hint::black_box((case.run)()?);
+    }
+    device.synchronize()?;
+    Ok(start.elapsed().as_secs_f64() * 1e3 / IN_A_ROW as f64)
+}
+
+/// Bytes read and written in a second by a plain copy.
+fn copy_rate(device: &Device, full: bool) -> Result<f64> {
+    let values = if full { 1 << 28 } else { 1 << 20 };
+    let x = Tensor::rand(0f32, 1., values, device)?;
+    let mut seconds = Vec::new();
+    for _ in 0..7 {
+        device.synchronize()?;
+        let start = Instant::now();
+        std::hint::black_box(x.copy()?);
+        device.synchronize()?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    seconds.sort_by(f64::total_cmp);
+    Ok(8. * values as f64 / seconds[3])
+}
