@@ -13,11 +13,11 @@ class Absent(Exception):
 
 
 class Child:
-    """Once it has failed as a process (ended, too slow, no JSON) every later request fails with the same reason."""
+    """What it writes to stderr is kept in the folder `logs` if there is one. Once it has failed as a process (ended, too slow, no JSON) every later request fails with the same reason."""
 
-    def __init__(self, name, command, timeout, env=None):
+    def __init__(self, name, command, timeout, env=None, logs=None):
         self.name, self.timeout, self.gone = name, timeout, None
-        self.log = tempfile.TemporaryFile("w+", errors="replace")
+        self.log = open(logs / f"{name}-{time.time():.0f}.log", "w+", errors="replace") if logs else tempfile.TemporaryFile("w+", errors="replace")
         self.answers = queue.Queue()
         try:
             self.process = subprocess.Popen(

@@ -17,6 +17,7 @@ import diffusers
 import torch
 import torch._inductor.config
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from safetensors import safe_open
 
 from peer import Peer, dtype
 
@@ -47,19 +48,18 @@ def fuse(o):
     """
     # No fused projections: LoRAs would be added to the three that are not read any more.
     pipe = compile_all(o, load(o))
-    live = [p.data for name, p in pipe.transformer.named_parameters() if "transformer_blocks." in name and p.dim() == 2]
-    try:
-        pristine = [tensor.clone() for tensor in live]
-    except torch.OutOfMemoryError:
-        pristine = [tensor.cpu().pin_memory() for tensor in live]
-    on = False
+    live = {name: p.data for name, p in pipe.transformer.named_parameters()}
+    pristine, on = {}, []
 
     def switch(file, scale):
         nonlocal on
         if on:
-            torch._foreach_copy_(live, pristine, non_blocking=True)
-        on = file is not None
-        if on:
+            torch._foreach_copy_([live[name] for name in on], [pristine[name] for name in on], non_blocking=True)
+        on = changed_by(file) if file else []
+        for name in on:
+            if name not in pristine:
+                pristine[name] = copied(live[name])
+        if file:
             load_lora(pipe, file)
             pipe.fuse_lora(lora_scale=scale)
             pipe.unload_lora_weights()
@@ -136,7 +136,7 @@ def load(o, transformer=None, device=None):
         parts |= dict.fromkeys(TEXT_PARTS)
     if not {"picture", "decode"} & set(o.runs):
         parts["vae"] = None
-    pipe = FluxPipeline.from_pretrained(str(o.folder), torch_dtype=dtype(o), local_files_only=True, **parts)
+    pipe = FluxPipeline.from_pretrained(str(o.folder), dtype=dtype(o), local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
     # Loading a LoRA sets this too, and a compiled model is compiled again when it changes.
     pipe.transformer.requires_grad_(False)
@@ -146,6 +146,20 @@ def load(o, transformer=None, device=None):
 def load_lora(pipe, file, **how):
     # Without the file's name diffusers would ask the hub for it.
     pipe.load_lora_weights(str(Path(file).parent), weight_name=Path(file).name, adapter_name="lora", **how)
+
+
+def changed_by(file):
+    """Names of the weights that a LoRA changes."""
+    with safe_open(file, "pt") as tensors:
+        stems = [key.split(".lora_A.")[0] for key in tensors.keys() if ".lora_A." in key]
+    return [stem.removeprefix("transformer.") + ".weight" for stem in stems]
+
+
+def copied(tensor):
+    try:
+        return tensor.clone()
+    except torch.OutOfMemoryError:
+        return tensor.cpu().pin_memory()
 
 
 def gguf_transformer(o):
@@ -158,7 +172,7 @@ def gguf_transformer(o):
     if not files:
         raise FileNotFoundError(f"no .gguf in {folder}")
     return FluxTransformer2DModel.from_single_file(
-        str(files[0]), config=str(folder), quantization_config=GGUFQuantizationConfig(compute_dtype=dtype(o)), torch_dtype=dtype(o))
+        str(files[0]), config=str(folder), quantization_config=GGUFQuantizationConfig(compute_dtype=dtype(o)), dtype=dtype(o))
 
 
 def compile_all(o, pipe):

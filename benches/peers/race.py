@@ -65,7 +65,13 @@ def options():
     parser.add_argument("--peer-arguments", type=shlex.split, default=[], help='more arguments for diffusers_peer.py, such as "--mode default"')
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one answer, compilation included")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    parser.add_argument("--logs", type=Path, help="folder for what the sides write to stderr")
+    o = parser.parse_args()
+    if min(o.rounds, o.warm_ups) < 1:
+        parser.error("--rounds and --warm-ups are 1 or more")
+    if o.logs:
+        o.logs.mkdir(parents=True, exist_ok=True)
+    return o
 
 
 def make_weights(o):
@@ -84,7 +90,7 @@ def start_darkroom(o, folder):
     if o.darkroom is None:
         return None
     device, dtype = ("cpu", "f32") if o.device == "cpu" else ("0", "bf16")
-    return Child("darkroom", [o.darkroom, "--serve", "--model", str(folder), "--device", device, "--dtype", dtype, *o.darkroom_arguments], o.timeout)
+    return Child("darkroom", [o.darkroom, "--serve", "--model", str(folder), "--device", device, "--dtype", dtype, *o.darkroom_arguments], o.timeout, logs=o.logs)
 
 
 def start_peer(o, peer, folder, runs):
@@ -93,7 +99,7 @@ def start_peer(o, peer, folder, runs):
                "--pixels", str(PIXELS[o.size]), "--runs", ",".join(asked)]
     if runs[0] in LORA:
         command += ["--lora", str(files(o, runs[0])[0])]
-    return Child(peer, command + o.peer_arguments, o.timeout)
+    return Child(peer, command + o.peer_arguments, o.timeout, logs=o.logs)
 
 
 def files(o, run):
@@ -175,8 +181,7 @@ def main():
         run_all(o, clocks, told)
     finally:
         clocks.stop()
-    if clocks.reason:
-        print(f"clocks: {clocks.reason}")
+    print("\n".join(report.ending(found, clocks.reason)))
 
 
 if __name__ == "__main__":

@@ -57,3 +57,14 @@ def times(side, measure):
 
 def digits(ms):
     return f"{ms:.0f}" if ms >= 1000 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+
+
+def ending(races, no_clocks):
+    """Versions, and why there are no clocks."""
+    abouts = [about for race in races for about in race["about"].values() if about and "absent" not in about]
+    for name in ("version", "torch", "diffusers", "transformers", "device", "dtype"):
+        values = sorted({about[name] for about in abouts if name in about})
+        if values:
+            yield f"{'darkroom' if name == 'version' else name}: {', '.join(values)}"
+    if no_clocks:
+        yield f"clocks: {no_clocks}"
