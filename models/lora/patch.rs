@@ -137,7 +137,6 @@ impl Patches {
     fn change(&self, name: &Name, planned: &[Planned<'_>], mode: Mode) -> Result<(), Error> {
         let parameter = &self.parameters[name];
         let pristine = parameter.pristine()?;
-        let addends = plan::addends(planned, &pristine, &self.device)?;
         let vector = parameter.shape().len() == 1;
         let merge = match mode {
             Mode::Auto => matches!(pristine, Weight::Dense(_)),
@@ -145,8 +144,10 @@ impl Patches {
             Mode::Branch => vector,
         };
         if !merge {
-            return Ok(parameter.branch(addends, self.dtype)?);
+            return Ok(parameter.branch(plan::addends(planned, &pristine, &self.device)?, self.dtype)?);
         }
+        // A merge is made where the weight is, a branch where the activations are.
+        let addends = plan::addends(planned, &pristine, &parameter.device())?;
         let dense = match pristine {
             Weight::Dense(dense) => dense,
             other => other.dense(self.dtype)?,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::quantized::QTensor;
+use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{D, DType, Device, Result, Tensor};
 use kernels::{Addend, Delta};
 
@@ -31,15 +31,29 @@ impl Weight {
         }
     }
 
-    /// The same on another device. GGUF blocks stay where they are.
+    /// Where it is.
+    fn device(&self) -> Device {
+        match self {
+            Self::Dense(weight) | Self::Fp8 { data: weight, .. } => weight.device().clone(),
+            Self::Quantised(blocks) => blocks.device(),
+        }
+    }
+
+    /// The same on another device.
     pub(super) fn to_device(&self, device: &Device) -> Result<Self> {
+        if self.device().same_device(device) {
+            return Ok(self.clone());
+        }
         Ok(match self {
             Self::Dense(weight) => Self::Dense(weight.to_device(device)?),
             Self::Fp8 { data, scale } => Self::Fp8 {
                 data: data.to_device(device)?,
                 scale: scale.as_ref().map(|scale| scale.to_device(device)).transpose()?,
             },
-            Self::Quantised(blocks) => Self::Quantised(blocks.clone()),
+            Self::Quantised(blocks) => {
+                let moved = QStorage::from_data(blocks.data()?, device, blocks.dtype())?;
+                Self::Quantised(Arc::new(QTensor::new(moved, blocks.shape())?))
+            }
         })
     }
 }
@@ -72,7 +86,8 @@ impl Linear {
 
     fn apply(&self, x: &Tensor, gelu: bool) -> Result<Tensor> {
         let (weight, branch) = self.weight.current()?;
-        let weight = weight.dense(x.dtype())?;
+        // What stays in main memory is sent to the card for this product.
+        let weight = weight.to_device(x.device())?.dense(x.dtype())?;
         let bias = self.bias.as_ref().map(Parameter::tensor).transpose()?;
         let mut shape = x.dims().to_vec();
         let x = x.reshape(((), x.dim(D::Minus1)?))?;

@@ -77,6 +77,12 @@ impl Parameter {
         f(&mut self.0.write().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Where the weight is that is computed with.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.read(|state| state.device.clone())
+    }
+
     #[must_use]
     pub fn shape(&self) -> Vec<usize> {
         self.read(|state| state.shape.clone())

@@ -7,6 +7,7 @@
 mod checkpoint;
 mod config;
 mod error;
+mod keep;
 pub mod names;
 mod read;
 mod sniff;
@@ -16,6 +17,7 @@ pub mod write;
 pub use checkpoint::{Checkpoint, Kind, Stored};
 pub use config::Config;
 pub use error::Error;
+pub use keep::{Keep, OnHost};
 pub use names::Component;
 pub use sniff::describe;
 pub use source::{LoadReport, Source};

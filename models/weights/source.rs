@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Shape, Tensor};
 
+use super::keep::{self, Keep, OnHost};
 use super::names::{self, Component, Part};
 use super::read::{self, Rows};
 use super::{Checkpoint, Error, Kind};
@@ -87,6 +88,8 @@ pub struct Source {
     prefix: String,
     dtype: DType,
     device: Device,
+    keep: Keep,
+    on_host: OnHost,
     /// Every tensor that is asked for exists and is random.
     synthetic: bool,
 }
@@ -110,8 +113,16 @@ impl Source {
             prefix: String::new(),
             dtype,
             device: device.clone(),
+            keep: Keep::default(),
+            on_host: OnHost::default(),
             synthetic: false,
         }
+    }
+
+    /// The same, with the large matrices kept in another form, and some of the transformer's in main memory.
+    #[must_use]
+    pub fn kept(self, keep: Keep, on_host: OnHost) -> Self {
+        Self { keep, on_host, ..self }
     }
 
     /// Random weights of any size, made on `device`: for benches at real sizes without a checkpoint. Matrices are normal with
@@ -208,32 +219,43 @@ impl Source {
     fn register(&self, name: &str, weight: Weight, shape: &[usize], dtype: DType) -> Parameter {
         let path = self.path(name);
         // Quantised weights stay in place (a LoRA is a branch beside them), so only dense ones are ever read again.
+        let dtype = if let Weight::Dense(dense) = &weight { dense.dtype() } else { dtype };
         let reread = matches!(weight, Weight::Dense(_)).then(|| self.rows(&path)).flatten().map(|rows| -> Reread {
-            let (checkpoint, shape, device) = (self.checkpoint.clone(), shape.to_vec(), self.device.clone());
+            let (checkpoint, shape, device) = (self.checkpoint.clone(), shape.to_vec(), self.home(&path));
             Arc::new(move || read::dense(&checkpoint, &rows, &shape, dtype, &device).map(Weight::Dense))
         });
-        let parameter = Parameter::new(weight, shape, &self.device, reread);
+        let parameter = Parameter::new(weight, shape, &self.home(&path), reread);
         self.parameters.lock().unwrap_or_else(PoisonError::into_inner).insert(path, parameter.clone());
         parameter
     }
 
+    /// Where a tensor lives.
+    fn home(&self, path: &str) -> Device {
+        if path.ends_with(".weight") && self.on_host.has(path) { Device::Cpu } else { self.device.clone() }
+    }
+
     fn weight(&self, output: usize, input: usize) -> Result<Weight, Error> {
         let (shape, path) = (Shape::from((output, input)), self.path("weight"));
+        let device = self.home(&path);
+        let keep = if keep::is_large(self.component, &path) { self.keep } else { Keep::Stored };
         if self.synthetic {
-            return Ok(Weight::Dense(self.random(&shape)?));
+            return Ok(keep.convert(self.random(&shape)?.to_device(&device)?)?);
         }
         let Some(rows) = self.expect(&path, &shape) else { return Ok(Weight::Dense(self.placeholder(&shape)?)) };
         let failed = |source| Error::Tensor { key: path.clone(), source };
         let all = |kind: fn(Kind) -> bool| rows.iter().all(|part| kind(part.stored.kind));
         if all(|kind| kind == Kind::Plain(safetensors::Dtype::F8_E4M3)) && rows.len() == 1 {
-            let data = read::fp8(&self.checkpoint, &rows, shape.dims(), &self.device).map_err(failed)?;
-            return Ok(Weight::Fp8 { data, scale: self.scale()? });
+            let data = read::fp8(&self.checkpoint, &rows, shape.dims(), &device).map_err(failed)?;
+            let scale = self.scale()?.map(|scale| scale.to_device(&device)).transpose().map_err(failed)?;
+            return Ok(Weight::Fp8 { data, scale });
         }
         if all(|kind| matches!(kind, Kind::Gguf(dtype) if dtype.block_size() > 1)) {
-            let blocks = read::quantised(&self.checkpoint, &rows, shape.dims(), &self.device).map_err(failed)?;
+            let blocks = read::quantised(&self.checkpoint, &rows, shape.dims(), &device).map_err(failed)?;
             return Ok(Weight::Quantised(Arc::new(blocks)));
         }
-        Ok(Weight::Dense(read::dense(&self.checkpoint, &rows, shape.dims(), self.dtype, &self.device).map_err(failed)?))
+        let dtype = if let Keep::As(dtype) = keep { dtype } else { self.dtype };
+        let dense = read::dense(&self.checkpoint, &rows, shape.dims(), dtype, &device).map_err(failed)?;
+        keep.convert(dense).map_err(failed)
     }
 
     /// The scale of a scaled fp8 weight: one number, or one for each output row as `(output, 1)`.

@@ -1,0 +1,207 @@
+//! What matrices are kept as in memory: as they are stored, or in fewer bits.
+
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{DType, Result, Tensor};
+use rayon::prelude::*;
+use std::sync::Arc;
+
+use super::Component;
+use crate::nn::Weight;
+
+/// What a component's large matrices are kept as. Products are made in the type of computation all the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Keep {
+    /// Dense ones in the type of computation; fp8 and GGUF as in their file.
+    #[default]
+    Stored,
+    /// Dense in another type.
+    As(DType),
+    /// e4m3 with a scale for each row.
+    Fp8,
+    /// GGUF blocks of this type.
+    Gguf(GgmlDType),
+}
+
+/// Largest number of e4m3.
+const LARGEST_E4M3: f64 = 448.;
+
+/// Rows that one task quantises.
+const ROWS: usize = 128;
+
+impl Keep {
+    /// Bytes of `values` values in rows of `columns`; 16 bits each if dense ones are kept in the type of computation.
+    #[must_use]
+    pub fn bytes(self, values: u64, columns: usize) -> u64 {
+        match self.fitting(columns) {
+            Self::Stored => 2 * values,
+            Self::As(dtype) => values * dtype.size_in_bytes() as u64,
+            Self::Fp8 => values,
+            Self::Gguf(kind) => values / kind.block_size() as u64 * kind.type_size() as u64,
+        }
+    }
+
+    /// Itself, or the nearest with blocks that fit into rows of `columns`.
+    #[must_use]
+    pub fn fitting(self, columns: usize) -> Self {
+        let Self::Gguf(kind) = self else { return self };
+        let smaller = match kind {
+            GgmlDType::Q6K => GgmlDType::Q8_0,
+            GgmlDType::Q5K => GgmlDType::Q5_0,
+            GgmlDType::Q4K => GgmlDType::Q4_0,
+            other => other,
+        };
+        if columns.is_multiple_of(kind.block_size()) {
+            self
+        } else if columns.is_multiple_of(smaller.block_size()) {
+            Self::Gguf(smaller)
+        } else {
+            Self::Stored
+        }
+    }
+
+    /// dense `(output, input)` as it is kept, on the same device.
+    pub(super) fn convert(self, dense: Tensor) -> Result<Weight> {
+        let (output, input) = dense.dims2()?;
+        Ok(match self.fitting(input) {
+            Self::Stored => Weight::Dense(dense),
+            Self::As(dtype) => Weight::Dense(dense.to_dtype(dtype)?),
+            Self::Fp8 => {
+                let wide = dense.to_dtype(DType::F32)?;
+                // A row of zeros has any scale but 0.
+                let scale = (wide.abs()?.max_keepdim(1)? / LARGEST_E4M3)?.maximum(f32::MIN_POSITIVE)?; // (output, 1)
+                let data = wide.broadcast_div(&scale)?.clamp(-LARGEST_E4M3, LARGEST_E4M3)?.to_dtype(DType::F8E4M3)?;
+                Weight::Fp8 { data, scale: Some(scale) }
+            }
+            Self::Gguf(kind) => {
+                let device = dense.device().clone();
+                let wide = dense.to_device(&candle_core::Device::Cpu)?.to_dtype(DType::F32)?;
+                // Rows are whole numbers of blocks, so parts are put together by their bytes.
+                let part = |row: usize| {
+                    // A copy, because quantize reads a view from the start of its storage.
+                    let rows = wide.narrow(0, row, ROWS.min(output - row))?.force_contiguous()?;
+                    Ok(QTensor::quantize(&rows, kind)?.data()?.into_owned())
+                };
+                let parts = (0..output).into_par_iter().step_by(ROWS).map(part).collect::<Result<Vec<Vec<u8>>>>()?;
+                let blocks = QStorage::from_data(parts.concat().into(), &device, kind)?;
+                Weight::Quantised(Arc::new(QTensor::new(blocks, (output, input))?))
+            }
+        })
+    }
+}
+
+/// Whether [`Keep`] is for this matrix: those of the blocks, which are most of a model. Embedders, the final layer and modulations,
+/// through which everything passes, keep their precision.
+pub(super) fn is_large(component: Component, path: &str) -> bool {
+    match component {
+        Component::Transformer => path.contains("_blocks.") && !is_modulation(path),
+        Component::T5 => path.starts_with("encoder.block."),
+        Component::Clip | Component::Vae => false,
+    }
+}
+
+fn is_modulation(path: &str) -> bool {
+    path.contains("_mod.lin.") || path.contains("modulation.lin.")
+}
+
+/// Which of the transformer's matrices stay in main memory and are sent to the card whenever they are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OnHost {
+    /// Those that make the modulations: used once a picture.
+    pub modulations: bool,
+    /// Double and single blocks from these on: used in every step.
+    pub blocks_from: [usize; 2],
+}
+
+impl Default for OnHost {
+    /// None of them.
+    fn default() -> Self {
+        Self { modulations: false, blocks_from: [usize::MAX; 2] }
+    }
+}
+
+impl OnHost {
+    pub(super) fn has(&self, path: &str) -> bool {
+        if is_modulation(path) {
+            return self.modulations;
+        }
+        let [double, single] = self.blocks_from;
+        let number = |list: &str| path.strip_prefix(list)?.split('.').next()?.parse::<usize>().ok();
+        number("double_blocks.").is_some_and(|i| i >= double) || number("single_blocks.").is_some_and(|i| i >= single)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    /// |a - b|₂ / |b|₂.
+    fn relative(a: &Tensor, b: &Tensor) -> f64 {
+        let norm = |x: &Tensor| f64::from(x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
+        norm(&(a - b).unwrap()) / norm(b)
+    }
+
+    #[test]
+    fn each_format_is_as_near_as_its_bits_allow() {
+        let weight = (Tensor::randn(0f32, 1., (300, 512), &Device::Cpu).unwrap() * 0.02).unwrap();
+        // Rows of very different sizes: a scale for each keeps the small ones.
+        let sizes = Tensor::rand(-2f32, 2., (300, 1), &Device::Cpu).unwrap().exp().unwrap();
+        let weight = weight.broadcast_mul(&sizes).unwrap();
+        for (keep, most) in [
+            (Keep::As(DType::BF16), 0.002),
+            (Keep::Fp8, 0.03),
+            (Keep::Gguf(GgmlDType::Q8_0), 0.006),
+            (Keep::Gguf(GgmlDType::Q6K), 0.02),
+            (Keep::Gguf(GgmlDType::Q5K), 0.04),
+            (Keep::Gguf(GgmlDType::Q4K), 0.08),
+            (Keep::Gguf(GgmlDType::Q4_0), 0.11),
+        ] {
+            let kept = keep.convert(weight.clone()).unwrap().dense(DType::F32).unwrap();
+            let error = relative(&kept, &weight);
+            assert!(error > most / 8. && error < most, "{keep:?}: {error}");
+            let rows = |x: &Tensor| x.get(17).unwrap();
+            assert!(relative(&rows(&kept), &rows(&weight)) < 1.6 * most, "{keep:?}: a row by itself");
+            let bits = keep.bytes(300 * 512, 512) as f64 * 8. / (300. * 512.);
+            assert!((4.0..=16.0).contains(&bits), "{keep:?}: {bits}");
+        }
+    }
+
+    #[test]
+    fn the_error_of_a_product_in_fp8_stays_small() {
+        // Weights and activations of e4m3, each with a scale for its row, against f32: what a card's fp8 units compute.
+        let x = Tensor::randn(0f32, 1., (64, 3072), &Device::Cpu).unwrap();
+        let weight = (Tensor::randn(0f32, 1., (256, 3072), &Device::Cpu).unwrap() * 0.02).unwrap();
+        let fp8 = |x: &Tensor| Keep::Fp8.convert(x.clone()).unwrap().dense(DType::F32).unwrap();
+        let product = |x: &Tensor, w: &Tensor| x.matmul(&w.t().unwrap()).unwrap();
+        let exact = product(&x, &weight);
+        let (both, weights) =
+            (relative(&product(&fp8(&x), &fp8(&weight)), &exact), relative(&product(&x, &fp8(&weight)), &exact));
+        assert!(both < 0.04 && weights < 0.03, "both {both}, weights only {weights}");
+    }
+
+    #[test]
+    fn odd_widths_take_smaller_blocks_and_zeros_stay() {
+        let keep = Keep::Gguf(GgmlDType::Q5K);
+        assert_eq!(keep.fitting(3072), keep);
+        assert_eq!(keep.fitting(192), Keep::Gguf(GgmlDType::Q5_0));
+        assert_eq!(keep.fitting(40), Keep::Stored);
+        assert_eq!(Keep::Fp8.fitting(7), Keep::Fp8);
+        let zeros = Tensor::zeros((3, 8), DType::F32, &Device::Cpu).unwrap();
+        let kept = Keep::Fp8.convert(zeros).unwrap().dense(DType::F32).unwrap();
+        assert_eq!(kept.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.0; 24]);
+    }
+
+    #[test]
+    fn what_is_large_and_what_is_on_the_host() {
+        let large = |path| is_large(Component::Transformer, path);
+        assert!(large("double_blocks.3.img_attn.qkv.weight") && large("single_blocks.37.linear2.weight"));
+        assert!(!large("double_blocks.3.txt_mod.lin.weight") && !large("single_blocks.0.modulation.lin.weight"));
+        assert!(!large("img_in.weight") && !large("final_layer.adaLN_modulation.1.weight"));
+        assert!(is_large(Component::T5, "encoder.block.0.layer.1.DenseReluDense.wo.weight") && !is_large(Component::Vae, "x"));
+        let host = OnHost { modulations: true, blocks_from: [19, 30] };
+        assert!(host.has("double_blocks.3.img_mod.lin.weight") && host.has("single_blocks.30.linear1.weight"));
+        assert!(!host.has("single_blocks.29.linear1.weight") && !host.has("double_blocks.18.img_mlp.0.weight"));
+        assert!(!OnHost::default().has("single_blocks.37.linear1.weight") && !host.has("img_in.weight"));
+    }
+}
