@@ -32,7 +32,7 @@ fn order(folder: &Path, steps: &str, guidance: &str, seeds: u64) -> Sweep {
     Sweep {
         grid: wish.grid().unwrap(),
         shared: wish.shared().unwrap(),
-        device: DeviceChoice::Cpu,
+        machine: DeviceChoice::Cpu.into(),
         folder: folder.into(),
         repeats: 1,
         command: "bench".into(),

@@ -89,6 +89,25 @@ impl Keep {
     }
 }
 
+/// What `--dtype` calls them.
+impl std::fmt::Display for Keep {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = match self {
+            Self::Stored => "as stored",
+            Self::As(dtype) => dtype.as_str(),
+            Self::Fp8 => "fp8",
+            Self::Gguf(GgmlDType::Q8_0) => "q8_0",
+            Self::Gguf(GgmlDType::Q6K) => "q6_k",
+            Self::Gguf(GgmlDType::Q5K) => "q5_k",
+            Self::Gguf(GgmlDType::Q5_0) => "q5_0",
+            Self::Gguf(GgmlDType::Q4K) => "q4_k",
+            Self::Gguf(GgmlDType::Q4_0) => "q4_0",
+            Self::Gguf(other) => return write!(f, "{other:?}"),
+        };
+        f.write_str(name)
+    }
+}
+
 /// Whether [`Keep`] is for this matrix: those of the blocks, which are most of a model. Embedders, the final layer and modulations,
 /// through which everything passes, keep their precision.
 pub(super) fn is_large(component: Component, path: &str) -> bool {
@@ -103,9 +122,11 @@ fn is_modulation(path: &str) -> bool {
     path.contains("_mod.lin.") || path.contains("modulation.lin.")
 }
 
-/// Which of the transformer's matrices stay in main memory and are sent to the card whenever they are used.
+/// Which matrices stay in main memory and are sent to the card whenever they are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OnHost {
+    /// T5's blocks: used for every new prompt.
+    pub text: bool,
     /// Those that make the modulations: used once a picture.
     pub modulations: bool,
     /// Double and single blocks from these on: used in every step.
@@ -115,14 +136,19 @@ pub struct OnHost {
 impl Default for OnHost {
     /// None of them.
     fn default() -> Self {
-        Self { modulations: false, blocks_from: [usize::MAX; 2] }
+        Self { text: false, modulations: false, blocks_from: [usize::MAX; 2] }
     }
 }
 
 impl OnHost {
-    pub(super) fn has(&self, path: &str) -> bool {
-        if is_modulation(path) {
-            return self.modulations;
+    /// Whether this matrix, by its canonical name, is one of them.
+    #[must_use]
+    pub fn has(&self, component: Component, path: &str) -> bool {
+        match component {
+            Component::T5 => return self.text && is_large(component, path),
+            Component::Transformer if is_modulation(path) => return self.modulations,
+            Component::Transformer => {}
+            Component::Clip | Component::Vae => return false,
         }
         let [double, single] = self.blocks_from;
         let number = |list: &str| path.strip_prefix(list)?.split('.').next()?.parse::<usize>().ok();
@@ -199,9 +225,12 @@ mod tests {
         assert!(!large("double_blocks.3.txt_mod.lin.weight") && !large("single_blocks.0.modulation.lin.weight"));
         assert!(!large("img_in.weight") && !large("final_layer.adaLN_modulation.1.weight"));
         assert!(is_large(Component::T5, "encoder.block.0.layer.1.DenseReluDense.wo.weight") && !is_large(Component::Vae, "x"));
-        let host = OnHost { modulations: true, blocks_from: [19, 30] };
-        assert!(host.has("double_blocks.3.img_mod.lin.weight") && host.has("single_blocks.30.linear1.weight"));
-        assert!(!host.has("single_blocks.29.linear1.weight") && !host.has("double_blocks.18.img_mlp.0.weight"));
-        assert!(!OnHost::default().has("single_blocks.37.linear1.weight") && !host.has("img_in.weight"));
+        let host = OnHost { text: false, modulations: true, blocks_from: [19, 30] };
+        let has = |path| host.has(Component::Transformer, path);
+        assert!(has("double_blocks.3.img_mod.lin.weight") && has("single_blocks.30.linear1.weight"));
+        assert!(!has("single_blocks.29.linear1.weight") && !has("double_blocks.18.img_mlp.0.weight") && !has("img_in.weight"));
+        assert!(!OnHost::default().has(Component::Transformer, "single_blocks.37.linear1.weight"));
+        let t5 = "encoder.block.3.layer.0.SelfAttention.q.weight";
+        assert!(!host.has(Component::T5, t5) && OnHost { text: true, ..host }.has(Component::T5, t5));
     }
 }

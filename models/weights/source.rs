@@ -231,7 +231,7 @@ impl Source {
 
     /// Where a tensor lives.
     fn home(&self, path: &str) -> Device {
-        if path.ends_with(".weight") && self.on_host.has(path) { Device::Cpu } else { self.device.clone() }
+        if path.ends_with(".weight") && self.on_host.has(self.component, path) { Device::Cpu } else { self.device.clone() }
     }
 
     fn weight(&self, output: usize, input: usize) -> Result<Weight, Error> {

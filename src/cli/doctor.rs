@@ -3,10 +3,11 @@
 use std::net::{SocketAddr, TcpListener};
 
 use super::serve::{Place, open};
-use super::settings::device;
+use super::settings::{device, size};
 use super::show;
 use crate::config::Config;
 use crate::engine::DeviceChoice;
+use crate::ops::Machine;
 use crate::ops::doctor::{Finding, Verdict, examine};
 
 /// Look at this machine: device, driver, memory, models, disks, database, keys, port
@@ -21,6 +22,9 @@ pub(super) struct Args {
     /// auto, cpu, cuda, cuda:1 (the second card) or metal
     #[arg(long, value_name = "DEVICE", value_parser = device, default_value = "auto")]
     device: DeviceChoice,
+    /// How much of the card may be used, such as 12GiB. With a CPU: what the plan for such a card is
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    vram_limit: Option<u64>,
     /// Where the server is to listen
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8000")]
     listen: SocketAddr,
@@ -36,7 +40,7 @@ pub(super) fn run(args: &Args, config: &Config) -> anyhow::Result<()> {
     folders.extend(args.place.folder().ok().map(|folder| ("data", folder)));
     folders.extend(config.cache.clone().map(|folder| ("cache", folder)));
     folders.push(("hub's cache", config.hub.cache.clone()));
-    let mut findings = examine(&args.model, args.device, &folders, config);
+    let mut findings = examine(&args.model, Machine { device: args.device, vram_limit: args.vram_limit }, &folders, config);
     findings.extend(database(args));
     findings.push(match TcpListener::bind(args.listen) {
         Ok(_) => Finding::new("port", Verdict::Good, format!("{} is free", args.listen)),

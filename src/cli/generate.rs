@@ -135,7 +135,8 @@ pub(super) struct Args {
     #[arg(short, long, help_heading = "Output")]
     quiet: bool,
 
-    /// Number format to compute in: f32, bf16 or f16 [default: f32 on a CPU, else bf16]
+    /// f32, bf16, f16 to compute in; fp8, q8_0, q6_k, q5_k, q4_k, q4_0 to keep matrices in less memory [default: f32 on a CPU, else
+    /// bf16, or what fits the card]
     #[arg(long, value_name = "DTYPE", help_heading = "Device")]
     dtype: Option<Precision>,
 }
@@ -180,6 +181,7 @@ fn remark(report: &Report) {
 fn order(args: Args) -> anyhow::Result<Order> {
     let settings = args.settings;
     let picture = |field, path: Option<PathBuf>| path.map(|path| read(field, path)).transpose();
+    let machine = settings.machine();
     let request = Request {
         prompt: args.prompt,
         negative_prompt: settings.negative_prompt,
@@ -211,7 +213,7 @@ fn order(args: Args) -> anyhow::Result<Order> {
         metadata: !args.no_metadata,
         latents: args.save_latents,
     };
-    Ok(Order { request, output, model: args.model, device: settings.device, precision: args.dtype, digest: args.json })
+    Ok(Order { request, output, model: args.model, machine, precision: args.dtype, digest: args.json })
 }
 
 fn read(field: &'static str, path: PathBuf) -> Result<Picture, ops::Error> {

@@ -60,7 +60,7 @@ enum Verb {
         #[arg(long, value_name = "FORMAT", value_parser = format)]
         to: Format,
         /// f32, bf16 or f16 [default: as it is stored]
-        #[arg(long, value_name = "DTYPE")]
+        #[arg(long, value_name = "DTYPE", value_parser = dense)]
         dtype: Option<Precision>,
         /// Replace a file that is there
         #[arg(long)]
@@ -165,8 +165,15 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
         }
         Verb::Verify { loras, model, switches, seed, lora_mode, device, dtype, json } => {
             let loras = lora::parse(&loras, None, None)?;
-            let order =
-                VerifyOrder { loras, model, device, precision: dtype, mode: lora_mode, switches: switches as usize, seed };
+            let order = VerifyOrder {
+                loras,
+                model,
+                machine: device.into(),
+                precision: dtype,
+                mode: lora_mode,
+                switches: switches as usize,
+                seed,
+            };
             let verified = lora::verify(&order, config, &mut fetching())?;
             if json {
                 return super::show(&serde_json::to_string(&verified)?);
@@ -181,4 +188,12 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
             ))
         }
     }
+}
+
+/// LoRAs are written in formats that are computed in.
+fn dense(text: &str) -> Result<Precision, String> {
+    text.parse()
+        .ok()
+        .filter(|precision: &Precision| precision.dtype().is_some())
+        .ok_or_else(|| "must be one of f32, bf16, f16".into())
 }

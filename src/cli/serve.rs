@@ -13,13 +13,14 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::runtime::Runtime;
 
-use super::settings::device;
+use super::settings::{device, size};
 use crate::api::{self, Files, Keep, Options, Server, Tls, Unit};
 use crate::blobs::Blobs;
 use crate::config::Config;
 use crate::engine::DeviceChoice;
 use crate::fetch::{CacheView, Limits as FetchLimits, Web};
 use crate::jobs::{Limits, Store};
+use crate::ops::Machine;
 use crate::ops::generate::Precision;
 use crate::ops::serve::{Secret, Sign, Work, work};
 use crate::ops::{self, models};
@@ -56,7 +57,11 @@ pub(super) struct Args {
     /// auto, cpu, cuda, cuda:1 (the second card) or metal
     #[arg(long, value_name = "DEVICE", value_parser = device, default_value = "auto")]
     device: DeviceChoice,
-    /// f32, bf16 or f16 [default: f32 on a CPU, else bf16]
+    /// How much of the card may be used, such as 12GiB; the model is made to fit [default: all that is free]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    vram_limit: Option<u64>,
+    /// f32, bf16, f16 to compute in; fp8, q8_0, q6_k, q5_k, q4_k, q4_0 to keep matrices in less memory [default: f32 on a CPU, else
+    /// bf16, or what fits the card]
     #[arg(long, value_name = "DTYPE")]
     dtype: Option<Precision>,
     /// Accept requests of others than this machine although there are no keys yet
@@ -163,7 +168,15 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
     match args.worker {
         Some(name) => {
             let model = args.model.get(args.worker_model).context("there is no such model")?.clone();
-            let work = Work { store, blobs, secret, name, model, device: args.device, precision: args.dtype };
+            let work = Work {
+                store,
+                blobs,
+                secret,
+                name,
+                model,
+                machine: Machine { device: args.device, vram_limit: args.vram_limit },
+                precision: args.dtype,
+            };
             be_worker(&work, config, &runtime)
         }
         None => serve(&args, data, (store, blobs, secret), config, &runtime),

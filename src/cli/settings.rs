@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 
 use crate::engine::{DeviceChoice, LoraMode, NoiseKind};
+use crate::ops::Machine;
 use crate::ops::{AspectRatio, Megapixels};
 
 /// What stays the same for all pictures of a command.
@@ -57,6 +58,34 @@ pub(super) struct Settings {
     /// auto, cpu, cuda, cuda:1 (the second card) or metal
     #[arg(long, value_name = "DEVICE", value_parser = device, default_value = "auto", help_heading = "Device")]
     pub(super) device: DeviceChoice,
+
+    /// How much of the card may be used, such as 12GiB; the model is made to fit. With a CPU: follow that card's plan [default: all
+    /// that is free]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Device")]
+    pub(super) vram_limit: Option<u64>,
+}
+
+impl Settings {
+    pub(super) fn machine(&self) -> Machine {
+        Machine { device: self.device, vram_limit: self.vram_limit }
+    }
+}
+
+/// Bytes, or with a unit: `12GiB`, `12GB`, `500MB`.
+pub(super) fn size(text: &str) -> anyhow::Result<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let unit = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1e0,
+        "mb" | "m" => 1e6,
+        "gb" | "g" => 1e9,
+        "mib" => f64::from(1 << 20),
+        "gib" => f64::from(1 << 30),
+        _ => anyhow::bail!("must be a size such as 12GiB, 12GB or 500MB"),
+    };
+    let number: f64 = number.parse().context("must be a size such as 12GiB, 12GB or 500MB")?;
+    anyhow::ensure!(number > 0., "must be more than nothing");
+    Ok((number * unit) as u64)
 }
 
 pub(super) fn device(text: &str) -> anyhow::Result<DeviceChoice> {

@@ -252,13 +252,13 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
 fn sweep(mut args: SweepArgs, config: &Config) -> anyhow::Result<()> {
     let (json, quiet, yes) = (args.json, args.quiet, args.yes);
     let (references, layout) = (args.references.clone().references(), args.sheets.clone().layout()?);
-    let (output, bench, device) = (args.output.clone(), args.bench, args.settings.device);
+    let (output, bench, machine) = (args.output.clone(), args.bench, args.settings.machine());
     let file = args.file.take().map(|path| Wish::read(&path)).transpose()?;
     let wish = wish(args).or(file.unwrap_or_default());
     let mut order = Sweep {
         grid: wish.grid()?,
         shared: wish.shared()?,
-        device,
+        machine,
         folder: output,
         repeats: bench.map_or(1, usize::from),
         command: command(),

@@ -5,6 +5,22 @@ pub enum Error {
     Cancelled,
     #[error("the device {name} cannot be used: {hint}")]
     NoDevice { name: &'static str, hint: String },
+    #[error(
+        "the model needs at least {:.1} GB of a card that has {:.1} GB for it, even with everything in main memory that can be; take a \
+         smaller file, such as a GGUF one, or --device cpu",
+        *need as f64 / 1e9,
+        *have as f64 / 1e9
+    )]
+    CardTooSmall { need: u64, have: u64 },
+    #[error(
+        "the device has no memory left for this job, also after a second attempt with less; {free}; take a smaller picture, fewer LoRAs or \
+         --dtype fp8 or q4_k"
+    )]
+    OutOfMemory {
+        free: String,
+        #[source]
+        source: Box<Error>,
+    },
     #[error(transparent)]
     Weights(#[from] models::weights::Error),
     #[error("the LoRA is refused")]

@@ -7,6 +7,7 @@ mod job;
 mod kept;
 mod pipeline;
 mod pixels;
+mod plan;
 mod preview;
 mod resize;
 
@@ -15,3 +16,4 @@ pub use error::Error;
 pub use job::{Adapter, Event, Finished, Job, LoraMode, NoiseKind, Scales, Selected, Start, Switch, Timings, Truncation};
 pub use kept::Kept;
 pub use pipeline::{LoadEvent, Pipeline, Traits};
+pub use plan::{CONTEXT, Need, Plan, Sizes};

@@ -14,10 +14,11 @@ use models::sampler::{self, Generator, Schedule};
 use models::t5::T5Encoder;
 use models::tokenize::Tokenizers;
 use models::vae::Autoencoder;
-use models::weights::{Component, Source};
+use models::weights::{Component, Keep, Source};
 use serde_json::Value;
 
 use super::encoded::{Encoded, Text};
+use super::plan::Plan;
 use super::preview::Preview;
 use super::{Error, Event, Finished, Job, Start, Timings, Truncation};
 use super::{device, pixels};
@@ -56,6 +57,7 @@ pub struct Pipeline {
     text_tokens: usize,
     device: Device,
     dtype: DType,
+    plan: Plan,
     /// Locked while a job runs: its weights are its own.
     patches: Mutex<Patches>,
     /// Prompts that were encoded lately.
@@ -82,15 +84,19 @@ struct Origin {
 }
 
 impl Pipeline {
-    /// Loads every component onto `device`, to be computed with in `dtype`.
-    pub fn load(bundle: &Bundle, device: &Device, dtype: DType, told: &mut dyn FnMut(LoadEvent)) -> Result<Self, Error> {
+    /// Loads every component, by default onto `device`, as `plan` says: a type to compute in is a plan too.
+    pub fn load(bundle: &Bundle, device: &Device, plan: impl Into<Plan>, told: &mut dyn FnMut(LoadEvent)) -> Result<Self, Error> {
+        let plan = plan.into();
+        let dtype = plan.dtype;
         let tokenizers = Tokenizers::load(bundle)?;
         let mut open = |component, files: &Files, dtype| -> Result<_, Error> {
             let checkpoint = files.checkpoint()?;
             let bytes =
                 checkpoint.keys().filter_map(|key| checkpoint.get(key)).map(|stored| checkpoint.bytes(stored).len() as u64).sum();
             told(LoadEvent { component, bytes });
-            Ok((Source::new(component, &checkpoint, dtype, device), json(files.config.as_ref())?))
+            let keep = if component == Component::Transformer { plan.transformer } else { Keep::Stored };
+            let source = Source::new(component, &checkpoint, dtype, device).kept(keep, plan.on_host);
+            Ok((source, json(files.config.as_ref())?))
         };
         let mut parameters = BTreeMap::new();
         // A load counts when every tensor was found; what it loaded can then be patched.
@@ -120,9 +126,9 @@ impl Pipeline {
         let text_tokens = tokenizers.t5_limit().map_or(trained, |limit| limit.min(trained));
         let weights = parameters.values().map(|p| p.shape().iter().product::<usize>() * dtype.size_in_bytes()).sum::<usize>();
         let mut patches = Patches::new(parameters, device, dtype);
-        patches.home = device::home(device, weights as u64);
+        patches.home = plan.home.unwrap_or_else(|| device::home(device, weights as u64));
         let kernels = if device.is_cuda() && kernels::fused() { "fused" } else { "plain" };
-        tracing::info!(kernels, ?dtype, device = ?device.location(), "computed with");
+        tracing::info!(kernels, ?dtype, device = ?device.location(), %plan, "computed with");
         tracing::info!(home = %patches.home, bytes = weights, "pristine weights while LoRAs are on them");
         let patches = Mutex::new(patches);
         Ok(Self {
@@ -135,6 +141,7 @@ impl Pipeline {
             text_tokens,
             device: device.clone(),
             dtype,
+            plan,
             patches,
             encoded: Encoded::default(),
             preview: OnceLock::new(),
@@ -144,6 +151,12 @@ impl Pipeline {
     #[must_use]
     pub fn traits(&self) -> Traits {
         Traits { guidance: self.flux.config().guidance, text_tokens: self.text_tokens }
+    }
+
+    /// What it was loaded by.
+    #[must_use]
+    pub fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     /// What is computed in.

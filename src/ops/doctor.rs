@@ -9,7 +9,8 @@ use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 use super::generate::device_name;
 use super::models::{self, Installed};
 use crate::config::Config;
-use crate::engine::{self, DeviceChoice};
+use crate::engine;
+use crate::ops::Machine;
 
 /// Less free than this on a disk is little, in bytes.
 const LITTLE: u64 = 2 << 30;
@@ -43,9 +44,9 @@ impl Finding {
 
 /// Device, driver, memory, the model and whether it fits, the other models, and the disks of these folders.
 #[must_use]
-pub fn examine(model: &str, choice: DeviceChoice, folders: &[(&str, PathBuf)], config: &Config) -> Vec<Finding> {
+pub fn examine(model: &str, machine: Machine, folders: &[(&str, PathBuf)], config: &Config) -> Vec<Finding> {
     let mut findings = vec![processor(), driver()];
-    let device = engine::device(choice);
+    let device = engine::device(machine.device);
     findings.push(match &device {
         Ok(device) if device.is_cpu() => Finding::new(
             "device",
@@ -58,7 +59,7 @@ pub fn examine(model: &str, choice: DeviceChoice, folders: &[(&str, PathBuf)], c
         Ok(device) => Finding::new("device", Verdict::Good, device_name(device)),
         Err(error) => Finding::new("device", Verdict::Bad, error.to_string()),
     });
-    findings.push(fits(model, device.as_ref().ok(), config));
+    findings.push(fits(model, device.as_ref().ok(), machine, config));
     findings.push(installed(config));
     findings.extend(folders.iter().map(|(item, folder)| disk(item, folder)));
     findings
@@ -96,12 +97,18 @@ fn driver() -> Finding {
 }
 
 /// Whether the model is here, and whether its weights and as much again as a picture needs fit.
-fn fits(name: &str, device: Option<&candle_core::Device>, config: &Config) -> Finding {
+fn fits(name: &str, device: Option<&candle_core::Device>, machine: Machine, config: &Config) -> Finding {
     let model = match models::resolve(name, config) {
         Ok(model) => model,
         Err(error) => return Finding::new("model", Verdict::Bad, error.to_string()),
     };
     let Some(device) = device else { return Finding::new("model", Verdict::Good, model.name) };
+    if machine.vram_limit.is_some() || !device.is_cpu() && kernels::free_memory(device).is_some() {
+        return match machine.plan(&model, device, None) {
+            Ok(plan) => Finding::new("model", Verdict::Good, format!("{}: {plan}", model.name)),
+            Err(error) => Finding::new("model", Verdict::Bad, format!("{}: {error}", model.name)),
+        };
+    }
     let bundle = &model.bundle;
     let files = [&bundle.transformer, &bundle.t5, &bundle.clip, &bundle.vae].into_iter().flat_map(|files| &files.weights);
     let stored = match files.map(Blob::size).sum::<std::io::Result<u64>>() {

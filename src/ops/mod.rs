@@ -8,11 +8,13 @@ mod error;
 mod files;
 pub mod generate;
 pub mod lora;
+mod machine;
 pub mod models;
 pub mod serve;
 mod sizes;
 pub mod sweep;
 
 pub use error::Error;
+pub use machine::Machine;
 pub(crate) use sizes::near;
 pub use sizes::{AspectRatio, Megapixels};

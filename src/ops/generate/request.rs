@@ -4,9 +4,11 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use candle_core::DType;
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device};
+use models::weights::Keep;
 
-use crate::engine::{LoraMode, NoiseKind};
+use crate::engine::{self, LoraMode, NoiseKind};
 use crate::image::Format;
 use crate::ops::lora::Lora;
 use crate::ops::{AspectRatio, Megapixels};
@@ -73,23 +75,73 @@ pub struct Output {
     pub latents: Option<PathBuf>,
 }
 
-/// Number format that the model computes in.
+/// Number format of the model: what it computes in, or what its large matrices are kept as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
     F32,
     Bf16,
     F16,
+    /// e4m3 with a scale for each row.
+    Fp8,
+    /// GGUF blocks.
+    Q8_0,
+    Q6K,
+    Q5K,
+    Q4K,
+    Q4_0,
 }
 
 impl Precision {
-    pub const NAMES: [&str; 3] = ["f32", "bf16", "f16"];
+    pub const ALL: [(&str, Self); 9] = [
+        ("f32", Self::F32),
+        ("bf16", Self::Bf16),
+        ("f16", Self::F16),
+        ("fp8", Self::Fp8),
+        ("q8_0", Self::Q8_0),
+        ("q6_k", Self::Q6K),
+        ("q5_k", Self::Q5K),
+        ("q4_k", Self::Q4K),
+        ("q4_0", Self::Q4_0),
+    ];
 
+    /// As `--dtype` calls it.
     #[must_use]
-    pub fn dtype(self) -> DType {
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(_, one)| *one == self).map_or("", |(name, _)| name)
+    }
+
+    /// What the device computes in if nothing is asked for.
+    #[must_use]
+    pub fn of(device: &Device) -> Self {
+        match engine::default_dtype(device) {
+            DType::BF16 => Self::Bf16,
+            DType::F16 => Self::F16,
+            _ => Self::F32,
+        }
+    }
+
+    /// What is computed in; the device's own choice for those that say only what is kept.
+    #[must_use]
+    pub fn dtype(self) -> Option<DType> {
         match self {
-            Self::F32 => DType::F32,
-            Self::Bf16 => DType::BF16,
-            Self::F16 => DType::F16,
+            Self::F32 => Some(DType::F32),
+            Self::Bf16 => Some(DType::BF16),
+            Self::F16 => Some(DType::F16),
+            Self::Fp8 | Self::Q8_0 | Self::Q6K | Self::Q5K | Self::Q4K | Self::Q4_0 => None,
+        }
+    }
+
+    /// What the transformer's large matrices are kept as.
+    #[must_use]
+    pub fn keep(self) -> Keep {
+        match self {
+            Self::F32 | Self::Bf16 | Self::F16 => Keep::Stored,
+            Self::Fp8 => Keep::Fp8,
+            Self::Q8_0 => Keep::Gguf(GgmlDType::Q8_0),
+            Self::Q6K => Keep::Gguf(GgmlDType::Q6K),
+            Self::Q5K => Keep::Gguf(GgmlDType::Q5K),
+            Self::Q4K => Keep::Gguf(GgmlDType::Q4K),
+            Self::Q4_0 => Keep::Gguf(GgmlDType::Q4_0),
         }
     }
 }
@@ -98,11 +150,7 @@ impl FromStr for Precision {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "f32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            "f16" => Ok(Self::F16),
-            _ => Err(format!("must be one of {}", Self::NAMES.join(", "))),
-        }
+        let known = Self::ALL.iter().find(|(name, _)| *name == text).map(|(_, precision)| *precision);
+        known.ok_or_else(|| format!("must be one of {}", Self::ALL.map(|(name, _)| name).join(", ")))
     }
 }

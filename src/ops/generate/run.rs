@@ -13,10 +13,11 @@ pub(crate) use super::settings::Setting;
 use super::target::Targets;
 use super::{Output, Precision, Request, prepare};
 use crate::config::Config;
-use crate::engine::{self, DeviceChoice, Event, Finished, Job, Pipeline, Selected};
+use crate::engine::{self, Event, Finished, Job, Pipeline, Selected};
 use crate::fetch::{self, Progress};
 use crate::image;
 use crate::ops::Error;
+use crate::ops::Machine;
 use crate::ops::lora::{Lora, Sources};
 use crate::ops::models::{self, Model};
 
@@ -27,7 +28,7 @@ pub struct Order {
     pub output: Output,
     /// A card's name, a card's path, a folder or a file.
     pub model: String,
-    pub device: DeviceChoice,
+    pub machine: Machine,
     /// The device's own if not given.
     pub precision: Option<Precision>,
     /// Compute the model's digest, even if no picture carries it.
@@ -63,7 +64,7 @@ pub struct Report {
     /// Where the weights without LoRAs were kept: device, host or file. Absent without LoRAs.
     pub pristine: Option<String>,
     pub device: String,
-    pub dtype: &'static str,
+    pub dtype: String,
     pub timings: Seconds,
     pub truncated: Vec<Cut>,
     pub latents: Option<PathBuf>,
@@ -120,13 +121,13 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage<'_>) -> Co
     let targets = Targets::plan(&order.output, &seeds)?;
     job.loras = Sources::new(config).open(&order.request.loras, &mut |progress| told(Stage::Fetching(progress)))?;
     remarks.extend(job.loras.iter().flat_map(|selected| selected.adapter.report.warnings()));
-    let device = engine::device(order.device)?;
-    let dtype = order.precision.map_or_else(|| engine::default_dtype(&device), Precision::dtype);
+    let device = order.machine.open()?;
+    let plan = order.machine.plan(&model, &device, order.precision)?;
 
     tell(told, Stage::Loading)?;
     let digest = (order.digest || order.output.metadata).then(|| digest(&model, config));
     let begun = Instant::now();
-    let pipeline = Pipeline::load(&model.bundle, &device, dtype, &mut |event| {
+    let pipeline = Pipeline::load(&model.bundle, &device, plan, &mut |event| {
         tracing::debug!(component = %event.component, bytes = event.bytes, "loading");
     })?;
     let load = begun.elapsed();
@@ -138,7 +139,7 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage<'_>) -> Co
     let digest = digest.and_then(|thread| thread.join().ok().flatten());
     let begun = Instant::now();
     let device = device_name(&device);
-    let setting = Setting { model: &model.name, digest: digest.as_deref(), device: &device, dtype: dtype.as_str() };
+    let setting = Setting { model: &model.name, digest: digest.as_deref(), device: &device, dtype: &pipeline.plan().name() };
     let files = write(&targets, &job, &finished, order.output.metadata.then_some(setting))?;
     let latents = targets.write_latents(|| latents(&finished))?;
     let timings = seconds(load, &finished, begun.elapsed());
@@ -157,7 +158,7 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage<'_>) -> Co
         noise: settings::noise(job.noise),
         model: ModelReport { name: model.name, sha256: digest },
         device,
-        dtype: dtype.as_str(),
+        dtype: pipeline.plan().name(),
         timings,
         truncated: finished.truncated.into_iter().map(cut).collect(),
         latents,

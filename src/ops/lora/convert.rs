@@ -47,7 +47,7 @@ pub fn convert(
     let refused = |source: ::models::lora::Error| Error::Lora { reference: shown(reference), source: Box::new(source) };
     let file = Sources::new(config).file(reference, told)?;
     let adapter = Adapter::open(file.path()).map_err(refused)?;
-    let tensors = tensors(&adapter, order.format, order.precision.map(Precision::dtype)).map_err(refused)?;
+    let tensors = tensors(&adapter, order.format, order.precision.and_then(Precision::dtype)).map_err(refused)?;
     let header = Checkpoint::open(&[file.path().into()]).map_err(|e| refused(e.into()))?;
     let kept = |(key, _): &(&String, &String)| KEPT.iter().any(|kept| key.starts_with(kept));
     let mut metadata: HashMap<String, String> =

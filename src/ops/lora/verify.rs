@@ -13,9 +13,10 @@ use sha2::{Digest, Sha256};
 
 use super::{Lora, Sources};
 use crate::config::Config;
-use crate::engine::{self, DeviceChoice, LoraMode, Pipeline, Selected};
+use crate::engine::{self, LoraMode, Pipeline, Selected};
 use crate::fetch::Progress;
 use crate::hex::hex;
+use crate::ops::Machine;
 use crate::ops::generate::Precision;
 use crate::ops::{Error, models};
 
@@ -23,7 +24,7 @@ use crate::ops::{Error, models};
 pub struct VerifyOrder {
     pub loras: Vec<Lora>,
     pub model: String,
-    pub device: DeviceChoice,
+    pub machine: Machine,
     pub precision: Option<Precision>,
     pub mode: LoraMode,
     /// How many switches.
@@ -62,9 +63,9 @@ pub fn verify(
 ) -> Result<Verified, Error> {
     let model = models::resolve(&order.model, config)?;
     let selected = Sources::new(config).open(&order.loras, told)?;
-    let device = engine::device(order.device)?;
-    let dtype = order.precision.map_or_else(|| engine::default_dtype(&device), Precision::dtype);
-    let pipeline = Pipeline::load(&model.bundle, &device, dtype, &mut |_| {})?;
+    let device = order.machine.open()?;
+    let plan = order.machine.plan(&model, &device, order.precision)?;
+    let pipeline = Pipeline::load(&model.bundle, &device, plan, &mut |_| {})?;
     let mut patches = pipeline.patches();
     let base = digest(&patches)?;
     let mut known: BTreeMap<usize, String> = BTreeMap::from([(0, base.clone())]);

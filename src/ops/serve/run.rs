@@ -103,8 +103,8 @@ impl Runner<'_> {
         news.at(json!({ "stage": "writing" }));
         let writing = Instant::now();
         let name = generate::device_name(self.device);
-        let dtype = self.pipeline.dtype().as_str();
-        let setting = Setting { model: &self.model.name, digest: self.digest, device: &name, dtype };
+        let dtype = self.pipeline.plan().name();
+        let setting = Setting { model: &self.model.name, digest: self.digest, device: &name, dtype: &dtype };
         let quality = u8::try_from(order.quality.min(100)).unwrap_or(100);
         let encoded = generate::encode(&job, &finished, (format, quality), Some(setting))?;
         let names: Vec<String> = (0..encoded.len()).map(|i| format!("out-{i}.{}", order.format)).collect();

@@ -13,10 +13,11 @@ use super::run::Runner;
 use super::{Secret, Sign, ahead};
 use crate::blobs::Blobs;
 use crate::config::Config;
-use crate::engine::{self, DeviceChoice, Pipeline};
+use crate::engine::Pipeline;
 use crate::failpoint::failpoint;
 use crate::fetch::{Limits, Web};
 use crate::jobs::{Claim, Outcome, Store};
+use crate::ops::Machine;
 use crate::ops::generate::{self, Precision, Request};
 use crate::ops::lora::Sources;
 use crate::ops::{Error, models};
@@ -38,7 +39,7 @@ pub struct Work {
     /// Of this run of the worker.
     pub name: String,
     pub model: String,
-    pub device: DeviceChoice,
+    pub machine: Machine,
     pub precision: Option<Precision>,
 }
 
@@ -64,9 +65,9 @@ pub fn work(
     tell: &(dyn Fn(Sign) + Sync),
 ) -> Result<(), Error> {
     let model = models::resolve(&work.model, config)?;
-    let device = engine::device(work.device)?;
-    let dtype = work.precision.map_or_else(|| engine::default_dtype(&device), Precision::dtype);
-    let pipeline = Pipeline::load(&model.bundle, &device, dtype, &mut |_| {})?;
+    let device = work.machine.open()?;
+    let plan = work.machine.plan(&model, &device, work.precision)?;
+    let pipeline = Pipeline::load(&model.bundle, &device, plan, &mut |_| {})?;
     let digest = models::digest(&model.bundle, config.cache.as_deref()).ok();
     let sources = Sources::for_strangers(config);
     let web = Web::new(config.private_urls, Limits::default()).map_err(|source| Error::Image { field: "image", source })?;

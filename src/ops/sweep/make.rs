@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use serde::Serialize;
 
 use super::environment::Memory;
@@ -80,7 +80,7 @@ type Told<'a> = &'a mut dyn FnMut(Stage<'_>) -> ControlFlow<()>;
 
 /// Makes what is not there yet.
 pub(super) fn make(sweep: &Sweep, config: &Config, folder: &mut Folder, told: Told) -> Result<Outcome, Error> {
-    let device = engine::device(sweep.device)?;
+    let device = sweep.machine.open()?;
     let sources = Sources::new(config);
     let mut memory = Memory::new();
     memory.look(&device);
@@ -141,7 +141,7 @@ struct Maker<'a> {
     sweep: &'a Sweep,
     device: &'a Device,
     sources: &'a Sources,
-    loaded: Option<(Base, DType, Pipeline)>,
+    loaded: Option<(Base, Precision, Pipeline)>,
     /// The last set of LoRAs, as asked for and opened.
     loras: (Vec<Lora>, Vec<Selected>),
     memory: Memory,
@@ -163,9 +163,8 @@ impl Maker<'_> {
             let cell = &cells[*place];
             let asked = self.sweep.shared.asked(&plan::values(&self.sweep.grid, &cell.at))?;
             let base = &bases[&asked.model];
-            let dtype = asked.precision.map_or_else(|| engine::default_dtype(self.device), Precision::dtype);
-            if self.is_other(base, dtype) {
-                self.load(&asked, base, dtype, told)?;
+            if self.is_other(&asked, base) {
+                self.load(&asked, base, told)?;
                 if i == 0 {
                     self.pace = self.trial(&asked, base, told)?;
                     let estimate = self.pace.estimate(cells, order, self.sweep.repeats, outcome.kept, self.keep_latents);
@@ -198,21 +197,26 @@ impl Maker<'_> {
         Ok(())
     }
 
-    fn is_other(&self, base: &Base, dtype: DType) -> bool {
-        self.loaded.as_ref().is_none_or(|(loaded, in_dtype, _)| loaded.identity() != base.identity() || *in_dtype != dtype)
+    fn is_other(&self, asked: &Asked, base: &Base) -> bool {
+        let precision = asked.precision_on(self.device);
+        self.loaded
+            .as_ref()
+            .is_none_or(|(loaded, in_precision, _)| loaded.identity() != base.identity() || *in_precision != precision)
     }
 
-    fn load(&mut self, asked: &Asked, base: &Base, dtype: DType, told: Told) -> Result<(), Error> {
+    fn load(&mut self, asked: &Asked, base: &Base, told: Told) -> Result<(), Error> {
         tell(told, Stage::Loading(&base.model.name))?;
         // Two do not fit where one just fits.
         self.loaded = None;
-        let pipeline = Pipeline::load(&base.model.bundle, self.device, dtype, &mut |_| {})?;
+        let precision = asked.precision_on(self.device);
+        let plan = self.sweep.machine.plan(&base.model, self.device, Some(precision))?;
+        let pipeline = Pipeline::load(&base.model.bundle, self.device, plan, &mut |_| {})?;
         // The first run pays for what later ones find ready.
         let (mut job, _) = generate::prepare(&asked.request, &base.model)?;
         // With words of its own: the first picture's are then encoded in its own time.
         (job.steps, job.start, job.prompt) = (1, None, "warm-up".into());
         pipeline.run(&job, &mut |_| go_on(told, &base.model.name))?;
-        self.loaded = Some((base.clone(), dtype, pipeline));
+        self.loaded = Some((base.clone(), precision, pipeline));
         Ok(())
     }
 
@@ -279,7 +283,7 @@ impl Maker<'_> {
             finished,
             model: base.model.name.clone(),
             sha256: base.sha256.clone(),
-            dtype: self.pipeline().dtype().as_str(),
+            dtype: asked.precision_on(self.device).name(),
             latents: self.keep_latents,
         })
     }

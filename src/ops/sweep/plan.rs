@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 
 use ::models::bundle::{Bundle, ClipVocabulary};
-use candle_core::{DType, Device};
+use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 use sha2::{Digest, Sha256};
@@ -12,11 +12,10 @@ use sha2::{Digest, Sha256};
 use super::wish::{Asked, Sweep};
 use super::{Axis, Grid, Value};
 use crate::config::Config;
-use crate::engine;
 use crate::fetch::Progress;
 use crate::hex::hex;
 use crate::ops::Error;
-use crate::ops::generate::{self, Picture, Precision};
+use crate::ops::generate::{self, Picture};
 use crate::ops::lora::{Lora, Sources};
 use crate::ops::models::{self, Model};
 
@@ -201,8 +200,8 @@ impl Planner<'_> {
     }
 
     fn exact(&mut self, asked: Asked, remarks: &mut Vec<String>, told: Told) -> Result<Json, Error> {
-        let Asked { model, precision, mut request } = asked;
-        let dtype = precision.map_or_else(|| engine::default_dtype(self.device), Precision::dtype);
+        let precision = asked.precision_on(self.device);
+        let Asked { model, mut request, .. } = asked;
         let loras = std::mem::take(&mut request.loras);
         let strength = request.image.take().map(|_| request.prompt_strength.unwrap_or(generate::PROMPT_STRENGTH));
         (request.mask, request.prompt_strength) = (None, None);
@@ -227,7 +226,7 @@ impl Planner<'_> {
             }
         }
         Ok(json!({
-            "base": { "sha256": digest, "settings": settings, "dtype": dtype_name(dtype) },
+            "base": { "sha256": digest, "settings": settings, "dtype": precision.name() },
             "loras": selected,
             "lora_mode": format!("{:?}", job.lora_mode).to_lowercase(),
             "prompt": job.prompt,
@@ -254,10 +253,6 @@ fn exact_lora(digest: &str, lora: &Lora) -> Json {
         "text_scale": scales.text,
         "blocks": scales.blocks.iter().any(|factor| *factor != 1.).then(|| scales.blocks.to_vec()),
     })
-}
-
-fn dtype_name(dtype: DType) -> &'static str {
-    dtype.as_str()
 }
 
 #[cfg(test)]

@@ -8,7 +8,8 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
 use super::{Axis, Grid, Value, command};
-use crate::engine::{DeviceChoice, LoraMode, NoiseKind};
+use crate::engine::{LoraMode, NoiseKind};
+use crate::ops::Machine;
 use crate::ops::generate::{Picture, Precision, Request};
 use crate::ops::lora::{self, Lora};
 use crate::ops::{AspectRatio, Error, Megapixels};
@@ -311,6 +312,13 @@ pub(super) struct Asked {
     pub(super) request: Request,
 }
 
+impl Asked {
+    /// What was asked for, or the device's own: rows and resumed sweeps must not depend on how full a card is.
+    pub(super) fn precision_on(&self, device: &candle_core::Device) -> Precision {
+        self.precision.unwrap_or_else(|| Precision::of(device))
+    }
+}
+
 impl Shared {
     /// As flags of `darkroom generate`.
     pub(super) fn flags(&self) -> Vec<String> {
@@ -392,7 +400,7 @@ fn side(number: u64) -> usize {
 pub struct Sweep {
     pub grid: Grid,
     pub shared: Shared,
-    pub device: DeviceChoice,
+    pub machine: Machine,
     /// Where everything goes; made if it is not there.
     pub folder: PathBuf,
     /// How often each picture is made and timed.

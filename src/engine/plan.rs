@@ -1,0 +1,358 @@
+//! What a model's parts are kept as, and where, so that they fit a card.
+
+use std::fmt;
+
+use candle_core::DType;
+use candle_core::quantized::GgmlDType;
+use models::bundle::{Bundle, Files};
+use models::flux;
+use models::nn::Home;
+use models::weights::{Keep, Kind, OnHost};
+
+use super::Error;
+
+/// How fast main memory reaches a card, to say what waiting costs: PCIe 4.0 with 16 lanes, from memory that is not pinned.
+const BYTES_PER_SECOND: f64 = 10e9;
+
+/// The picture that plans leave room for, in tokens of latents and of text.
+const TOKENS: u64 = 64 * 64 + 512;
+
+/// Scores of attention that are alive at once: in f32, their softmax, and in 16 bits.
+const SCORES: u64 = 3 * (256 << 20);
+
+/// One part in so many of the weights is lost between them.
+const FRAGMENTS: u64 = 20;
+
+/// What the driver and its libraries take of a card before the first tensor.
+pub const CONTEXT: u64 = 600 << 20;
+
+/// What a model's parts weigh.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sizes {
+    pub transformer: flux::Config,
+    /// Values of each.
+    pub t5: u64,
+    pub clip: u64,
+    pub vae: u64,
+    /// Bytes of transformer and T5 whose file is quantised already: they stay as they are.
+    pub quantised: [Option<u64>; 2],
+}
+
+/// Where everything is, and what it takes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// Computed in.
+    pub dtype: DType,
+    pub transformer: Keep,
+    pub on_host: OnHost,
+    /// Where pristine weights are while LoRAs are on them; by the memory that is free if not said.
+    pub home: Option<Home>,
+    /// What the card must hold, if it was reckoned: weights, pristine weights and work, in bytes.
+    pub need: Option<Need>,
+}
+
+/// Bytes on the card.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Need {
+    pub transformer: u64,
+    pub text: u64,
+    pub vae: u64,
+    /// Pristine weights beside changed ones.
+    pub pristine: u64,
+    /// Activations of a picture of 1024 x 1024.
+    pub work: u64,
+    /// Sent to the card for every step, every picture and every new prompt.
+    pub sent: [u64; 3],
+    /// What there is, without the driver's part.
+    pub have: u64,
+}
+
+impl Need {
+    #[must_use]
+    pub fn all(&self) -> u64 {
+        let weights = self.transformer + self.text + self.vae + self.pristine;
+        weights + weights / FRAGMENTS + self.work
+    }
+}
+
+impl From<DType> for Plan {
+    /// Everything on the device, as stored.
+    fn from(dtype: DType) -> Self {
+        Self { dtype, transformer: Keep::Stored, on_host: OnHost::default(), home: None, need: None }
+    }
+}
+
+impl Sizes {
+    /// Of the files of a model whose transformer has these sizes.
+    pub fn of(bundle: &Bundle, transformer: &flux::Config) -> Result<Self, Error> {
+        let values = |files: &Files| -> Result<(u64, Option<u64>), Error> {
+            let checkpoint = files.checkpoint()?;
+            let (mut values, mut bytes, mut quantised) = (0, 0, false);
+            for stored in checkpoint.keys().filter_map(|key| checkpoint.get(key)) {
+                values += stored.shape.iter().product::<usize>() as u64;
+                bytes += checkpoint.bytes(stored).len() as u64;
+                quantised |= match stored.kind {
+                    Kind::Plain(dtype) => dtype == safetensors::Dtype::F8_E4M3,
+                    Kind::Gguf(kind) => kind.block_size() > 1,
+                };
+            }
+            Ok((values, quantised.then_some(bytes)))
+        };
+        let (_, transformer_quantised) = values(&bundle.transformer)?;
+        let (t5, t5_quantised) = values(&bundle.t5)?;
+        let (clip, vae) = (values(&bundle.clip)?.0, values(&bundle.vae)?.0);
+        Ok(Self { transformer: transformer.clone(), t5, clip, vae, quantised: [transformer_quantised, t5_quantised] })
+    }
+
+    /// Values of one double block's and one single block's large matrices.
+    fn blocks(&self) -> [u64; 2] {
+        let (d, mlp) = (self.transformer.hidden as u64, self.transformer.mlp as u64);
+        [2 * (4 * d * d + 2 * d * mlp), d * (3 * d + mlp) + d * (d + mlp)]
+    }
+
+    /// Values of the matrices that make the modulations of all blocks.
+    fn modulations(&self) -> u64 {
+        let config = &self.transformer;
+        let d = config.hidden as u64;
+        d * d * (12 * config.double_blocks as u64 + 3 * config.single_blocks as u64)
+    }
+
+    /// Values of what is outside the blocks.
+    fn ends(&self) -> u64 {
+        let config = &self.transformer;
+        let (d, embedders) = (config.hidden as u64, 1 + u64::from(config.guidance));
+        let inputs = (2 * config.channels + config.text_width + config.pooled_width) as u64 + 3 * d;
+        d * inputs + embedders * (256 * d + d * d)
+    }
+
+    /// Activations of a picture: what a single block has at once, the scores, a widened matrix (through f32).
+    fn work(&self, value: u64) -> u64 {
+        let config = &self.transformer;
+        let (d, mlp, heads) = (config.hidden as u64, config.mlp as u64, config.heads as u64);
+        let scores = SCORES.min(3 * heads * TOKENS * TOKENS * 4);
+        TOKENS * (10 * d + 3 * mlp) * value + scores + d * (3 * d + mlp) * (4 + value)
+    }
+}
+
+/// What is tried, best first: what the transformer is kept as, what is in main memory, where pristine weights are. T5 stays as it is
+/// stored, so that pictures depend on the transformer's format only.
+fn options(blocks: [usize; 2]) -> Vec<(Keep, OnHost, Home)> {
+    let (stored, fp8, q5, q4) = (Keep::Stored, Keep::Fp8, Keep::Gguf(GgmlDType::Q5K), Keep::Gguf(GgmlDType::Q4K));
+    let here = OnHost::default();
+    let (text, both) = (OnHost { text: true, ..here }, OnHost { text: true, modulations: true, ..here });
+    let mut options = vec![
+        (stored, here, Home::Device),
+        (stored, here, Home::Host),
+        (stored, text, Home::Host),
+        (stored, both, Home::Host),
+        (fp8, here, Home::Host),
+        (fp8, text, Home::Host),
+        (fp8, both, Home::Host),
+        (q5, both, Home::Host),
+        (q4, both, Home::Host),
+    ];
+    // Blocks from the end, a few more each time: those that stay are used from the card.
+    let all = blocks[0] + blocks[1];
+    for keep in [fp8, q4] {
+        for eighths in 1..=8 {
+            let away = (all * eighths).div_ceil(8);
+            let single = blocks[1].saturating_sub(away);
+            let double = blocks[0].saturating_sub(away.saturating_sub(blocks[1]));
+            options.push((keep, OnHost { blocks_from: [double, single], ..both }, Home::Host));
+        }
+    }
+    options
+}
+
+impl Plan {
+    /// What the model is kept as, as `--dtype` calls it; of a file that is quantised, what it is computed in.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match self.transformer {
+            Keep::Stored => self.dtype.as_str().into(),
+            other => other.to_string(),
+        }
+    }
+
+    /// The best plan for `have` bytes of a card (without the driver's part). `asked` fixes what the transformer is kept as.
+    ///
+    /// Errors if even the smallest does not fit.
+    pub fn fitting(dtype: DType, sizes: &Sizes, have: u64, asked: Option<Keep>) -> Result<Self, Error> {
+        let mut smallest = u64::MAX;
+        for plan in Self::all(dtype, sizes, have, asked) {
+            let need = plan.need.map_or(0, |need| need.all());
+            if need <= have {
+                return Ok(plan);
+            }
+            smallest = smallest.min(need);
+        }
+        Err(Error::CardTooSmall { need: smallest, have })
+    }
+
+    /// Every plan that is tried, best first.
+    fn all(dtype: DType, sizes: &Sizes, have: u64, asked: Option<Keep>) -> Vec<Self> {
+        let config = &sizes.transformer;
+        let mut plans: Vec<Self> = Vec::new();
+        for (transformer, on_host, home) in options([config.double_blocks, config.single_blocks]) {
+            // What is quantised in its file stays so; what was asked for is not bargained over.
+            let transformer = match (sizes.quantised[0], asked) {
+                (Some(_), _) => Keep::Stored,
+                (None, Some(asked)) => asked,
+                (None, None) => transformer,
+            };
+            let mut plan = Self { dtype, transformer, on_host, home: Some(home), need: None };
+            plan.need = Some(plan.reckon(sizes, have));
+            let same =
+                |known: &Self| (known.transformer, known.on_host, known.home) == (plan.transformer, plan.on_host, plan.home);
+            if !plans.iter().any(same) {
+                plans.push(plan);
+            }
+        }
+        // Streaming blocks comes last, whatever they are kept as.
+        plans.sort_by_key(|plan| plan.on_host.blocks_from != OnHost::default().blocks_from);
+        plans
+    }
+
+    fn reckon(&self, sizes: &Sizes, have: u64) -> Need {
+        let config = &sizes.transformer;
+        let dense = |values: u64| values * self.dtype.size_in_bytes() as u64;
+        let kept = |keep: Keep, values: u64, columns: usize| match keep.fitting(columns) {
+            Keep::Stored => dense(values),
+            other => other.bytes(values, columns),
+        };
+        let [double, single] = sizes.blocks();
+        // A file that is quantised is so throughout, more or less.
+        let of_block = |values: u64| match sizes.quantised[0] {
+            Some(bytes) => {
+                let all = double * config.double_blocks as u64 + single * config.single_blocks as u64;
+                (bytes as f64 * values as f64 / (all + sizes.modulations() + sizes.ends()) as f64) as u64
+            }
+            None => kept(self.transformer, values, config.hidden),
+        };
+        let here = |blocks: usize, from: usize| blocks.min(from) as u64;
+        let [double_from, single_from] = self.on_host.blocks_from;
+        let [doubles, singles] = [here(config.double_blocks, double_from), here(config.single_blocks, single_from)];
+        let blocks = doubles * of_block(double) + singles * of_block(single);
+        let all_blocks = config.double_blocks as u64 * of_block(double) + config.single_blocks as u64 * of_block(single);
+        let modulations = if sizes.quantised[0].is_some() { of_block(sizes.modulations()) } else { dense(sizes.modulations()) };
+        let t5 = sizes.quantised[1].unwrap_or_else(|| dense(sizes.t5));
+        let on_card = |bytes: u64, away: bool| if away { 0 } else { bytes };
+        let transformer = blocks + on_card(modulations, self.on_host.modulations) + dense(sizes.ends());
+        let text = on_card(t5, self.on_host.text) + dense(sizes.clip);
+        // Only dense weights are merged into; others have branches beside them.
+        let merged = self.transformer == Keep::Stored && sizes.quantised[0].is_none();
+        let pristine = if merged && self.home == Some(Home::Device) { transformer + text } else { 0 };
+        let sent = |bytes: u64, away: bool| if away { bytes } else { 0 };
+        let sent = [all_blocks - blocks, sent(modulations, self.on_host.modulations), sent(t5, self.on_host.text)];
+        Need { transformer, text, vae: dense(sizes.vae), pristine, work: sizes.work(dense(1)), sent, have }
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gigabytes = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
+        let dense = self.dtype.as_str();
+        match self.transformer {
+            Keep::Stored => write!(f, "transformer as stored or in {dense}")?,
+            other => write!(f, "transformer {other}")?,
+        }
+        let Some(need) = self.need else { return write!(f, ", everything on the device") };
+        write!(f, " ({})", gigabytes(need.transformer))?;
+        let wait = |bytes: u64| format!("{}, about {:.1} s", gigabytes(bytes), bytes as f64 / BYTES_PER_SECOND);
+        let [step, picture, prompt] = need.sent;
+        if step > 0 {
+            write!(f, ", the rest of its blocks sent in every step ({})", wait(step))?;
+        }
+        if picture > 0 {
+            write!(f, ", its modulations sent once a picture ({})", wait(picture))?;
+        }
+        write!(f, "; T5")?;
+        if prompt > 0 {
+            write!(f, " sent for each new prompt ({})", wait(prompt))?;
+        }
+        write!(f, ", CLIP: {}; autoencoder {}; work {}", gigabytes(need.text), gigabytes(need.vae), gigabytes(need.work))?;
+        match self.home {
+            _ if self.transformer != Keep::Stored => write!(f, "; LoRAs as branches")?,
+            Some(Home::Device) => write!(f, "; pristine weights beside LoRAs {}", gigabytes(need.pristine))?,
+            Some(home) => write!(f, "; pristine weights beside LoRAs: {home}")?,
+            None => {}
+        }
+        write!(f, ": {} of {}", gigabytes(need.all()), gigabytes(need.have))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// FLUX.1-dev with T5-XXL, CLIP-L and its autoencoder.
+    fn dev() -> Sizes {
+        Sizes { transformer: flux::Config::DEV, t5: 4_762_310_656, clip: 123_060_480, vae: 83_819_683, quantised: [None; 2] }
+    }
+
+    fn fitting(gigabytes: f64, asked: Option<Keep>) -> Result<Plan, Error> {
+        Plan::fitting(DType::BF16, &dev(), (gigabytes * 1e9) as u64 - CONTEXT, asked)
+    }
+
+    #[test]
+    fn the_sizes_are_those_of_the_model() {
+        let sizes = dev();
+        let [double, single] = sizes.blocks();
+        let all = 19 * double + 38 * single + sizes.modulations() + sizes.ends();
+        // Without biases and head norms, which are 0.01 % of it.
+        assert!((11_895_000_000..11_901_408_320).contains(&all), "{all}");
+        assert_eq!(sizes.modulations(), 3_227_516_928);
+    }
+
+    #[test]
+    fn every_card_has_its_plan() {
+        for (gigabytes, transformer, text_away, modulations_away, home) in [
+            (140., Keep::Stored, false, false, Home::Device),
+            (80., Keep::Stored, false, false, Home::Device),
+            (48., Keep::Stored, false, false, Home::Host),
+            (32., Keep::Stored, true, false, Home::Host),
+            (24., Keep::Stored, true, true, Home::Host),
+            (16., Keep::Fp8, true, true, Home::Host),
+            (12., Keep::Gguf(GgmlDType::Q5K), true, true, Home::Host),
+            // A part of the blocks is sent in every step.
+            (8., Keep::Fp8, true, true, Home::Host),
+            (4., Keep::Fp8, true, true, Home::Host),
+        ] {
+            let plan = fitting(gigabytes, None).unwrap();
+            assert_eq!((plan.transformer, plan.on_host.text), (transformer, text_away), "{gigabytes}: {plan}");
+            assert_eq!((plan.on_host.modulations, plan.home), (modulations_away, Some(home)), "{gigabytes}: {plan}");
+            assert!(plan.need.unwrap().all() + CONTEXT <= (gigabytes * 1e9) as u64);
+        }
+    }
+
+    #[test]
+    fn less_memory_never_makes_a_plan_that_needs_more() {
+        let mut before = u64::MAX;
+        for tenths in (15..1500).rev() {
+            let Ok(plan) = fitting(f64::from(tenths) / 10., None) else { continue };
+            let need = plan.need.unwrap();
+            assert!(need.all() <= need.have && need.all() <= before, "{tenths}: {plan}");
+            before = need.all();
+        }
+        assert!(before < 4_000_000_000, "the smallest card with a plan: {before}");
+        let Err(Error::CardTooSmall { need, have }) = fitting(1.5, None) else { panic!("1.5 GB hold no picture's work") };
+        assert!(need > have);
+    }
+
+    #[test]
+    fn what_is_asked_for_and_what_a_file_is_are_kept() {
+        let plan = fitting(24., Some(Keep::Fp8)).unwrap();
+        assert_eq!((plan.transformer, plan.on_host.blocks_from), (Keep::Fp8, [usize::MAX; 2]), "{plan}");
+        let streamed = fitting(8., Some(Keep::Fp8)).unwrap();
+        assert!(streamed.transformer == Keep::Fp8 && streamed.need.unwrap().sent[0] > 0, "{streamed}");
+        assert!(streamed.to_string().contains("sent in every step"), "{streamed}");
+        let whole = fitting(8., Some(Keep::Stored)).unwrap();
+        assert!(whole.transformer == Keep::Stored && whole.need.unwrap().sent[0] > 13_000_000_000, "{whole}");
+        // A Q4_0 file of 6.7 GB.
+        let sizes = Sizes { quantised: [Some(6_700_000_000), Some(2_700_000_000)], ..dev() };
+        let plan = Plan::fitting(DType::BF16, &sizes, 16_000_000_000 - CONTEXT, None).unwrap();
+        assert_eq!((plan.transformer, plan.on_host), (Keep::Stored, OnHost::default()), "{plan}");
+        let need = plan.need.unwrap();
+        assert!((need.transformer as f64 / 6.7e9 - 1.).abs() < 0.03 && need.pristine == 0, "{need:?}");
+    }
+}
