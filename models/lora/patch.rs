@@ -104,6 +104,16 @@ impl Patches {
         self.parameters.keys().map(|(component, name)| (*component, name.as_str()))
     }
 
+    /// Moves the parameters that `away` names to main memory, from where they are sent to the device whenever they are used.
+    pub fn send_to_host(&self, away: &dyn Fn(Component, &str) -> bool) -> Result<(), Error> {
+        for ((component, name), parameter) in &self.parameters {
+            if away(*component, name) {
+                parameter.send_to_host()?;
+            }
+        }
+        Ok(())
+    }
+
     /// Puts exactly `set` on the weights, in this order, in one pass over the tensors that it or the set before it touches.
     ///
     /// Everything is checked before the first tensor changes. If a tensor cannot be made (memory), the set before is put back.

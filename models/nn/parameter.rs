@@ -122,7 +122,7 @@ impl Parameter {
         match (kept, reread) {
             (Some((weight, false)), _) => Ok(weight),
             (Some((weight, true)), _) => weight.to_device(&device),
-            (None, Some(reread)) => reread(),
+            (None, Some(reread)) => reread()?.to_device(&device),
             (None, None) => bail!("a weight has no file to be read from again"),
         }
     }
@@ -142,6 +142,24 @@ impl Parameter {
             }
             state.merged = Some(merged);
             state.branch = Arc::from([]);
+        });
+        Ok(())
+    }
+
+    /// Moves what is computed with, and the pristine tensor if it is beside it, to main memory.
+    pub(crate) fn send_to_host(&self) -> Result<()> {
+        let host = Device::Cpu;
+        let (pristine, merged) = self.read(|state| {
+            let here = if let Pristine::Here(weight) = &state.pristine { Some(weight.clone()) } else { None };
+            (here, state.merged.clone())
+        });
+        let pristine = pristine.map(|weight| weight.to_device(&host)).transpose()?;
+        let merged = merged.map(|tensor| tensor.to_device(&host)).transpose()?;
+        self.write(|state| {
+            if let Some(weight) = pristine {
+                state.pristine = Pristine::Here(weight);
+            }
+            (state.merged, state.device) = (merged, host);
         });
         Ok(())
     }

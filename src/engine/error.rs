@@ -39,6 +39,21 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
 }
 
+impl Error {
+    /// Whether the device had no memory left. candle tells it in words only, wherever it happened.
+    pub(super) fn is_out_of_memory(&self) -> bool {
+        let mut error: Option<&dyn std::error::Error> = Some(self);
+        while let Some(one) = error {
+            let text = one.to_string().to_ascii_lowercase();
+            if text.contains("out of memory") || text.contains("out_of_memory") || text.contains("alloc_failed") {
+                return true;
+            }
+            error = one.source();
+        }
+        false
+    }
+}
+
 impl From<models::lora::Error> for Error {
     fn from(error: models::lora::Error) -> Self {
         Self::Lora(Box::new(error))

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use models::sampler::{self, Generator, Schedule};
 use models::t5::T5Encoder;
 use models::tokenize::Tokenizers;
 use models::vae::Autoencoder;
-use models::weights::{Component, Keep, Source};
+use models::weights::{Component, Keep, OnHost, Source};
 use serde_json::Value;
 
 use super::encoded::{Encoded, Text};
@@ -64,6 +65,8 @@ pub struct Pipeline {
     encoded: Encoded,
     /// Fitted when the first one is asked for.
     preview: OnceLock<Preview>,
+    /// Attempts that are to fail for memory.
+    pretended: AtomicUsize,
 }
 
 /// The latents at which the walk would end if it went on straight; computed when asked for.
@@ -145,6 +148,7 @@ impl Pipeline {
             patches,
             encoded: Encoded::default(),
             preview: OnceLock::new(),
+            pretended: AtomicUsize::new(0),
         })
     }
 
@@ -172,7 +176,46 @@ impl Pipeline {
     }
 
     /// Runs a job. `told` hears of progress and may cancel between two steps.
+    ///
+    /// If the device has no memory left, everything that can wait in main memory goes there, and the job is tried once more.
     pub fn run(&self, job: &Job, told: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>) -> Result<Finished, Error> {
+        match self.attempt(job, told) {
+            Err(error) if error.is_out_of_memory() => {
+                tracing::warn!(%error, "no memory is left on the device; once more, with less on it");
+                self.save_memory()?;
+                self.attempt(job, told).map_err(|error| self.give_up(error))
+            }
+            other => other,
+        }
+    }
+
+    /// Frees what the device can do without: kept prompts, T5, the matrices that make the modulations. From now on they are sent to it
+    /// when they are used.
+    fn save_memory(&self) -> Result<(), Error> {
+        self.encoded.forget();
+        let away = OnHost { text: true, modulations: true, ..self.plan.on_host };
+        self.patches().send_to_host(&|component, name| away.has(component, name))?;
+        Ok(())
+    }
+
+    fn give_up(&self, error: Error) -> Error {
+        if !error.is_out_of_memory() {
+            return error;
+        }
+        self.encoded.forget();
+        let free = kernels::free_memory(&self.device);
+        let free =
+            free.map_or("it does not tell how much it has".into(), |free| format!("{:.1} GB are free now", free as f64 / 1e9));
+        Error::OutOfMemory { free, source: Box::new(error) }
+    }
+
+    /// The next `attempts` to run a job find no memory: for tests, which have no card to fill.
+    #[doc(hidden)]
+    pub fn pretend_full(&self, attempts: usize) {
+        self.pretended.store(attempts, Ordering::Relaxed);
+    }
+
+    fn attempt(&self, job: &Job, told: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>) -> Result<Finished, Error> {
         let mut timings = Timings::default();
         let mut truncated = Vec::new();
         let (mut latents, mut pictures) = (Vec::new(), Vec::new());
@@ -181,6 +224,9 @@ impl Pipeline {
         let switch = self.timed(&mut timings.switch, || Ok(patches.apply(&job.loras, job.lora_mode)?))?;
         tell(told, Event::Encoding)?;
         let prompts = self.timed(&mut timings.encode, || self.encode(job, &patches, &mut truncated))?;
+        if self.pretended.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+            return Err(candle_core::Error::Msg("CUDA_ERROR_OUT_OF_MEMORY, pretended".into()).into());
+        }
         let (rows, columns) = (job.height / 16, job.width / 16);
         let rope = Rope::new(self.flux.config(), self.text_tokens, rows, columns, &self.device)?;
         let sigmas = self.schedule.sigmas(job.steps, rows * columns);

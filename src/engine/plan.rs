@@ -250,7 +250,10 @@ impl Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let gigabytes = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
+        let gigabytes = |bytes: u64| match bytes {
+            0..1_000_000_000 => format!("{:.0} MB", bytes as f64 / 1e6),
+            _ => format!("{:.1} GB", bytes as f64 / 1e9),
+        };
         let dense = self.dtype.as_str();
         match self.transformer {
             Keep::Stored => write!(f, "transformer as stored or in {dense}")?,

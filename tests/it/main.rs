@@ -27,6 +27,7 @@ mod lora_properties;
 mod lora_writers;
 mod parity_encoders;
 mod parity_flux;
+mod plans;
 mod pocket;
 mod pocket_person;
 mod readme;
