@@ -12,9 +12,11 @@ const LOWEST: (i32, i32) = (8, 0);
 #[must_use]
 pub fn free_memory(device: &Device) -> Option<u64> {
     let Device::Cuda(cuda) = device else { return None };
+    let stream = cuda.cuda_stream();
     // The query answers for the context that is current on this thread.
-    cuda.cuda_stream().context().bind_to_thread().ok()?;
-    driver::result::mem_get_info().ok().map(|(free, _)| free as u64)
+    stream.context().bind_to_thread().ok()?;
+    let kept = if crate::launch::fused() { kept_memory(stream.context()).unwrap_or(0) } else { 0 };
+    driver::result::mem_get_info().ok().map(|(free, _)| free as u64 + kept)
 }
 
 /// Free bytes on a CUDA card; `None` on devices that do not say.
@@ -30,7 +32,8 @@ pub fn open_cuda(ordinal: usize) -> Result<Device, String> {
     let context = driver::CudaContext::new(ordinal).map_err(|e| e.to_string())?;
     let name = context.name().map_err(|e| e.to_string())?;
     capable(&name, context.compute_capability().map_err(|e| e.to_string())?)?;
-    let device = Device::new_cuda(ordinal).map_err(|e| e.to_string())?;
+    // A stream of its own: the default one would be another in each thread.
+    let device = Device::new_cuda_with_stream(ordinal).map_err(|e| e.to_string())?;
     if let (Device::Cuda(cuda), true) = (&device, crate::launch::fused()) {
         // Two events for every allocation say what other streams may do with it; there is one stream.
         // SAFETY: every tensor of a device is made, used and freed on its one stream.
@@ -38,8 +41,43 @@ pub fn open_cuda(ordinal: usize) -> Result<Device, String> {
         unsafe {
             cuda.disable_event_tracking();
         }
+        keep_freed_memory(&context).map_err(|e| e.to_string())?;
     }
     Ok(device)
+}
+
+/// Lets freed memory stay with this process, which otherwise gives it back whenever it waits for the card, and asks for it anew.
+#[cfg(feature = "cuda")]
+fn keep_freed_memory(context: &driver::CudaContext) -> Result<(), driver::DriverError> {
+    let (pool, mut most) = (pool(context)?, u64::MAX);
+    let attribute = driver::sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the attribute is a number of 64 bits.
+    #[expect(unsafe_code, reason = "a call of the driver")]
+    unsafe { driver::sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut most).cast()) }.result()
+}
+
+#[cfg(feature = "cuda")]
+fn pool(context: &driver::CudaContext) -> Result<driver::sys::CUmemoryPool, driver::DriverError> {
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: it writes one handle.
+    #[expect(unsafe_code, reason = "a call of the driver")]
+    unsafe { driver::sys::cuDeviceGetDefaultMemPool(&raw mut pool, context.cu_device()) }.result()?;
+    Ok(pool)
+}
+
+/// Bytes that were freed and kept.
+#[cfg(feature = "cuda")]
+fn kept_memory(context: &driver::CudaContext) -> Result<u64, driver::DriverError> {
+    use driver::sys::CUmemPool_attribute as Attribute;
+    let pool = pool(context)?;
+    let ask = |attribute| {
+        let mut bytes = 0u64;
+        // SAFETY: the attribute is a number of 64 bits.
+        #[expect(unsafe_code, reason = "a call of the driver")]
+        unsafe { driver::sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut bytes).cast()) }.result().map(|()| bytes)
+    };
+    let reserved = ask(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+    Ok(reserved.saturating_sub(ask(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?))
 }
 
 /// Opens the CUDA card of this number; the error says what is missing.

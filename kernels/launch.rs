@@ -42,6 +42,11 @@ pub fn launches() -> usize {
     LAUNCHES.get()
 }
 
+/// One more.
+pub(crate) fn count() {
+    LAUNCHES.set(LAUNCHES.get() + 1);
+}
+
 /// Whether kernels of ours run where x is.
 pub(crate) fn applies(x: &Tensor) -> bool {
     match x.device() {
@@ -114,7 +119,7 @@ pub(crate) fn launch<A: Copy, const I: usize, const O: usize>(
     outputs: [&Tensor; O],
     make: impl FnOnce([Pointer; I], [Pointer; O]) -> Launch<A>,
 ) -> Result<()> {
-    LAUNCHES.set(LAUNCHES.get() + 1);
+    count();
     match outputs[0].device() {
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => cuda::launch(device, &inputs, &outputs, make),
@@ -328,5 +333,60 @@ mod emulator {
             bail!("{name:?}: {}", message.to_string_lossy());
         }
         Ok(())
+    }
+}
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Clone, Copy)]
+    #[repr(C)]
+    struct Faulty {
+        x: Pointer,
+        y: Pointer,
+        mistake: u32,
+    }
+
+    /// Runs cuda/faulty.cu: what it writes, or what the emulator says.
+    fn run(mistake: u32) -> std::result::Result<Vec<f32>, String> {
+        let n = 128;
+        let launched = || {
+            let x = Tensor::arange(0f32, n as f32, &Device::Cpu)?;
+            let y = output(n, DType::F32, &Device::Cpu)?;
+            launch([&x], [&y], |[x], [y]| {
+                let arguments = Faulty { x, y, mistake };
+                Launch { kernel: "faulty", values: DType::F32, grid: [1; 3], threads: n, shared: 4 * n, arguments }
+            })?;
+            y.to_vec1()
+        };
+        launched().map_err(|error: candle_core::Error| error.to_string())
+    }
+
+    #[test]
+    fn the_emulator_finds_mistakes() {
+        let right: Vec<f32> = (0..128).map(|i| ((i + 32) % 128) as f32).collect();
+        for _ in 0..20 {
+            assert_eq!(run(0).as_ref(), Ok(&right));
+        }
+        for (mistake, said) in [
+            (1, "a write of 4 bytes outside"),
+            (2, "a write of 4 bytes outside"),
+            (3, "not aligned"),
+            (4, "not all threads reach a barrier"),
+            (5, "not all threads reach a barrier"),
+            (6, "beyond the shared memory"),
+        ] {
+            let error = run(mistake).unwrap_err();
+            assert!(error.contains(said), "{mistake}: {error}");
+        }
+        for mistake in [7, 8] {
+            assert!(run(mistake).unwrap().iter().any(|value| value.is_nan()), "{mistake}");
+        }
+        // Races depend on the order of threads, which is another one in each launch.
+        for mistake in [9, 10, 11] {
+            let found = (0..20).filter(|_| run(mistake).unwrap().iter().zip(&right).any(|(got, want)| got != want)).count();
+            assert!(found >= 5, "mistake {mistake} was found in {found} of 20 launches");
+        }
     }
 }

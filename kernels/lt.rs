@@ -11,15 +11,19 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr
 use candle_core::{CudaDevice, DType, Device, Result, Storage, Tensor};
 
 use crate::choices::{Algorithm, Choices, Shape};
-use crate::launch::{address, applies, in_eights, output};
+use crate::launch::{address, applies, count, in_eights, output};
 
 /// What Hopper's fastest algorithms may use.
 const WORKSPACE: usize = 32 << 20;
+/// CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE.
+const SUM_IN_F32: u32 = 2;
+/// Of every matrix, in bytes: eight values.
+const ALIGNMENT: u32 = 16;
 /// Algorithms that are timed, of those that the library thinks best; and runs of each, whose fastest counts.
 const CANDIDATES: usize = 8;
 const RUNS: usize = 5;
 
-/// The library, for one card: used by one thread at a time.
+/// The library, for one card. Its workspace is used by one product after another, because a card has one stream (card.rs).
 struct Library {
     handle: sys::cublasLtHandle_t,
     workspace: CudaSlice<u8>,
@@ -38,7 +42,7 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, gelu: b
     let Device::Cuda(device) = x.device() else { return Ok(None) };
     let dtype = x.dtype();
     let fits = |m: &Tensor| m.dtype() == dtype && in_eights(m) && m.elem_count() > 0;
-    let bias_fits = bias.is_none_or(|bias| bias.dtype() == dtype && bias.is_contiguous());
+    let bias_fits = bias.is_none_or(|bias| bias.dtype() == dtype && bias.is_contiguous() && in_eights(bias));
     let sixteen = matches!(dtype, DType::F16 | DType::BF16);
     if !(applies(x) && sixteen && fits(x) && fits(weight) && bias_fits && weight.dim(0)?.is_multiple_of(8)) {
         return Ok(None);
@@ -50,7 +54,10 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, gelu: b
         std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
         std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Library::open(device)?),
     };
-    library.product(&stream, x, weight, bias, gelu, &y)?;
+    if !library.product(&stream, x, weight, bias, gelu, &y)? {
+        return Ok(None);
+    }
+    count();
     Ok(Some(y))
 }
 
@@ -69,6 +76,7 @@ impl Library {
         Ok(Self { handle: result::create_handle().map_err(candle_core::Error::wrap)?, workspace, choices })
     }
 
+    /// Whether there is an algorithm for it; then it is in the stream.
     fn product(
         &mut self,
         stream: &CudaStream,
@@ -77,7 +85,7 @@ impl Library {
         bias: Option<&Tensor>,
         gelu: bool,
         y: &Tensor,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let (n, input, outputs) = (x.dim(0)?, x.dim(1)?, weight.dim(0)?);
         let epilogue = match (bias, gelu) {
             (None, false) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DEFAULT,
@@ -138,15 +146,17 @@ impl Library {
             .result()
             .map_err(candle_core::Error::wrap)
         };
-        let chosen = match self.choices.get(&shape) {
-            Some(algorithm) => algorithm,
-            None => {
-                let candidates = self.candidates(&description, [&a, &b, &c])?;
-                let fastest = fastest(stream, &candidates, &call)?;
-                self.choices.note(shape, fastest)
-            }
-        };
-        call(&chosen)
+        // One that was kept may be refused, by another version of the library under the same number.
+        if let Some(kept) = self.choices.get(&shape)
+            && call(&kept).is_ok()
+        {
+            return Ok(true);
+        }
+        let candidates = self.candidates(&description, [&a, &b, &c])?;
+        let Some(fastest) = fastest(stream, &candidates, &call)? else { return Ok(false) };
+        // The last run of the fastest need not have been the last run: the product is made again.
+        call(&self.choices.note(shape, fastest)).or_else(|_| call(&fastest))?;
+        Ok(true)
     }
 
     /// What the library thinks best, first first.
@@ -176,14 +186,17 @@ impl Library {
                 &raw mut count,
             )
         };
+        if status == sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
+            return Ok(Vec::new());
+        }
         status.result().map_err(candle_core::Error::wrap)?;
         let usable = |one: &&sys::cublasLtMatmulHeuristicResult_t| one.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
         Ok(found[..count as usize].iter().filter(usable).map(|one| one.algo.data).collect())
     }
 }
 
-/// The algorithm whose fastest run is the fastest.
-fn fastest(stream: &CudaStream, candidates: &[Algorithm], call: &dyn Fn(&Algorithm) -> Result<()>) -> Result<Algorithm> {
+/// The algorithm whose fastest run is the fastest, if any can run.
+fn fastest(stream: &CudaStream, candidates: &[Algorithm], call: &dyn Fn(&Algorithm) -> Result<()>) -> Result<Option<Algorithm>> {
     let event = || stream.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).w();
     let (begin, end) = (event()?, event()?);
     let mut best: Option<(f32, Algorithm)> = None;
@@ -204,8 +217,7 @@ fn fastest(stream: &CudaStream, candidates: &[Algorithm], call: &dyn Fn(&Algorit
             best = Some((shortest, *candidate));
         }
     }
-    let Some((_, algorithm)) = best else { candle_core::bail!("cuBLASLt has no algorithm for this product") };
-    Ok(algorithm)
+    Ok(best.map(|(_, algorithm)| algorithm))
 }
 
 fn driver_version() -> i32 {
@@ -267,13 +279,28 @@ struct Preference(sys::cublasLtMatmulPreference_t);
 
 impl Preference {
     fn new() -> Result<Self> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let new = Self(result::create_matmul_pref().map_err(candle_core::Error::wrap)?);
-        let (attribute, most) = (sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE);
+        new.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE)?;
+        // Parts of a sum are added in f32, whichever algorithm is the fastest.
+        new.set(Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &SUM_IN_F32)?;
+        for matrix in [
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+        ] {
+            new.set(matrix, &ALIGNMENT)?;
+        }
+        Ok(new)
+    }
+
+    fn set<T>(&self, attribute: sys::cublasLtMatmulPreferenceAttributes_t, value: &T) -> Result<()> {
         // SAFETY: the library copies as many bytes as the value has.
         #[expect(unsafe_code, reason = "a call of the library")]
-        let set = unsafe { result::set_matmul_pref_attribute(new.0, attribute, (&raw const most).cast(), size_of::<usize>()) };
-        set.map_err(candle_core::Error::wrap)?;
-        Ok(new)
+        let set =
+            unsafe { result::set_matmul_pref_attribute(self.0, attribute, std::ptr::from_ref(value).cast(), size_of::<T>()) };
+        set.map_err(candle_core::Error::wrap)
     }
 }
 

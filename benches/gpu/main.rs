@@ -87,7 +87,11 @@ fn main() -> anyhow::Result<ExitCode> {
     let options = Options::parse();
     let device = match options.device.as_str() {
         "cpu" => Device::Cpu,
-        ordinal => Device::new_cuda(ordinal.parse()?)?,
+        ordinal => {
+            // As the program opens it with our kernels: what is measured must not differ by it.
+            kernels::use_fused(options.kernels != Kernels::Plain);
+            kernels::open_cuda(ordinal.parse()?).map_err(anyhow::Error::msg)?
+        }
     };
     let dtype = match options.dtype {
         Precision::F32 => DType::F32,

@@ -131,9 +131,10 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
 
     let copy = copy_rate(device, full)?;
     println!("\noperations in {dtype:?}, medians of {rounds}; a copy on the device: {:.0} GB/s", copy / 1e9);
-    println!("{:42} {:>10} {:>10} {:>7} {:>10} {:>10}", "", "plain, ms", "fused, ms", "ratio", "GB/s", "TFLOP/s");
+    println!("{:42} {:>10} {:>10} {:>7} {:>10} {:>10} {:>9}", "", "plain, ms", "fused, ms", "ratio", "GB/s", "TFLOP/s", "apart");
     let mut report = Vec::new();
     for case in &cases {
+        let error = apart(case)?;
         let times = [false, true].map(|_| Vec::with_capacity(rounds));
         let [mut plain, mut fused] = times;
         for round in 0..=rounds {
@@ -151,10 +152,24 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
         fused.sort_by(f64::total_cmp);
         let (p, f) = (plain[rounds / 2], fused[rounds / 2]);
         let (gigabytes, teraflops) = (case.bytes / f / 1e6, case.flops / f / 1e9);
-        println!("{:42} {p:10.3} {f:10.3} {:7.2} {gigabytes:10.0} {teraflops:10.0}", case.name, p / f);
-        report.push(json!({"name": case.name, "plain_ms": plain, "fused_ms": fused, "bytes": case.bytes, "flops": case.flops}));
+        println!("{:42} {p:10.3} {f:10.3} {:7.2} {gigabytes:10.0} {teraflops:10.0} {error:9.1e}", case.name, p / f);
+        anyhow::ensure!(error < 2e-2, "{}: our kernels' result is {error:.1e} away from candle's", case.name);
+        report.push(json!({"name": case.name, "apart": error, "plain_ms": plain, "fused_ms": fused, "bytes": case.bytes, "flops": case.flops}));
     }
     Ok(json!({"copy_bytes_per_second": copy, "operations": report}))
+}
+
+/// How far the results of both kinds of kernels are apart, relative to their length.
+fn apart(case: &Case<'_>) -> Result<f64> {
+    let result = |fused| {
+        kernels::use_fused(fused);
+        let result = (case.run)()?.to_dtype(DType::F32);
+        kernels::use_fused(false);
+        result
+    };
+    let (plain, fused) = (result(false)?, result(true)?);
+    let norm = |x: &Tensor| Ok::<_, candle_core::Error>(f64::from(x.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt());
+    Ok(norm(&(fused - &plain)?)? / norm(&plain)?)
 }
 
 /// Milliseconds of one run: a few in a row, so that launching is not what is measured, synchronised around.

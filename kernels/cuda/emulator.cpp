@@ -1,4 +1,5 @@
 // The emulator and, compiled with it, every kernel. One function is called from Rust: emulator_launch.
+#include "faulty.cu"
 #include "kernels.cu"
 
 thread_local Dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -14,11 +15,15 @@ struct Fiber {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(128 << 10);
     State state = State::Ready;
+    const char *what = ""; // the warp does together
     void *given = nullptr;
     std::function<void(void *const *)> then;
     std::vector<std::vector<Copy>> groups; // committed copies, oldest first
     std::vector<Copy> started;
 };
+
+// Bytes behind shared memory that must stay as they are.
+constexpr size_t GUARD = 32 << 10;
 
 struct Range { const char *begin, *end; bool writable; };
 
@@ -55,6 +60,34 @@ void enter() {
     swapcontext(&self().context, &scheduler);
 }
 
+// Runs each of these threads until it waits for others. Whether any could run.
+bool run(const std::vector<uint32_t> &threads) {
+    bool ran = false;
+    for (uint32_t i : threads) {
+        if ((*fibers)[i].state != State::Ready || !failure->empty()) continue;
+        ran = true;
+        current = i;
+        threadIdx = {i, 0, 0};
+        swapcontext(&scheduler, &(*fibers)[i].context);
+    }
+    return ran;
+}
+
+// Lets the lanes of a warp go on that all have come to the same place. Whether they had.
+bool meet(uint32_t warp) {
+    auto begin = fibers->begin() + 32 * warp, end = begin + 32;
+    if (!std::all_of(begin, end, [](const Fiber &fiber) { return fiber.state == State::AtWarp; })) return false;
+    if (!std::all_of(begin, end, [&](const Fiber &fiber) { return !strcmp(fiber.what, begin->what); })) {
+        *failure = std::string("lanes of a warp meet in ") + begin->what + " and elsewhere";
+        return false;
+    }
+    void *given[32];
+    for (int i = 0; i < 32; i++) given[i] = begin[i].given;
+    begin->then(given);
+    for (auto fiber = begin; fiber != end; fiber++) fiber->state = State::Ready;
+    return true;
+}
+
 void run_block(uint32_t threads, std::mt19937 &random) {
     std::vector<uint32_t> order(threads);
     for (uint32_t i = 0; i < threads; i++) {
@@ -70,26 +103,24 @@ void run_block(uint32_t threads, std::mt19937 &random) {
     }
     // A NaN in every float, so that reading what nobody wrote shows.
     std::fill(shared_memory->begin(), shared_memory->end(), 0xff);
+    // Half of all launches run one warp at a time as far as it can go, so that warps run ahead of each other by all that barriers allow;
+    // the others run all threads from one meeting to the next.
+    bool ahead = random() % 2 == 0;
+    std::vector<uint32_t> warps(threads / 32);
+    for (uint32_t i = 0; i < threads / 32; i++) warps[i] = i;
     while (failure->empty()) {
-        std::shuffle(order.begin(), order.end(), random);
         bool ran = false;
-        for (uint32_t i : order) {
-            if ((*fibers)[i].state != State::Ready) continue;
-            ran = true;
-            current = i;
-            threadIdx = {i, 0, 0};
-            swapcontext(&scheduler, &(*fibers)[i].context);
-            if (!failure->empty()) return;
+        std::shuffle(warps.begin(), warps.end(), random);
+        std::shuffle(order.begin(), order.end(), random);
+        if (!ahead) ran = run(order);
+        for (uint32_t warp : warps) {
+            std::vector<uint32_t> lanes(32);
+            for (int i = 0; i < 32; i++) lanes[i] = 32 * warp + i;
+            std::shuffle(lanes.begin(), lanes.end(), random);
+            do ran = (ahead && run(lanes)) || ran;
+            while (failure->empty() && meet(warp) && ((ran = true)) && ahead);
         }
-        for (uint32_t warp = 0; warp < threads; warp += 32) {
-            auto begin = fibers->begin() + warp, end = begin + 32;
-            if (!std::all_of(begin, end, [](const Fiber &fiber) { return fiber.state == State::AtWarp; })) continue;
-            void *given[32];
-            for (int i = 0; i < 32; i++) given[i] = begin[i].given;
-            begin->then(given);
-            for (auto fiber = begin; fiber != end; fiber++) fiber->state = State::Ready;
-            ran = true;
-        }
+        if (!failure->empty()) return;
         auto in = [&](State state) {
             return (size_t)std::count_if(fibers->begin(), fibers->end(), [=](const Fiber &fiber) { return fiber.state == state; });
         };
@@ -114,7 +145,8 @@ void fault(const std::string &what) {
     throw Fault(what + where);
 }
 
-void collective(void *mine, const std::function<void(void *const *)> &then) {
+void collective(const char *what, void *mine, const std::function<void(void *const *)> &then) {
+    self().what = what;
     self().given = mine;
     self().then = then;
     wait_as(State::AtWarp);
@@ -164,10 +196,10 @@ extern "C" int emulator_launch(const char *name, const uint32_t *grid, uint32_t 
     if (kernel == kernels().end()) failed = "there is no kernel of this name";
     else if (threads == 0 || threads % 32 || threads > 1024) failed = "blocks are of whole warps, and of 1024 threads at most";
     else if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0 || grid[1] > 65535 || grid[2] > 65535) failed = "a card refuses this grid";
-    else if (shared_bytes > 227 << 10) failed = "no card has this much shared memory";
+    else if (shared_bytes > 99 << 10) failed = "not every card has this much shared memory";
     else {
         std::vector<Fiber> all(threads);
-        std::vector<unsigned char> memory(shared_bytes + 16);
+        std::vector<unsigned char> memory(shared_bytes + 16 + GUARD);
         std::mt19937 random(seed);
         fibers = &all, shared_memory = &memory, ranges = known.data(), range_count = known.size();
         body = kernel->second, arguments = a, failure = &failed;
@@ -177,6 +209,9 @@ extern "C" int emulator_launch(const char *name, const uint32_t *grid, uint32_t 
                 for (uint32_t x = 0; x < grid[0] && failed.empty(); x++) {
                     blockIdx = {x, y, z};
                     run_block(threads, random);
+                    const unsigned char *beyond = shared() + shared_bytes;
+                    if (failed.empty() && std::any_of(beyond, beyond + GUARD, [](unsigned char byte) { return byte != 0xff; }))
+                        failed = "a write beyond the shared memory that was asked for";
                 }
     }
     snprintf(message, 256, "%s", failed.c_str());

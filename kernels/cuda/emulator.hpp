@@ -1,5 +1,5 @@
-// A stand-in for a card: runs kernels on a processor, one block after another, its threads as fibers in an order drawn at random, so
-// that a missing barrier shows. Reads and writes of global memory outside the buffers that a launch names, misaligned accesses,
+// A stand-in for a card: runs kernels on a processor, one block after another, its threads as fibers in an order drawn at random; warps
+// run ahead of each other, so that a missing barrier shows. Reads and writes of global memory outside the buffers that a launch names, misaligned accesses,
 // and barriers that not all threads reach are errors; shared memory is all NaN when a block begins. Kernels use dynamic shared memory only.
 // Speed does not matter here: it is for tests.
 #pragma once
@@ -57,8 +57,8 @@ unsigned char *shared();
 [[noreturn]] void fault(const std::string &what);
 // Waits for all threads of the block.
 void block_barrier();
-// Waits for all lanes of the warp; the last to come calls `then` with what each lane has given, which may write to it.
-void collective(void *mine, const std::function<void(void *const *)> &then);
+// Waits for all lanes of the warp to do the same; then `then` is called with what each lane has given, which may write to it.
+void collective(const char *what, void *mine, const std::function<void(void *const *)> &then);
 // Errors unless a launch's buffer holds these bytes, at a multiple of `alignment`.
 void check(const void *p, size_t bytes, size_t alignment, bool writing);
 void start_copy(void *to, const void *from, bool valid);
@@ -78,11 +78,11 @@ struct Listed { Listed(const char *name, void (*kernel)(const void *)) { list(na
     static emulator::Listed listed_##name(#name, call_##name);
 
 inline void __syncthreads() { emulator::block_barrier(); }
-inline void __syncwarp() { emulator::collective(nullptr, [](void *const *) {}); }
+inline void __syncwarp() { emulator::collective("__syncwarp", nullptr, [](void *const *) {}); }
 
 inline float __shfl_xor_sync(uint32_t, float x, int mask) {
     float mine = x;
-    emulator::collective(&mine, [mask](void *const *lanes) {
+    emulator::collective("__shfl_xor_sync", &mine, [mask](void *const *lanes) {
         float all[32];
         for (int i = 0; i < 32; i++) all[i] = *(float *)lanes[i];
         for (int i = 0; i < 32; i++) *(float *)lanes[i] = all[i ^ mask];
@@ -108,7 +108,7 @@ template <typename T> float half_of(uint32_t word, int half) {
 
 template <typename T> void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
     struct Lane { float *d; const uint32_t *a, *b; } mine{d, a, b};
-    emulator::collective(&mine, [](void *const *lanes) {
+    emulator::collective("multiply", &mine, [](void *const *lanes) {
         float A[16][16], B[16][8];
         for (int l = 0; l < 32; l++) {
             const Lane &lane = *(Lane *)lanes[l];
@@ -130,7 +130,7 @@ template <typename T> void multiply(float (&d)[4], const uint32_t (&a)[4], const
 inline void load_matrices_as(uint32_t (&r)[4], const void *row, bool transposed) {
     if ((uintptr_t)row % 16) emulator::fault("a row of a matrix in shared memory is not aligned to 16 bytes");
     struct Lane { uint32_t *r; const uint16_t *row; } mine{r, (const uint16_t *)row};
-    emulator::collective(&mine, [transposed](void *const *lanes) {
+    emulator::collective(transposed ? "load_matrices_transposed" : "load_matrices", &mine, [transposed](void *const *lanes) {
         for (int l = 0; l < 32; l++)
             for (int m = 0; m < 4; m++) {
                 uint32_t halves[2];

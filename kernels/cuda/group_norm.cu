@@ -51,24 +51,36 @@ template <typename T> __device__ __forceinline__ void group_norm_parts(const Gro
 }
 
 template <typename T> __device__ __forceinline__ void group_norm_apply(const GroupNormArguments &a) {
-    // Every thread joins the few parts in their order, so that all agree.
-    float count = 0, mean = 0, squares = 0;
-    for (uint32_t i = 0; i < a.blocks; i++) {
-        const float *part = a.parts + 3 * ((uint64_t)blockIdx.y * a.blocks + i);
-        join(count, mean, squares, read(part), read(part + 1), read(part + 2));
+    DYNAMIC_SHARED(shared);
+    float *statistics = reinterpret_cast<float *>(shared); // the group's mean and factor
+    if (threadIdx.x == 0) {
+        // One thread joins the few parts in their order, so that all blocks agree.
+        float count = 0, mean = 0, squares = 0;
+        for (uint32_t i = 0; i < a.blocks; i++) {
+            const float *part = a.parts + 3 * ((uint64_t)blockIdx.y * a.blocks + i);
+            join(count, mean, squares, read(part), read(part + 1), read(part + 2));
+        }
+        statistics[0] = mean;
+        statistics[1] = 1.0f / sqrtf(squares / count + a.eps);
     }
-    float factor = 1.0f / sqrtf(squares / count + a.eps);
+    __syncthreads();
+    float mean = statistics[0], factor = statistics[1];
     uint32_t per_group = a.c / a.groups, first = blockIdx.y % a.groups * per_group;
     uint64_t size = per_group * a.area, stride = 8ull * GROUP_NORM_THREADS * gridDim.x;
     const T *x = (const T *)a.x + blockIdx.y * size;
     T *y = (T *)a.y + blockIdx.y * size;
     for (uint64_t i = 8ull * (blockIdx.x * GROUP_NORM_THREADS + threadIdx.x); i < size; i += stride) {
-        float v[8];
+        float v[8], scale = 0, shift = 0;
         load8(x + i, v);
+        // Eight values are of one channel, except in pictures of odd sizes; dividing for each would take longer than reading it.
+        bool one_channel = a.area % 8 == 0;
         for (int j = 0; j < 8; j++) {
-            uint32_t channel = first + (i + j) / a.area;
-            float scale = read(a.weight + channel) * factor;
-            v[j] = v[j] * scale + (read(a.bias + channel) - mean * scale);
+            if (j == 0 || !one_channel) {
+                uint32_t channel = first + (uint32_t)((i + j) / a.area);
+                scale = read(a.weight + channel) * factor;
+                shift = read(a.bias + channel) - mean * scale;
+            }
+            v[j] = v[j] * scale + shift;
             if (a.silu) v[j] = silu(v[j]);
         }
         store8(y + i, v);

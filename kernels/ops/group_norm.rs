@@ -97,7 +97,7 @@ fn by_kernel(x: &Tensor, groups: usize, [weight, bias]: [&Tensor; 2], eps: f32, 
         values: dtype,
         grid: [size.div_ceil(OF_A_BLOCK), b * groups, 1],
         threads: THREADS,
-        shared: 0,
+        shared: 16,
         arguments: arguments(x, weight, bias, parts, y),
     })?;
     Ok(Some(y))

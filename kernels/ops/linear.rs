@@ -9,10 +9,7 @@ use super::cpu;
 ///
 /// On the CPU in f32 the product is added onto the bias, which saves a pass over the output. Errors if the shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let ((n, input), (output, width)) = (x.dims2()?, weight.dims2()?);
-    if width != input || bias.is_some_and(|bias| bias.dims() != [output]) {
-        bail!("a linear layer of weight {:?} was given {:?}", weight.shape(), x.shape());
-    }
+    let [n, input, output] = sizes(x, weight, bias)?;
     #[cfg(feature = "cuda")]
     if let Some(y) = crate::lt::linear(x, weight, bias, false)? {
         return Ok(y);
@@ -24,8 +21,18 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     }
 }
 
+/// Rows, inputs and outputs, if they fit.
+fn sizes(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<[usize; 3]> {
+    let ((n, input), (output, width)) = (x.dims2()?, weight.dims2()?);
+    if width != input || bias.is_some_and(|bias| bias.dims() != [output]) {
+        bail!("a linear layer of weight {:?} was given {:?}", weight.shape(), x.shape());
+    }
+    Ok([n, input, output])
+}
+
 /// The same through [`gelu`], which cuBLASLt does to the product before it is written.
 pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    sizes(x, weight, bias)?;
     #[cfg(feature = "cuda")]
     if let Some(y) = crate::lt::linear(x, weight, bias, true)? {
         return Ok(y);

@@ -6,7 +6,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
     Addend, After, Budget, Delta, Projection, add_gated, add_gated_then_norm, attention, emulated, gelu, gelu_beside, group_norm,
-    joint_heads, launches, merge, modulated_norm,
+    joint_heads, launches, linear, linear_gelu, merge, modulated_norm,
 };
 
 fn random(shape: &[usize]) -> Tensor {
@@ -46,7 +46,9 @@ fn check(name: &str, dtypes: &[DType], inputs: &[Tensor], expected: usize, op: i
                 _ => 4e-3,
             };
             println!("{name} {dtype:?}: {error:.2e}, plain {plain:.2e}");
-            assert!(error <= 1.1 * plain + 0.05 * unit, "{name} in {dtype:?} on {place:?}: {error:e}, plain {plain:e}");
+            // What our kernels leave alone is done by candle, which rounds more often on a card than on the processor.
+            let slack = if expected == 0 { 4.0 } else { 1.1 };
+            assert!(error <= slack * plain + 0.05 * unit, "{name} in {dtype:?} on {place:?}: {error:e}, plain {plain:e}");
             let again = run(&|| op(&placed).unwrap());
             let same = (to_f32(&again) - to_f32(&got)).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             assert_eq!(same, 0.0, "{name} in {dtype:?} on {place:?} differs from run to run");
@@ -157,14 +159,17 @@ fn attention_of_all_widths() {
         for dtype in HALF {
             let rounded: Vec<Tensor> = inputs.iter().map(|x| x.to_dtype(dtype).unwrap()).collect();
             let exact: Vec<Tensor> = rounded.iter().map(to_f32).collect();
-            let before = launches();
-            let got = emulated(|| op(&rounded).unwrap());
-            assert_eq!(launches() - before, 1);
-            // The weights of the values are rounded to 16 bits, as in every such kernel.
-            let (error, bound) = (relative(&got, &op(&exact).unwrap()), if dtype == DType::F16 { 1e-3 } else { 6e-3 });
-            println!("attention {e} {dtype:?}: {error:.2e}");
-            assert!(error < bound, "{l} {l_kv} {e} {dtype:?}: {error:e}");
-            assert!(got.transpose(1, 2).unwrap().is_contiguous(), "heads lie side by side");
+            for (place, run) in places() {
+                let placed: Vec<Tensor> = rounded.iter().map(|x| x.to_device(&place).unwrap()).collect();
+                let before = launches();
+                let got = run(&|| op(&placed).unwrap());
+                assert_eq!(launches() - before, 1);
+                // The weights of the values are rounded to 16 bits, as in every such kernel.
+                let (error, bound) = (relative(&got, &op(&exact).unwrap()), if dtype == DType::F16 { 1e-3 } else { 6e-3 });
+                println!("attention {e} {dtype:?} on {place:?}: {error:.2e}");
+                assert!(error < bound, "{l} {l_kv} {e} {dtype:?} on {place:?}: {error:e}");
+                assert!(got.transpose(1, 2).unwrap().is_contiguous(), "heads lie side by side");
+            }
         }
     }
 }
@@ -177,9 +182,12 @@ fn attention_of_views_and_large_scores() {
     let part = |i: usize| all.narrow(2, i * h * e, h * e).unwrap().reshape((1, l, h, e)).unwrap().transpose(1, 2).unwrap();
     let op = |x: [Tensor; 3]| attention(&x[0], &x[1], &x[2], 1., None, Budget(usize::MAX)).unwrap();
     let strided = [0, 1, 2].map(|i| all.clone().narrow(2, i * h * e, h * e).unwrap());
-    let got = emulated(|| op([part(0), part(1), part(2)]));
     let want = op([part(0), part(1), part(2)].map(|x| to_f32(&x)));
-    assert!(relative(&got, &want) < 6e-3);
+    for (place, run) in places() {
+        let all = all.to_device(&place).unwrap();
+        let part = |i: usize| all.narrow(2, i * h * e, h * e).unwrap().reshape((1, l, h, e)).unwrap().transpose(1, 2).unwrap();
+        assert!(relative(&run(&|| op([part(0), part(1), part(2)])), &want) < 6e-3, "{place:?}");
+    }
     assert_eq!(strided[1].layout().start_offset(), h * e);
 }
 
@@ -223,19 +231,61 @@ fn merges_of_several_loras() {
             let addends: Vec<Addend> = addends.into_iter().filter(|addend| !addend.rows.is_empty()).collect();
             for dtype in HALF {
                 let weight = random(&[rows, columns]).to_dtype(dtype).unwrap();
-                let before = launches();
-                let got = emulated(|| merge(&weight, &addends).unwrap());
-                assert_eq!(launches() - before, 1);
-                let (want, got) = (merge(&weight, &addends).unwrap(), to_f32(&got));
-                // One unit in the last place where the sum lies near the middle of two.
-                let unit = if dtype == DType::F16 { 1.01 / 1024. } else { 1.01 / 128. };
-                let (got, want) = (got.flatten_all().unwrap().to_vec1::<f32>().unwrap(), to_f32(&want));
-                let want = want.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                let close = |(got, want): (&f32, &f32)| (got - want).abs() <= unit * want.abs().max(0.05);
-                assert!(got.iter().zip(&want).all(close), "{rows} x {columns} {dtype:?}");
-                let apart = got.iter().zip(&want).filter(|(got, want)| got != want).count();
-                assert!(apart * 50 <= got.len().max(50), "{apart} of {} in {dtype:?}", got.len());
+                for (place, run) in places() {
+                    let (there, placed) = (weight.to_device(&place).unwrap(), addends_on(&addends, &place));
+                    let before = launches();
+                    let got = run(&|| merge(&there, &placed).unwrap());
+                    assert_eq!(launches() - before, 1);
+                    let (want, got) = (merge(&weight, &addends).unwrap(), to_f32(&got));
+                    // One unit in the last place where the sum lies near the middle of two.
+                    let unit = if dtype == DType::F16 { 1.01 / 1024. } else { 1.01 / 128. };
+                    let (got, want) = (got.flatten_all().unwrap().to_vec1::<f32>().unwrap(), to_f32(&want));
+                    let want = want.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    let close = |(got, want): (&f32, &f32)| (got - want).abs() <= unit * want.abs().max(0.05);
+                    assert!(got.iter().zip(&want).all(close), "{rows} x {columns} {dtype:?}");
+                    let apart = got.iter().zip(&want).filter(|(got, want)| got != want).count();
+                    assert!(apart * 50 <= got.len().max(50), "{apart} of {} in {dtype:?}", got.len());
+                }
             }
         }
     }
+}
+
+fn addends_on(addends: &[Addend], place: &Device) -> Vec<Addend> {
+    let to = |x: &Tensor| x.to_device(place).unwrap();
+    let moved = |delta: &Delta| match delta {
+        Delta::LowRank { up, down } => Delta::LowRank { up: to(up), down: to(down) },
+        Delta::Dense(delta) => Delta::Dense(to(delta)),
+    };
+    addends.iter().map(|addend| Addend { rows: addend.rows.clone(), delta: moved(&addend.delta) }).collect()
+}
+
+/// cuBLASLt's products, which there are on a card only.
+#[test]
+fn products_with_bias_and_gelu() {
+    for (n, output, input) in [(1, 64, 96), (13, 40, 512), (512, 256, 128)] {
+        let wide = random(&[n, input + 16]);
+        let inputs = [wide.narrow(1, 8, input).unwrap(), (random(&[output, input]) * 0.1).unwrap(), random(&[output])];
+        for dtype in HALF {
+            let rounded: Vec<Tensor> = inputs.iter().map(|x| view_like(&x.to_dtype(dtype).unwrap(), x)).collect();
+            let exact: Vec<Tensor> = rounded.iter().map(to_f32).collect();
+            for bias in [false, true] {
+                for through_gelu in [false, true] {
+                    let op = |x: &[Tensor]| {
+                        (if through_gelu { linear_gelu } else { linear })(&x[0], &x[1], bias.then_some(&x[2])).unwrap()
+                    };
+                    let truth = op(&exact);
+                    for (place, run) in places() {
+                        let placed: Vec<Tensor> = rounded.iter().map(|x| view_like(&x.to_device(&place).unwrap(), x)).collect();
+                        let (before, error) = (launches(), relative(&run(&|| op(&placed)), &truth));
+                        assert!(place.is_cpu() || launches() > before, "cuBLASLt has no algorithm for {n} {output} {input}");
+                        let bound = if dtype == DType::F16 { 5e-4 } else { 4e-3 };
+                        assert!(error < bound, "{n} {output} {input} {dtype:?} {bias} {through_gelu} on {place:?}: {error:e}");
+                    }
+                }
+            }
+        }
+    }
+    let (x, w) = (random(&[3, 16]), random(&[8, 24]));
+    assert!(linear_gelu(&x, &w, None).is_err() && linear(&x, &w, None).is_err());
 }
