@@ -1,5 +1,6 @@
 // softmax(q k^T scale) v without a score matrix (Dao, FlashAttention-2): a block keeps 128 queries, and keys and values pass by in
-// tiles of 64, the next ones on their way while these are multiplied.
+// tiles of 64, the next ones on their way while these are multiplied. A warp has 32 queries, so that what it reads of a tile serves
+// twice: with 16, reading shared memory would take twice as long as multiplying.
 //
 // For matrix units of compute capability 8.0 and newer. Bytes saved at FLUX.1's 4608 tokens: the score matrix, 1 GB written and read
 // three times in every block. Time on a card: not measured yet; a card of capability 9.0 has faster instructions than these.
@@ -14,8 +15,8 @@ struct AttentionArguments {
     float scale; // of the scores, times log2(e)
 };
 
-constexpr int ATTENTION_THREADS = 256;
-constexpr int QUERIES = 128; // of a block: 16 for each warp
+constexpr int ATTENTION_THREADS = 128;
+constexpr int QUERIES = 128; // of a block: 32 for each warp, in two halves
 constexpr int KEYS = 64;     // of a tile
 
 // A tile's rows are E values; chunk c (16 bytes) of row r lies at c ^ (r % 8), so that eight rows' chunks lie in different banks.
@@ -45,88 +46,110 @@ template <typename T, int E> __device__ __forceinline__ void attention(const Att
 
     fetch<T, E, QUERIES>(q_tile, q, a.q_token, first, a.l);
     fetch<T, E, KEYS>(k_tiles, k, a.k_token, 0, a.l_kv);
-    commit_copies();
     fetch<T, E, KEYS>(v_tiles, v, a.v_token, 0, a.l_kv);
     commit_copies();
 
-    uint32_t q_parts[E / 16][4];
-    float y[E / 8][4] = {};
-    float largest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}; // of rows lane / 4 and lane / 4 + 8
+    // Of each half: results, and of its rows lane / 4 and lane / 4 + 8 the largest score and the sum.
+    float y[2][E / 8][4] = {};
+    float largest[2][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}}, total[2][2] = {};
     int tiles = (a.l_kv + KEYS - 1) / KEYS;
     for (int t = 0; t < tiles; t++) {
         const T *k_tile = k_tiles + t % 2 * KEYS * E, *v_tile = v_tiles + t % 2 * KEYS * E;
-        wait_for_copies<1>(); // this tile's keys (and the queries); its values may still be on their way
-        __syncthreads();
-        if (t == 0)
-#pragma unroll
-            for (int e = 0; e < E / 16; e++)
-                load_matrices(q_parts[e], q_tile + place<E>(16 * warp + matrix % 2 * 8 + line, 2 * e + matrix / 2));
-        if (t + 1 < tiles) fetch<T, E, KEYS>(k_tiles + (t + 1) % 2 * KEYS * E, k, a.k_token, (t + 1) * KEYS, a.l_kv);
+        wait_for_copies<0>();
+        __syncthreads(); // this tile is there for all, and all are done with the one before, whose place the next one takes
+        if (t + 1 < tiles) {
+            fetch<T, E, KEYS>(k_tiles + (t + 1) % 2 * KEYS * E, k, a.k_token, (t + 1) * KEYS, a.l_kv);
+            fetch<T, E, KEYS>(v_tiles + (t + 1) % 2 * KEYS * E, v, a.v_token, (t + 1) * KEYS, a.l_kv);
+        }
         commit_copies();
 
-        float s[KEYS / 8][4] = {};
+        float s[2][KEYS / 8][4] = {};
+#pragma unroll 4
+        for (int e = 0; e < E / 16; e++) {
+            uint32_t q_part[2][4];
 #pragma unroll
-        for (int e = 0; e < E / 16; e++)
+            for (int half = 0; half < 2; half++)
+                load_matrices(q_part[half], q_tile + place<E>(32 * warp + 16 * half + matrix % 2 * 8 + line, 2 * e + matrix / 2));
 #pragma unroll
             for (int j = 0; j < KEYS / 16; j++) {
                 uint32_t part[4];
                 load_matrices(part, k_tile + place<E>(16 * j + matrix / 2 * 8 + line, 2 * e + matrix % 2));
                 uint32_t left[2] = {part[0], part[1]}, right[2] = {part[2], part[3]};
-                multiply(s[2 * j], q_parts[e], left, T());
-                multiply(s[2 * j + 1], q_parts[e], right, T());
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    multiply(s[half][2 * j], q_part[half], left, T());
+                    multiply(s[half][2 * j + 1], q_part[half], right, T());
+                }
             }
+        }
         if ((t + 1) * KEYS > (int)a.l_kv)
 #pragma unroll
             for (int j = 0; j < KEYS / 8; j++)
                 for (int i = 0; i < 4; i++)
-                    if (t * KEYS + 8 * j + 2 * (lane % 4) + i % 2 >= (int)a.l_kv) s[j][i] = -INFINITY;
+                    if (t * KEYS + 8 * j + 2 * (lane % 4) + i % 2 >= (int)a.l_kv) s[0][j][i] = s[1][j][i] = -INFINITY;
 
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float most = largest[r], sum = 0;
-            for (int j = 0; j < KEYS / 8; j++) most = fmaxf(most, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-            for (int apart = 1; apart < 4; apart *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, apart));
-            float shrink = exp2f((largest[r] - most) * a.scale);
-            largest[r] = most;
-            for (int j = 0; j < KEYS / 8; j++)
-                for (int i = 2 * r; i < 2 * r + 2; i++) {
-                    s[j][i] = exp2f((s[j][i] - most) * a.scale);
-                    sum += s[j][i];
-                }
-            total[r] = total[r] * shrink + sum; // of this lane's columns; the four lanes of a row add up in the end
-            for (int j = 0; j < E / 8; j++)
-                for (int i = 2 * r; i < 2 * r + 2; i++) y[j][i] *= shrink;
-        }
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float most = largest[half][r], sum = 0;
+#pragma unroll
+                for (int j = 0; j < KEYS / 8; j++) most = fmaxf(most, fmaxf(s[half][j][2 * r], s[half][j][2 * r + 1]));
+                for (int apart = 1; apart < 4; apart *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, apart));
+                float shrink = exp2f((largest[half][r] - most) * a.scale);
+                largest[half][r] = most;
+#pragma unroll
+                for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+                    for (int i = 2 * r; i < 2 * r + 2; i++) {
+                        s[half][j][i] = exp2f((s[half][j][i] - most) * a.scale);
+                        sum += s[half][j][i];
+                    }
+                // Of this lane's columns; the four lanes of a row add up in the end.
+                total[half][r] = total[half][r] * shrink + sum;
+#pragma unroll
+                for (int j = 0; j < E / 8; j++)
+#pragma unroll
+                    for (int i = 2 * r; i < 2 * r + 2; i++) y[half][j][i] *= shrink;
+            }
 
-        wait_for_copies<1>(); // this tile's values
-        __syncthreads();
-        if (t + 1 < tiles) fetch<T, E, KEYS>(v_tiles + (t + 1) % 2 * KEYS * E, v, a.v_token, (t + 1) * KEYS, a.l_kv);
-        commit_copies();
 #pragma unroll
         for (int j = 0; j < KEYS / 16; j++) {
-            // What was a result's layout is an operand's.
-            uint32_t p[4] = {both_rounded<T>(s[2 * j][0], s[2 * j][1]), both_rounded<T>(s[2 * j][2], s[2 * j][3]),
-                             both_rounded<T>(s[2 * j + 1][0], s[2 * j + 1][1]), both_rounded<T>(s[2 * j + 1][2], s[2 * j + 1][3])};
+            uint32_t p[2][4];
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) // what was a result's layout is an operand's
+                    p[half][i] = both_rounded<T>(s[half][2 * j + i / 2][i % 2 * 2], s[half][2 * j + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
             for (int e = 0; e < E / 16; e++) {
                 uint32_t part[4];
                 load_matrices_transposed(part, v_tile + place<E>(16 * j + matrix % 2 * 8 + line, 2 * e + matrix / 2));
                 uint32_t left[2] = {part[0], part[1]}, right[2] = {part[2], part[3]};
-                multiply(y[2 * e], p, left, T());
-                multiply(y[2 * e + 1], p, right, T());
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    multiply(y[half][2 * e], p[half], left, T());
+                    multiply(y[half][2 * e + 1], p[half], right, T());
+                }
             }
         }
     }
 
-    for (int r = 0; r < 2; r++) {
-        for (int apart = 1; apart < 4; apart *= 2) total[r] += __shfl_xor_sync(0xffffffffu, total[r], apart);
-        uint32_t token = first + 16 * warp + lane / 4 + 8 * r;
-        if (token >= a.l) continue;
-        T *to = (T *)a.y + (((uint64_t)item * a.l + token) * a.h + head) * E + 2 * (lane % 4);
 #pragma unroll
-        for (int j = 0; j < E / 8; j++)
-            write(reinterpret_cast<uint32_t *>(to + 8 * j), both_rounded<T>(y[j][2 * r] / total[r], y[j][2 * r + 1] / total[r]));
-    }
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            for (int apart = 1; apart < 4; apart *= 2) total[half][r] += __shfl_xor_sync(0xffffffffu, total[half][r], apart);
+            uint32_t token = first + 32 * warp + 16 * half + lane / 4 + 8 * r;
+            if (token >= a.l) continue;
+            T *to = (T *)a.y + (((uint64_t)item * a.l + token) * a.h + head) * E + 2 * (lane % 4);
+            float factor = 1.0f / total[half][r];
+#pragma unroll
+            for (int j = 0; j < E / 8; j++) {
+                uint32_t pair = both_rounded<T>(y[half][j][2 * r] * factor, y[half][j][2 * r + 1] * factor);
+                write(reinterpret_cast<uint32_t *>(to + 8 * j), pair);
+            }
+        }
 }
 
 #define ATTENTION(E) \

@@ -66,7 +66,7 @@ struct Arguments {
 
 /// Queries and threads of a block, and keys of a tile, as in cuda/attention.cu.
 const QUERIES: usize = 128;
-const THREADS: usize = 256;
+const THREADS: usize = 128;
 const KEYS: usize = 64;
 
 /// Attention by our kernel: 16-bit values, heads of 16, 32, 64 or 128 channels; `None` if it does not apply. The result's memory lies
