@@ -128,8 +128,16 @@ impl Service {
     }
 
     pub(crate) fn worker(&self) -> u32 {
-        let found = Command::new("pgrep").args(["-P", &self.child.id().to_string()]).output().unwrap();
-        String::from_utf8(found.stdout).unwrap().trim().parse().unwrap()
+        let begun = Instant::now();
+        loop {
+            let found = Command::new("pgrep").args(["-P", &self.child.id().to_string()]).output().unwrap();
+            // Between a worker's death and the next one's start there is none.
+            if let Ok(worker) = String::from_utf8(found.stdout).unwrap().trim().parse() {
+                return worker;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30), "there is no worker");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     pub(crate) fn kill(&mut self, signal: &str) -> Option<i32> {
