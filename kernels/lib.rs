@@ -19,11 +19,13 @@
 //!
 //! The model never asks which device it runs on: a faster kernel for one device replaces the inside of its function here. Kernels for
 //! CUDA are in `cuda/`, one file for each file of `ops/`; `launch.rs` runs them, and [`use_fused`] turns them on. None of them has run
-//! on a card yet: they have been compiled for cards and run, emulated, against the references above.
+//! on a card yet: they have been compiled for cards and run, emulated, against the references above. [`choose_attention`] has cuDNN, where
+//! it is installed, in the place of our kernel for attention.
 
 mod card;
 #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only cuBLASLt asks"))]
 mod choices;
+mod cudnn;
 mod launch;
 #[cfg(feature = "cuda")]
 mod lt;
@@ -32,12 +34,13 @@ mod ops;
 
 pub use card::{free_memory, open_cuda};
 pub use choices::{Keeper, keep_choices};
+pub use cudnn::{cudnn_status, has_cudnn};
 #[cfg(feature = "emulator")]
 pub use launch::emulated;
 pub use launch::{fused, launches, use_fused};
 pub use memory::zeros;
 pub use ops::activation::{gelu, gelu_beside};
-pub use ops::attention::{Budget, attention};
+pub use ops::attention::{Attention, Budget, attention, choose_attention, chosen_attention};
 pub use ops::convolve::{Window, convolve};
 pub use ops::group_norm::{After, group_norm};
 pub use ops::heads::{Heads, Projection, joint_heads};

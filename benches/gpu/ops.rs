@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
-    Addend, After, Budget, Delta, Projection, add_gated_then_norm, attention, gelu_beside, group_norm, joint_heads, linear,
-    linear_gelu, merge, modulated_norm,
+    Addend, After, Attention, Budget, Delta, Projection, add_gated_then_norm, attention, choose_attention, gelu_beside,
+    group_norm, joint_heads, linear, linear_gelu, merge, modulated_norm,
 };
 use serde_json::{Value, json};
 
@@ -94,6 +94,19 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
             run: Box::new(|| group_norm(&picture, 32, &weight, &bias, 1e-6, After::Silu)),
         },
     ];
+    if kernels::has_cudnn() {
+        cases.push(Case {
+            name: "attention, cuDNN".into(),
+            bytes: 4. * rows,
+            flops: 4. * (l * l * d) as f64,
+            run: Box::new(|| {
+                choose_attention(Attention::Cudnn);
+                let y = attention(&q, &k, &v, 1. / (e as f64).sqrt(), None, Budget::default());
+                choose_attention(Attention::Own);
+                y
+            }),
+        });
+    }
     // (name, tokens, outputs, inputs, GELU) of the matrices of both kinds of block.
     let matrices = [
         ("img qkv", l - l_txt, 3 * d, d, false),
@@ -156,7 +169,9 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
         anyhow::ensure!(error < 2e-2, "{}: our kernels' result is {error:.1e} away from candle's", case.name);
         report.push(json!({"name": case.name, "apart": error, "plain_ms": plain, "fused_ms": fused, "bytes": case.bytes, "flops": case.flops}));
     }
-    Ok(json!({"copy_bytes_per_second": copy, "operations": report}))
+    // Where it has no plan, its case above is our kernel's.
+    println!("{}", kernels::cudnn_status());
+    Ok(json!({"copy_bytes_per_second": copy, "cudnn": kernels::cudnn_status(), "operations": report}))
 }
 
 /// How far the results of both kinds of kernels are apart, relative to their length.

@@ -1,9 +1,34 @@
 //! Attention without a mask, in chunks of queries so that the score matrix stays under a budget.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use candle_core::{D, DType, Result, Tensor};
 
 use super::activation::softmax;
+use crate::cudnn;
 use crate::launch::{Launch, Pointer, applies, in_eights, launch, output};
+
+/// Whose kernels attention on CUDA is made of, once [`use_fused`](crate::use_fused) is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Attention {
+    #[default]
+    Own,
+    /// cuDNN's, where it is installed and has a plan; ours elsewhere. [`cudnn_status`](crate::cudnn_status) tells.
+    Cudnn,
+}
+
+static CUDNN: AtomicBool = AtomicBool::new(false);
+
+/// Whose kernels are used from now on. [`Attention::Own`] at first: cuDNN's have not been timed beside them.
+pub fn choose_attention(choice: Attention) {
+    CUDNN.store(choice == Attention::Cudnn, Ordering::Relaxed);
+}
+
+/// What [`choose_attention`] said last.
+#[must_use]
+pub fn chosen_attention() -> Attention {
+    if CUDNN.load(Ordering::Relaxed) { Attention::Cudnn } else { Attention::Own }
+}
 
 /// Largest score matrix, in bytes, that is held at once.
 #[derive(Debug, Clone, Copy)]
@@ -21,8 +46,15 @@ impl Default for Budget {
 /// `scale` multiplies the scores. The softmax is f32 whatever the dtype of q is; on the CPU, which gains nothing from 16-bit
 /// products, so are both products. Errors if the shapes do not fit.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>, budget: Budget) -> Result<Tensor> {
-    if let (None, Some(y)) = (bias, by_kernel(q, k, v, scale)?) {
-        return Ok(y);
+    if bias.is_none() {
+        if chosen_attention() == Attention::Cudnn
+            && let Some(y) = cudnn::attention(q, k, v, scale)?
+        {
+            return Ok(y);
+        }
+        if let Some(y) = by_kernel(q, k, v, scale)? {
+            return Ok(y);
+        }
     }
     let (b, h, l, _) = q.dims4()?;
     let (l_kv, dtype) = (k.dim(2)?, q.dtype());

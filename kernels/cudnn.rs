@@ -1,0 +1,174 @@
+//! Attention through cuDNN, whose library is opened when it is first asked for: nothing is linked, and without it nothing is lost.
+//!
+//! It wants `libcudnn.so.9` and, as it compiles its kernels when it makes a plan, NVRTC of the same CUDA, where the dynamic linker finds
+//! them.
+
+// Without a card, tests look at what can be looked at.
+#[cfg(any(feature = "cuda", test))]
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only cards run plans"))]
+mod backend;
+#[cfg(any(feature = "cuda", test))]
+mod codes;
+#[cfg(any(feature = "cuda", test))]
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only cards run plans"))]
+mod graph;
+#[cfg(test)]
+mod tests;
+
+use candle_core::Tensor;
+
+/// q `(b, h, l, e)`, k and v `(b, h, l_kv, e)` -> softmax(scale q kᵀ) v, `(b, h, l, e)`, which lies in memory as `(b, l, h, e)`.
+///
+/// `None` if this is not for cuDNN: other devices, types other than 16-bit ones, heads of widths other than 64 and 128, no library, no
+/// plan; [`cudnn_status`] tells of the last two. Errors if the plan that there is does not run.
+#[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "as with CUDA"))]
+pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> candle_core::Result<Option<Tensor>> {
+    #[cfg(feature = "cuda")]
+    return card::attention(q, k, v, scale);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (q, k, v, scale);
+        Ok(None)
+    }
+}
+
+/// cuDNN's version, and what it was last not used for; or why it cannot be used. The first call opens the library.
+#[must_use]
+pub fn cudnn_status() -> String {
+    #[cfg(feature = "cuda")]
+    return card::status();
+    #[cfg(not(feature = "cuda"))]
+    "no cuDNN: this build has no CUDA".into()
+}
+
+/// Whether cuDNN is there to be used. The first call opens the library.
+#[must_use]
+pub fn has_cudnn() -> bool {
+    #[cfg(feature = "cuda")]
+    return card::library().is_ok();
+    #[cfg(not(feature = "cuda"))]
+    false
+}
+
+#[cfg(feature = "cuda")]
+mod card {
+    use std::collections::HashMap;
+    use std::collections::hash_map::Entry;
+    use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+    use candle_core::cuda_backend::WrapErr;
+    use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
+    use candle_core::{CudaDevice, Device, Error, Storage, Tensor};
+
+    use super::backend::{Handle, Library, dotted};
+    use super::graph::{Plan, Problem, Target};
+    use crate::launch::{address, applies, output};
+
+    /// The library's names: the whole of it, and the part that is used.
+    const FILES: [&str; 2] = ["libcudnn.so.9", "libcudnn_graph.so.9"];
+
+    /// cuDNN on one card: used by one thread at a time.
+    struct Card {
+        /// `None` where there is no plan, which is not looked for again.
+        plans: HashMap<Problem, Option<Plan>>,
+        handle: Handle,
+        /// What the plans and the handle live in.
+        _context: Arc<CudaContext>,
+    }
+
+    static CARDS: Mutex<Option<HashMap<usize, Option<Card>>>> = Mutex::new(None);
+
+    /// Why attention was last left to others.
+    static REFUSAL: Mutex<Option<String>> = Mutex::new(None);
+
+    pub(super) fn library() -> Result<&'static Library, &'static str> {
+        static LIBRARY: OnceLock<Result<&'static Library, String>> = OnceLock::new();
+        LIBRARY.get_or_init(|| Library::open(&FILES)).as_ref().map(|opened| *opened).map_err(String::as_str)
+    }
+
+    pub(super) fn status() -> String {
+        let refusal = REFUSAL.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match (library(), refusal) {
+            (Err(why), _) => format!("no cuDNN: {why}"),
+            (Ok(library), None) => format!("cuDNN {}", dotted(library.version)),
+            (Ok(library), Some(why)) => format!("cuDNN {}; {why}", dotted(library.version)),
+        }
+    }
+
+    pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> candle_core::Result<Option<Tensor>> {
+        let Device::Cuda(device) = q.device() else { return Ok(None) };
+        let (true, Some(problem), Ok(library)) = (applies(q), Problem::of(q, k, v)?, library()) else { return Ok(None) };
+        let stream = device.cuda_stream();
+        // cuDNN takes the card that is current.
+        stream.context().bind_to_thread().w()?;
+        let mut cards = CARDS.lock().unwrap_or_else(PoisonError::into_inner);
+        let card = cards.get_or_insert_default().entry(stream.context().ordinal()).or_insert_with(|| {
+            let handle = noted(Handle::new(library))?;
+            Some(Card { plans: HashMap::new(), handle, _context: stream.context().clone() })
+        });
+        let Some(card) = card else { return Ok(None) };
+        card.attention(library, device, &stream, problem, [q, k, v], scale as f32)
+    }
+
+    impl Card {
+        fn attention(
+            &mut self,
+            library: &'static Library,
+            device: &CudaDevice,
+            stream: &CudaStream,
+            problem: Problem,
+            inputs: [&Tensor; 3],
+            scale: f32,
+        ) -> candle_core::Result<Option<Tensor>> {
+            self.handle.use_stream(stream.cu_stream().cast()).map_err(Error::msg)?;
+            let Problem { b, h, l, e, .. } = problem;
+            let plan = match self.plans.entry(problem) {
+                Entry::Occupied(entry) => entry.into_mut(),
+                Entry::Vacant(entry) => {
+                    let plan = Plan::new(library, entry.key(), Target::Card(&self.handle));
+                    let plan = noted(plan.map_err(|why| format!("no plan for {:?}: {why}", entry.key())));
+                    entry.insert(plan)
+                }
+            };
+            let Some(plan) = plan else { return Ok(None) };
+            let [q, _, _] = inputs;
+            let y = output((b, l, h, e), q.dtype(), q.device())?;
+
+            let held: Vec<_> = inputs.into_iter().chain([&y]).map(|x| (x.storage_and_layout().0, x.layout())).collect();
+            let workspace = workspace(device, plan.workspace)?;
+            let (mut tensors, mut used) = ([0u64; 4], Vec::new());
+            for ((storage, layout), at) in held.iter().zip(&mut tensors) {
+                let Storage::Cuda(storage) = &**storage else { candle_core::bail!("attention of tensors on two devices") };
+                let (begin, record) = address(storage, stream)?;
+                *at = begin + (layout.start_offset() * q.dtype().size_in_bytes()) as u64;
+                used.push(record);
+            }
+            let at = workspace.as_ref().map(|memory| {
+                let (at, record) = memory.device_ptr(stream);
+                used.push(record);
+                at
+            });
+            // SAFETY: the problem is that of the tensors, which are held until the work is in the stream, as is the workspace, whose
+            // memory is given back in the order of the stream.
+            #[expect(unsafe_code, reason = "a call of the library")]
+            unsafe { plan.run(&mut self.handle, tensors, scale, at.unwrap_or(0)) }.map_err(Error::msg)?;
+            Ok(Some(y.transpose(1, 2)?))
+        }
+    }
+
+    /// So many bytes with nothing in them yet; none for none.
+    fn workspace(device: &CudaDevice, bytes: usize) -> candle_core::Result<Option<CudaSlice<u8>>> {
+        if bytes == 0 {
+            return Ok(None);
+        }
+        // SAFETY: cuDNN expects nothing of what is in it.
+        #[expect(unsafe_code, reason = "memory that nothing has written")]
+        let memory = unsafe { device.alloc::<u8>(bytes) }?;
+        Ok(Some(memory))
+    }
+
+    /// What there is, or `None` with the reason kept for [`status`].
+    fn noted<T>(result: Result<T, String>) -> Option<T> {
+        result.map_err(|why| *REFUSAL.lock().unwrap_or_else(PoisonError::into_inner) = Some(why)).ok()
+    }
+}
