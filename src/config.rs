@@ -76,6 +76,8 @@ pub struct Config {
     pub lora_cache_bytes: u64,
     /// `DARKROOM_KERNELS=fused`: kernels of our own on CUDA instead of candle's operations.
     pub fused_kernels: bool,
+    /// `DARKROOM_ATTENTION=cudnn`: with them, cuDNN's attention where it is installed.
+    pub cudnn_attention: bool,
     /// Our own cache, which may be deleted at any time: `$XDG_CACHE_HOME/darkroom`. `None` where there is no home.
     pub cache: Option<PathBuf>,
     /// `RUST_LOG`, as `tracing-subscriber` reads it.
@@ -114,6 +116,8 @@ impl Config {
             private_urls: variable("DARKROOM_PRIVATE_URLS").is_some_and(|value| truthy(&value)),
             lora_cache_bytes: (gigabytes.unwrap_or(20.0) * 1e9) as u64,
             fused_kernels: variable("DARKROOM_KERNELS").is_some_and(|kernels| kernels.trim().eq_ignore_ascii_case("fused")),
+            cudnn_attention: variable("DARKROOM_ATTENTION")
+                .is_some_and(|attention| attention.trim().eq_ignore_ascii_case("cudnn")),
             cache: caches.map(|caches| caches.join("darkroom")),
             log: variable("RUST_LOG"),
             log_json: variable("DARKROOM_LOG_FORMAT").is_some_and(|format| format.eq_ignore_ascii_case("json")),

@@ -32,6 +32,9 @@ struct Options {
     /// candle's operations, our kernels, or both in turn. Operations are always timed both ways.
     #[arg(long, value_enum, default_value_t = Kernels::Both)]
     kernels: Kernels,
+    /// Attention of the steps with our kernels: ours, or cuDNN's where it is installed. Operations time both.
+    #[arg(long, value_enum, default_value_t = Attention::Own)]
+    attention: Attention,
     /// Timed steps, after two that warm up.
     #[arg(long, default_value_t = 10)]
     steps: usize,
@@ -64,6 +67,12 @@ enum Kernels {
     Plain,
     Fused,
     Both,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Attention {
+    Own,
+    Cudnn,
 }
 
 impl Kernels {
@@ -101,6 +110,10 @@ fn main() -> anyhow::Result<ExitCode> {
     if let Some(cache) = dirs::cache_dir() {
         kernels::keep_choices(Box::new(Kept::in_folder(&cache.join("darkroom"))));
     }
+    kernels::choose_attention(match options.attention {
+        Attention::Own => kernels::Attention::Own,
+        Attention::Cudnn => kernels::Attention::Cudnn,
+    });
     if let (true, Some(model)) = (options.serve, &options.model) {
         kernels::use_fused(options.kernels == Kernels::Fused);
         serve::run(&device, dtype, model)?;

@@ -130,7 +130,11 @@ impl Pipeline {
         let weights = parameters.values().map(|p| p.shape().iter().product::<usize>() * dtype.size_in_bytes()).sum::<usize>();
         let mut patches = Patches::new(parameters, device, dtype);
         patches.home = plan.home.unwrap_or_else(|| device::home(device, weights as u64));
-        let kernels = if device.is_cuda() && kernels::fused() { "fused" } else { "plain" };
+        let kernels = match (device.is_cuda() && kernels::fused(), kernels::chosen_attention()) {
+            (false, _) => "plain".to_owned(),
+            (true, kernels::Attention::Own) => "fused".to_owned(),
+            (true, kernels::Attention::Cudnn) => format!("fused; {}", kernels::cudnn_status()),
+        };
         tracing::info!(kernels, ?dtype, device = ?device.location(), %plan, "computed with");
         tracing::info!(home = %patches.home, bytes = weights, "pristine weights while LoRAs are on them");
         let patches = Mutex::new(patches);
