@@ -237,6 +237,7 @@ mod cuda {
             DType::F32 => of(storage.as_cuda_slice::<f32>()?, stream),
             DType::F16 => of(storage.as_cuda_slice::<f16>()?, stream),
             DType::BF16 => of(storage.as_cuda_slice::<bf16>()?, stream),
+            DType::F8E4M3 => of(storage.as_cuda_slice::<float8::F8E4M3>()?, stream),
             other => bail!("no kernel for {other:?}"),
         })
     }
@@ -286,6 +287,7 @@ mod emulator {
             CpuStorage::F32(values) => (values.as_ptr() as u64, size_of_val(&values[..]), 4),
             CpuStorage::F16(values) => (values.as_ptr() as u64, size_of_val(&values[..]), 2),
             CpuStorage::BF16(values) => (values.as_ptr() as u64, size_of_val(&values[..]), 2),
+            CpuStorage::F8E4M3(values) => (values.as_ptr() as u64, size_of_val(&values[..]), 1),
             other => bail!("no kernel for {:?}", candle_core::backend::BackendStorage::dtype(other)),
         })
     }

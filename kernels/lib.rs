@@ -9,6 +9,8 @@
 //! | [`gelu`] | the tanh form | candle's, in tests |
 //! | [`gelu_beside`] | \[attended, gelu\] without a concatenation | composed candle ops, in tests |
 //! | [`group_norm`] | group norm, affine, SiLU in one pass | composed candle ops, in tests |
+//! | [`linear_fp8`] | x Wᵀ + b with both in e4m3, a scale for each row; cuBLASLt's on CUDA | its module |
+//! | [`quantise_fp8`], [`widen_fp8`] | to e4m3 and back, in one pass | composed candle ops, in tests |
 //! | [`joint_heads`] | q, k, v of all streams from their projections: split, norm, rotate, join | composed ops, in its module |
 //! | [`layer_norm`] | layer norm without weights, f32 statistics | composed candle ops, in tests |
 //! | [`linear`], [`linear_gelu`] | x Wᵀ + b, added onto the bias on the CPU; cuBLASLt's epilogues on CUDA | composed candle ops, in tests |
@@ -42,6 +44,7 @@ pub use memory::zeros;
 pub use ops::activation::{gelu, gelu_beside};
 pub use ops::attention::{Attention, Budget, attention, choose_attention, chosen_attention};
 pub use ops::convolve::{Window, convolve};
+pub use ops::fp8::{fp8_products, linear_fp8, quantise_fp8, use_fp8_products, widen_fp8};
 pub use ops::group_norm::{After, group_norm};
 pub use ops::heads::{Heads, Projection, joint_heads};
 pub use ops::linear::{linear, linear_gelu};

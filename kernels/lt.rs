@@ -48,17 +48,56 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, gelu: b
         return Ok(None);
     }
     let y = output((x.dim(0)?, weight.dim(0)?), dtype, x.device())?;
+    run(device, &Product { x, weight, scales: None, bias, gelu, y: &y }).map(|done| done.then_some(y))
+}
+
+/// x `(n, input)` and weight `(output, input)`, each e4m3 with a scale for each row `(rows, 1)` f32 -> as [`linear`], in `dtype`. `None`
+/// also where the card has no units for it.
+pub(crate) fn linear_fp8(
+    [x, x_scale]: [&Tensor; 2],
+    [weight, scale]: [&Tensor; 2],
+    bias: Option<&Tensor>,
+    gelu: bool,
+    dtype: DType,
+) -> Result<Option<Tensor>> {
+    let Device::Cuda(device) = x.device() else { return Ok(None) };
+    // The units came with 8.9, a scale for each row with 9.0.
+    let capable = device.cuda_stream().context().compute_capability().w()? >= (9, 0);
+    let sixteens = |m: &Tensor| m.is_contiguous() && m.dims().iter().all(|d| d.is_multiple_of(16)) && m.elem_count() > 0;
+    let bias_fits = bias.is_none_or(|bias| bias.dtype() == dtype && bias.is_contiguous() && in_eights(bias));
+    let fits = sixteens(weight) && x.is_contiguous() && x.dim(1)?.is_multiple_of(16) && matches!(dtype, DType::F16 | DType::BF16);
+    if !(applies(x) && capable && fits && bias_fits) {
+        return Ok(None);
+    }
+    let y = output((x.dim(0)?, weight.dim(0)?), dtype, x.device())?;
+    let product = Product { x, weight, scales: Some([x_scale, scale]), bias, gelu, y: &y };
+    run(device, &product).map(|done| done.then_some(y))
+}
+
+/// `y = x Wᵀ + b`.
+struct Product<'a> {
+    x: &'a Tensor,
+    weight: &'a Tensor,
+    /// Of the rows of x and of the weight, if both are e4m3.
+    scales: Option<[&'a Tensor; 2]>,
+    bias: Option<&'a Tensor>,
+    gelu: bool,
+    y: &'a Tensor,
+}
+
+/// Whether the library can do it; then it is in the stream.
+fn run(device: &CudaDevice, product: &Product<'_>) -> Result<bool> {
     let mut libraries = LIBRARIES.lock().unwrap_or_else(PoisonError::into_inner);
     let stream = device.cuda_stream();
     let library = match libraries.get_or_insert_default().entry(stream.context().ordinal()) {
         std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
         std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Library::open(device)?),
     };
-    if !library.product(&stream, x, weight, bias, gelu, &y)? {
-        return Ok(None);
+    let done = library.product(&stream, product)?;
+    if done {
+        count();
     }
-    count();
-    Ok(Some(y))
+    Ok(done)
 }
 
 impl Library {
@@ -77,15 +116,8 @@ impl Library {
     }
 
     /// Whether there is an algorithm for it; then it is in the stream.
-    fn product(
-        &mut self,
-        stream: &CudaStream,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
-        gelu: bool,
-        y: &Tensor,
-    ) -> Result<bool> {
+    fn product(&mut self, stream: &CudaStream, product: &Product<'_>) -> Result<bool> {
+        let Product { x, weight, scales, bias, gelu, y } = *product;
         let (n, input, outputs) = (x.dim(0)?, x.dim(1)?, weight.dim(0)?);
         let epilogue = match (bias, gelu) {
             (None, false) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DEFAULT,
@@ -93,31 +125,38 @@ impl Library {
             (None, true) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU,
             (Some(_), true) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU_BIAS,
         };
-        let kind = format!("{:?}-{epilogue:?}-{}", x.dtype(), x.stride()[0]);
+        let kind = format!("{:?}-{:?}-{epilogue:?}-{}", x.dtype(), y.dtype(), x.stride()[0]);
         let shape = Shape { n, output: outputs, input, kind };
 
-        let held = [Some(x), Some(weight), bias, Some(y)].map(|t| t.map(|t| (t.storage_and_layout().0, t.layout())));
-        let mut pointers = [0u64; 4];
+        let [x_scale, weight_scale] = [scales.map(|[of_x, _]| of_x), scales.map(|[_, of_weight]| of_weight)];
+        let held = [Some(x), Some(weight), bias, Some(y), x_scale, weight_scale]
+            .map(|t| t.map(|t| (t.storage_and_layout().0, t.layout(), t.dtype())));
+        let mut pointers = [0u64; 6];
         let mut used = Vec::new();
         for (held, pointer) in held.iter().zip(&mut pointers) {
-            let Some((storage, layout)) = held else { continue };
+            let Some((storage, layout, dtype)) = held else { continue };
             let Storage::Cuda(storage) = &**storage else { candle_core::bail!("a product of tensors on two devices") };
             let (begin, record) = address(storage, stream)?;
-            *pointer = begin + (layout.start_offset() * x.dtype().size_in_bytes()) as u64;
+            *pointer = begin + (layout.start_offset() * dtype.size_in_bytes()) as u64;
             used.push(record);
         }
-        let [x_at, weight_at, bias_at, y_at] = pointers;
+        let [x_at, weight_at, bias_at, y_at, x_scale, weight_scale] = pointers;
         let (workspace, record) = self.workspace.device_ptr(stream);
         used.push(record);
 
         // The library counts by columns, where rows of ours are columns: yᵀ = W xᵀ.
-        let matrix = match x.dtype() {
+        let matrix = |of: &Tensor| match of.dtype() {
             DType::F16 => sys::cudaDataType::CUDA_R_16F,
+            DType::F8E4M3 => sys::cudaDataType::CUDA_R_8F_E4M3,
             _ => sys::cudaDataType::CUDA_R_16BF,
         };
-        let layout = |rows: usize, columns: usize, pitch: usize| Layout::new(matrix, rows, columns, pitch);
-        let (a, b) = (layout(input, outputs, weight.stride()[0])?, layout(input, n, x.stride()[0])?);
-        let (c, description) = (layout(outputs, n, outputs)?, Description::new(epilogue, bias_at)?);
+        let a = Layout::new(matrix(weight), input, outputs, weight.stride()[0])?;
+        let b = Layout::new(matrix(x), input, n, x.stride()[0])?;
+        let c = Layout::new(matrix(y), outputs, n, outputs)?;
+        let description = Description::new(epilogue, bias_at)?;
+        if scales.is_some() {
+            description.scale_rows(weight_scale, x_scale)?;
+        }
         let call = |algorithm: &Algorithm| {
             let (alpha, beta) = (1f32, 0f32);
             let algorithm = sys::cublasLtMatmulAlgo_t { data: *algorithm };
@@ -256,6 +295,16 @@ impl Description {
             new.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
         Ok(new)
+    }
+
+    /// A scale for each row of the weight and of x, which are the library's A and B.
+    fn scale_rows(&self, weight: u64, x: u64) -> Result<()> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        let mode = sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+        self.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode)?;
+        self.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode)?;
+        self.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &weight)?;
+        self.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x)
     }
 
     fn set<T>(&self, attribute: sys::cublasLtMatmulDescAttributes_t, value: &T) -> Result<()> {

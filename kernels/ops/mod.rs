@@ -2,6 +2,7 @@ pub(crate) mod activation;
 pub(crate) mod attention;
 pub(crate) mod convolve;
 mod cpu;
+pub(crate) mod fp8;
 pub(crate) mod group_norm;
 pub(crate) mod heads;
 pub(crate) mod linear;

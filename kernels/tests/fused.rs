@@ -6,7 +6,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
     Addend, After, Budget, Delta, Projection, add_gated, add_gated_then_norm, attention, emulated, gelu, gelu_beside, group_norm,
-    joint_heads, launches, linear, linear_gelu, merge, modulated_norm,
+    joint_heads, launches, linear, linear_gelu, merge, modulated_norm, quantise_fp8, widen_fp8,
 };
 
 fn random(shape: &[usize]) -> Tensor {
@@ -332,4 +332,57 @@ fn products_with_bias_and_gelu() {
     }
     let (x, w) = (random(&[3, 16]), random(&[8, 24]));
     assert!(linear_gelu(&x, &w, None).is_err() && linear(&x, &w, None).is_err());
+}
+
+#[test]
+fn fp8_and_back() {
+    // Rows of very different sizes, one of zeros; then all 256 bytes, subnormal numbers and NaN among them.
+    for (n, d) in [(1, 16), (5, 96), (3, 4112)] {
+        let sizes = Tensor::rand(-8f32, 8., (n, 1), &Device::Cpu).unwrap().exp().unwrap();
+        let x = random(&[n, d]).broadcast_mul(&sizes).unwrap();
+        let x = if n > 1 { Tensor::cat(&[x, Tensor::zeros((1, d), DType::F32, &Device::Cpu).unwrap()], 0).unwrap() } else { x };
+        for dtype in ALL {
+            let x = x.to_dtype(dtype).unwrap();
+            let (data, scale) = quantise_fp8(&x).unwrap();
+            for (place, run) in places() {
+                let there = x.to_device(&place).unwrap();
+                let bytes = |data: &Tensor| data.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+                let before = launches();
+                let got = run(&|| quantise_fp8(&there).unwrap().0);
+                assert_eq!(launches() - before, 1);
+                let apart = (bytes(&got) - bytes(&data)).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                // A division that rounds otherwise may choose the other of two neighbours; at 448 they are 32 apart.
+                assert!(apart <= 32., "{dtype:?} on {place:?}: {apart}");
+                assert!(relative(&bytes(&got), &bytes(&data)) < 1e-3, "{dtype:?} on {place:?}");
+                let scales = run(&|| quantise_fp8(&there).unwrap().1);
+                assert!(relative(&scales, &scale) < 1e-6);
+                let (data, scale) = (data.to_device(&place).unwrap(), scale.to_device(&place).unwrap());
+                for scale in [Some(&scale), None, Some(&scale.narrow(0, 0, 1).unwrap().reshape(()).unwrap())] {
+                    let want = widen_fp8(
+                        &data.to_device(&Device::Cpu).unwrap(),
+                        scale.map(|s| s.to_device(&Device::Cpu).unwrap()).as_ref(),
+                        dtype,
+                    );
+                    let before = launches();
+                    let got = run(&|| widen_fp8(&data, scale, dtype).unwrap());
+                    assert_eq!(
+                        (launches() - before, relative(&got, &to_f32(&want.unwrap()))),
+                        (1, 0.0),
+                        "{dtype:?} on {place:?}"
+                    );
+                }
+            }
+        }
+    }
+    let all: Vec<u8> = (0..=255).collect();
+    let data = Tensor::from_raw_buffer(&all, DType::F8E4M3, &[16, 16], &Device::Cpu).unwrap();
+    let values = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let (want, got) =
+        (values(widen_fp8(&data, None, DType::F32).unwrap()), values(emulated(|| widen_fp8(&data, None, DType::F32).unwrap())));
+    assert!(want.iter().zip(&got).all(|(a, b)| a == b || (a.is_nan() && b.is_nan())), "{got:?}");
+    // Each finite one, scaled so that the largest is 448, is itself again.
+    let finite: Vec<f32> = want.iter().copied().filter(|x| x.is_finite()).chain([448.; 2]).collect();
+    let rows = Tensor::from_vec(finite.clone(), (1, 256), &Device::Cpu).unwrap();
+    let (again, _) = emulated(|| quantise_fp8(&rows).unwrap());
+    assert_eq!(values(again.to_dtype(DType::F32).unwrap()), finite);
 }

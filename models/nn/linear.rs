@@ -24,9 +24,7 @@ impl Weight {
     pub fn dense(&self, dtype: DType) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => weight.to_dtype(dtype),
-            Self::Fp8 { data, scale: None } => data.to_dtype(dtype),
-            // The product is rounded once: scales are f32.
-            Self::Fp8 { data, scale: Some(scale) } => data.to_dtype(DType::F32)?.broadcast_mul(scale)?.to_dtype(dtype),
+            Self::Fp8 { data, scale } => kernels::widen_fp8(data, scale.as_ref(), dtype),
             Self::Quantised(blocks) => blocks.dequantize(&blocks.device())?.to_dtype(dtype),
         }
     }
@@ -87,13 +85,18 @@ impl Linear {
     fn apply(&self, x: &Tensor, gelu: bool) -> Result<Tensor> {
         let (weight, branch) = self.weight.current()?;
         // What stays in main memory is sent to the card for this product.
-        let weight = weight.to_device(x.device())?.dense(x.dtype())?;
+        let weight = weight.to_device(x.device())?;
         let bias = self.bias.as_ref().map(Parameter::tensor).transpose()?;
         let mut shape = x.dims().to_vec();
         let x = x.reshape(((), x.dim(D::Minus1)?))?;
-        let mut y = match (gelu, branch.is_empty()) {
-            (true, true) => kernels::linear_gelu(&x, &weight, bias.as_ref())?,
-            _ => kernels::linear(&x, &weight, bias.as_ref())?,
+        // What a branch adds comes before GELU.
+        let in_product = gelu && branch.is_empty();
+        let mut y = match &weight {
+            Weight::Fp8 { data, scale: Some(scale) } if kernels::fp8_products() && scale.rank() == 2 => {
+                kernels::linear_fp8(&x, data, scale, bias.as_ref(), in_product)?
+            }
+            weight if in_product => kernels::linear_gelu(&x, &weight.dense(x.dtype())?, bias.as_ref())?,
+            weight => kernels::linear(&x, &weight.dense(x.dtype())?, bias.as_ref())?,
         };
         for addend in branch.iter() {
             y = add_branch(y, &x, addend)?;

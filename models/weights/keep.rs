@@ -22,9 +22,6 @@ pub enum Keep {
     Gguf(GgmlDType),
 }
 
-/// Largest number of e4m3.
-const LARGEST_E4M3: f64 = 448.;
-
 /// Rows that one task quantises.
 const ROWS: usize = 128;
 
@@ -66,10 +63,7 @@ impl Keep {
             Self::Stored => Weight::Dense(dense),
             Self::As(dtype) => Weight::Dense(dense.to_dtype(dtype)?),
             Self::Fp8 => {
-                let wide = dense.to_dtype(DType::F32)?;
-                // A row of zeros has any scale but 0.
-                let scale = (wide.abs()?.max_keepdim(1)? / LARGEST_E4M3)?.maximum(f32::MIN_POSITIVE)?; // (output, 1)
-                let data = wide.broadcast_div(&scale)?.clamp(-LARGEST_E4M3, LARGEST_E4M3)?.to_dtype(DType::F8E4M3)?;
+                let (data, scale) = kernels::quantise_fp8(&dense)?;
                 Weight::Fp8 { data, scale: Some(scale) }
             }
             Self::Gguf(kind) => {

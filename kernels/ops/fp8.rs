@@ -1,0 +1,162 @@
+//! e4m3 with a scale for each row: widening it, making it of activations, and products of both.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::{DType, Result, Tensor, bail};
+
+use super::activation::gelu;
+use super::linear::linear;
+use crate::launch::{Launch, Pointer, applies, in_eights, launch, output, suffix};
+
+/// Largest number of e4m3.
+const LARGEST: f64 = 448.;
+
+static PRODUCTS: AtomicBool = AtomicBool::new(false);
+
+/// Whether products with fp8 weights are made of fp8 activations too, as a card's fp8 units do; else weights are widened. Off at first.
+pub fn use_fp8_products(on: bool) {
+    PRODUCTS.store(on, Ordering::Relaxed);
+}
+
+/// What [`use_fp8_products`] said last.
+#[must_use]
+pub fn fp8_products() -> bool {
+    PRODUCTS.load(Ordering::Relaxed)
+}
+
+/// data `(n, d)` e4m3, scale `()` or `(n, 1)` f32 -> `data * scale` in `dtype`, rounded once.
+pub fn widen_fp8(data: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Result<Tensor> {
+    if let Some(y) = widen_by_kernel(data, scale, dtype)? {
+        return Ok(y);
+    }
+    match scale {
+        None => data.to_dtype(dtype),
+        // The product is rounded once: scales are f32.
+        Some(scale) => data.to_dtype(DType::F32)?.broadcast_mul(scale)?.to_dtype(dtype),
+    }
+}
+
+/// x `(n, d)` -> e4m3 `(n, d)` and scale `(n, 1)` f32, of which the product is nearest to x.
+pub fn quantise_fp8(x: &Tensor) -> Result<(Tensor, Tensor)> {
+    if let Some(both) = quantise_by_kernel(x)? {
+        return Ok(both);
+    }
+    let wide = x.to_dtype(DType::F32)?;
+    // A row of zeros has any scale but 0.
+    let scale = (wide.abs()?.max_keepdim(1)? / LARGEST)?.maximum(f32::MIN_POSITIVE)?;
+    let data = wide.broadcast_div(&scale)?.clamp(-LARGEST, LARGEST)?.to_dtype(DType::F8E4M3)?;
+    Ok((data, scale))
+}
+
+/// x `(n, input)`, weight `(output, input)` e4m3 with scale `(output, 1)` -> `x Wᵀ + b`, through GELU if asked, in x's dtype, with x
+/// quantised row by row. On cards that have them by fp8 units (cuBLASLt), elsewhere by the same arithmetic in f32.
+pub fn linear_fp8(x: &Tensor, weight: &Tensor, scale: &Tensor, bias: Option<&Tensor>, through_gelu: bool) -> Result<Tensor> {
+    let ((_, input), (outputs, width)) = (x.dims2()?, weight.dims2()?);
+    if width != input || scale.dims() != [outputs, 1] || bias.is_some_and(|bias| bias.dims() != [outputs]) {
+        bail!("an fp8 layer of weight {:?} and scale {:?} was given {:?}", weight.shape(), scale.shape(), x.shape());
+    }
+    let (data, x_scale) = quantise_fp8(x)?;
+    #[cfg(feature = "cuda")]
+    if let Some(y) = crate::lt::linear_fp8([&data, &x_scale], [weight, scale], bias, through_gelu, x.dtype())? {
+        return Ok(y);
+    }
+    // Sums are f32 on the units too.
+    let (x_wide, w_wide) = (widen_fp8(&data, Some(&x_scale), DType::F32)?, widen_fp8(weight, Some(scale), DType::F32)?);
+    let bias = bias.map(|bias| bias.to_dtype(DType::F32)).transpose()?;
+    let y = linear(&x_wide, &w_wide, bias.as_ref())?;
+    if through_gelu { gelu(&y)? } else { y }.to_dtype(x.dtype())
+}
+
+/// As `WidenArguments` in cuda/fp8.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Widen {
+    x: Pointer,
+    scale: Pointer,
+    y: Pointer,
+    d: u32,
+    of_rows: u32,
+}
+
+/// As `QuantiseArguments` in cuda/fp8.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Quantise {
+    x: Pointer,
+    y: Pointer,
+    scale: Pointer,
+    row: u64,
+    d: u32,
+}
+
+const THREADS: usize = 256;
+
+fn widen_by_kernel(data: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Result<Option<Tensor>> {
+    let (n, d) = data.dims2()?;
+    let scale_fits =
+        |scale: &Tensor| scale.dtype() == DType::F32 && scale.is_contiguous() && [1, n].contains(&scale.elem_count());
+    let fits = data.dtype() == DType::F8E4M3 && data.is_contiguous() && d.is_multiple_of(16) && n > 0 && d > 0;
+    let aligned = data.layout().start_offset().is_multiple_of(16);
+    if !(applies(data) && suffix(dtype).is_some() && fits && aligned && scale.is_none_or(scale_fits)) {
+        return Ok(None);
+    }
+    let y = output((n, d), dtype, data.device())?;
+    // The place of a scale that there is not is held by the data; its pointer is not passed on.
+    launch([data, scale.unwrap_or(data)], [&y], |[x, scale_at], [y]| Launch {
+        kernel: "widen_fp8",
+        values: dtype,
+        grid: [n, d.div_ceil(16 * THREADS), 1],
+        threads: THREADS,
+        shared: 0,
+        arguments: Widen {
+            x,
+            scale: if scale.is_some() { scale_at } else { Pointer::NULL },
+            y,
+            d: d as u32,
+            of_rows: u32::from(scale.is_some_and(|scale| scale.elem_count() == n)),
+        },
+    })?;
+    Ok(Some(y))
+}
+
+fn quantise_by_kernel(x: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
+    let (n, d) = x.dims2()?;
+    if !(applies(x) && suffix(x.dtype()).is_some() && in_eights(x) && n > 0 && d > 0) {
+        return Ok(None);
+    }
+    let (y, scale) = (output((n, d), DType::F8E4M3, x.device())?, output((n, 1), DType::F32, x.device())?);
+    launch([x], [&y, &scale], |[x_at], [y, scale]| Launch {
+        kernel: "quantise_fp8",
+        values: x.dtype(),
+        grid: [n, 1, 1],
+        threads: THREADS,
+        shared: 128,
+        arguments: Quantise { x: x_at, y, scale, row: x.stride()[0] as u64, d: d as u32 },
+    })?;
+    Ok(Some((y, scale)))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn a_product_of_fp8_is_near_and_its_parts_fit() {
+        let x = Tensor::randn(0f32, 1., (48, 3072), &Device::Cpu).unwrap();
+        let weight = (Tensor::randn(0f32, 1., (96, 3072), &Device::Cpu).unwrap() * 0.02).unwrap();
+        let bias = Tensor::randn(0f32, 1., 96, &Device::Cpu).unwrap();
+        let (data, scale) = quantise_fp8(&weight).unwrap();
+        let norm = |x: Tensor| f64::from(x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
+        for through_gelu in [false, true] {
+            let got = linear_fp8(&x, &data, &scale, Some(&bias), through_gelu).unwrap();
+            let exact = linear(&x, &weight, Some(&bias)).unwrap();
+            let exact = if through_gelu { gelu(&exact).unwrap() } else { exact };
+            let error = norm((got - &exact).unwrap()) / norm(exact);
+            assert!(error > 0.005 && error < 0.04, "{error}");
+        }
+        assert!(linear_fp8(&x, &data, &scale.narrow(0, 0, 95).unwrap(), None, false).is_err());
+        assert!(linear_fp8(&x.narrow(1, 0, 3071).unwrap(), &data, &scale, None, false).is_err());
+    }
+}
