@@ -13,7 +13,7 @@ use models::flux;
 use models::lora::Adapter;
 use models::nn::Weight;
 use models::pocket::people;
-use models::pocket::probe::Probe;
+use models::pocket::probe::{ATTRIBUTES, Probe};
 use models::weights::{Component, Keep, OnHost};
 
 use crate::cli::Place;
@@ -193,4 +193,43 @@ fn limits_and_formats_on_the_command_line() {
     let model = findings.as_array().unwrap().iter().find(|finding| finding["item"] == "model").unwrap();
     let text = model["text"].as_str().unwrap();
     assert!(text.contains("transformer as stored or in f32") && text.contains("of 1.1 GB"), "{text}");
+}
+
+/// Attributes that the probe finds as asked for, attributes that were asked for, and pictures with all of them right.
+fn attributes(pipeline: &Pipeline, probe: &Probe, prompts: &[serde_json::Value]) -> [usize; 3] {
+    let mut counts = [0; 3];
+    for row in prompts {
+        let (prompt, seed) = (row["prompt"].as_str().unwrap().to_owned(), row["seed"].as_u64().unwrap());
+        let job = Job { prompt, seed, ..job(models::pocket::SIDE, 12, vec![]) };
+        let finished = pipeline.run(&job, &mut |_| ControlFlow::Continue(())).unwrap();
+        let seen = probe.look(finished.pictures[0].as_raw()).unwrap().attributes;
+        let wanted = ATTRIBUTES.iter().zip(seen).filter_map(|((name, _), seen)| Some(row["attributes"][name].as_str()? == seen));
+        let right: Vec<bool> = wanted.collect();
+        counts[0] += right.iter().filter(|right| **right).count();
+        counts[1] += right.len();
+        counts[2] += usize::from(right.iter().all(|right| *right));
+    }
+    counts
+}
+
+#[test]
+#[ignore = "500 pictures in each of four formats take twenty minutes"]
+fn prompts_are_followed_as_well_in_fewer_bits() {
+    let text = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pocket/probe.json")).unwrap();
+    let known: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let (probe, prompts) = (Probe::load().unwrap(), known["prompts"].as_array().unwrap());
+    let mut base = None;
+    for (name, keep, products) in [
+        ("f32", Keep::Stored, false),
+        ("fp8", Keep::Fp8, false),
+        ("fp8 products", Keep::Fp8, true),
+        ("q8_0", Keep::Gguf(GgmlDType::Q8_0), false),
+    ] {
+        kernels::use_fp8_products(products);
+        let [right, asked, whole] = attributes(&load(&models::pocket::bundle(), kept(keep)), &probe, prompts);
+        let percent = 100. * right as f64 / asked as f64;
+        println!("{name}: {right} of {asked} attributes, {percent:.2} %; all of a picture's in {whole} of {}", prompts.len());
+        assert!((percent - *base.get_or_insert(percent)).abs() <= 1., "{name}: more than 1 % from f32");
+    }
+    kernels::use_fp8_products(false);
 }
