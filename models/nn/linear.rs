@@ -38,7 +38,7 @@ impl Weight {
     }
 
     /// The same on another device.
-    pub(super) fn to_device(&self, device: &Device) -> Result<Self> {
+    pub(crate) fn to_device(&self, device: &Device) -> Result<Self> {
         if self.device().same_device(device) {
             return Ok(self.clone());
         }

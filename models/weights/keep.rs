@@ -1,7 +1,7 @@
 //! What matrices are kept as in memory: as they are stored, or in fewer bits.
 
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -68,7 +68,7 @@ impl Keep {
             }
             Self::Gguf(kind) => {
                 let device = dense.device().clone();
-                let wide = dense.to_device(&candle_core::Device::Cpu)?.to_dtype(DType::F32)?;
+                let wide = dense.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
                 // Rows are whole numbers of blocks, so parts are put together by their bytes.
                 let part = |row: usize| {
                     // A copy, because quantize reads a view from the start of its storage.
@@ -152,8 +152,6 @@ impl OnHost {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     /// |a - b|₂ / |b|₂.

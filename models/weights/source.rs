@@ -254,8 +254,10 @@ impl Source {
             return Ok(Weight::Quantised(Arc::new(blocks)));
         }
         let dtype = if let Keep::As(dtype) = keep { dtype } else { self.dtype };
-        let dense = read::dense(&self.checkpoint, &rows, shape.dims(), dtype, &device).map_err(failed)?;
-        keep.convert(dense).map_err(failed)
+        // GGUF blocks are made by the processor.
+        let made = if matches!(keep, Keep::Gguf(_)) { Device::Cpu } else { device.clone() };
+        let dense = read::dense(&self.checkpoint, &rows, shape.dims(), dtype, &made).map_err(failed)?;
+        keep.convert(dense).and_then(|weight| weight.to_device(&device)).map_err(failed)
     }
 
     /// The scale of a scaled fp8 weight: one number, or one for each output row as `(output, 1)`.
