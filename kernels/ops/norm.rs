@@ -173,6 +173,9 @@ fn fused(
 
 /// x `(.., d)`, scale `(d)` f32 -> `x / sqrt(mean(x²) + eps) * scale`, same shape and dtype as x.
 pub fn rms_norm(x: &Tensor, scale: &Tensor, eps: f32) -> Result<Tensor> {
+    if let Some(y) = rms_by_kernel(x, scale, eps)? {
+        return Ok(y);
+    }
     if x.device().is_cpu() {
         return cpu::read(scale, |scale| {
             cpu::rows(
@@ -186,6 +189,40 @@ pub fn rms_norm(x: &Tensor, scale: &Tensor, eps: f32) -> Result<Tensor> {
     let x = x.to_dtype(DType::F32)?;
     let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
     x.broadcast_div(&(mean + f64::from(eps))?.sqrt()?)?.broadcast_mul(scale)?.to_dtype(dtype)
+}
+
+/// As `RmsArguments` in cuda/norm.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct RmsArguments {
+    x: Pointer,
+    scale: Pointer,
+    y: Pointer,
+    row: u64,
+    d: u32,
+    eps: f32,
+}
+
+/// `None` if the kernel does not apply.
+fn rms_by_kernel(x: &Tensor, scale: &Tensor, eps: f32) -> Result<Option<Tensor>> {
+    let d = scale.dim(0)?;
+    let scale_fits = scale.dtype() == DType::F32 && scale.is_contiguous() && in_eights(scale);
+    let fits =
+        in_eights(x) && x.is_contiguous() && x.elem_count() > 0 && x.dims().last() == Some(&d) && d <= OF_A_THREAD * MOST_THREADS;
+    if !(applies(x) && suffix(x.dtype()).is_some() && fits && scale_fits) {
+        return Ok(None);
+    }
+    let y = output(x.shape(), x.dtype(), x.device())?;
+    let threads = d.div_ceil(OF_A_THREAD).next_multiple_of(32);
+    launch([x, scale], [&y], |[x_at, scale], [y]| Launch {
+        kernel: "rms",
+        values: x.dtype(),
+        grid: [x.elem_count() / d, 1, 1],
+        threads,
+        shared: 128,
+        arguments: RmsArguments { x: x_at, scale, y, row: d as u64, d: d as u32, eps },
+    })?;
+    Ok(Some(y))
 }
 
 /// The values of one item of width d.

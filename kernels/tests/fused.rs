@@ -6,7 +6,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
     Addend, After, Budget, Delta, Projection, add_gated, add_gated_then_norm, attention, emulated, gelu, gelu_beside, group_norm,
-    joint_heads, launches, linear, linear_gelu, merge, modulated_norm, quantise_fp8, widen_fp8,
+    joint_heads, launches, linear, linear_gelu, merge, modulated_norm, quantise_fp8, rms_norm, widen_fp8,
 };
 
 fn random(shape: &[usize]) -> Tensor {
@@ -104,6 +104,14 @@ fn norms_and_gates() {
             let (got, want) = (emulated(|| both(&inputs).unwrap()), both(&inputs).unwrap());
             assert!(relative(&got.1, &to_f32(&want.1)) < 1e-3, "{dtype:?}");
         }
+    }
+}
+
+#[test]
+fn root_mean_square_norms() {
+    for (b, l, d) in [(1, 1, 8), (2, 7, 96), (1, 3, 4096)] {
+        let scale = random(&[d]);
+        check("rms_norm", &ALL, &[random(&[b, l, d])], 1, |x| rms_norm(&x[0], &scale.to_device(x[0].device())?, 1e-6));
     }
 }
 

@@ -213,7 +213,7 @@ fn attributes(pipeline: &Pipeline, probe: &Probe, prompts: &[serde_json::Value])
 }
 
 #[test]
-#[ignore = "500 pictures in each of four formats take twenty minutes"]
+#[ignore = "200 pictures in each of four formats take ten minutes"]
 fn prompts_are_followed_as_well_in_fewer_bits() {
     let text = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pocket/probe.json")).unwrap();
     let known: serde_json::Value = serde_json::from_slice(&text).unwrap();
