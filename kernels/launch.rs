@@ -56,6 +56,11 @@ pub(crate) fn applies(x: &Tensor) -> bool {
     }
 }
 
+/// Whether kernels of ours can run where x is: for what candle has no operation for.
+pub(crate) fn reachable(x: &Tensor) -> bool {
+    x.device().is_cuda() || applies(x)
+}
+
 /// Memory of the device, as a kernel's arguments name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(transparent)]

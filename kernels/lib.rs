@@ -44,7 +44,7 @@ pub use memory::zeros;
 pub use ops::activation::{gelu, gelu_beside};
 pub use ops::attention::{Attention, Budget, attention, choose_attention, chosen_attention};
 pub use ops::convolve::{Window, convolve};
-pub use ops::fp8::{fp8_products, linear_fp8, quantise_fp8, use_fp8_products, widen_fp8};
+pub use ops::fp8::{linear_fp8, quantise_fp8, widen_fp8};
 pub use ops::group_norm::{After, group_norm};
 pub use ops::heads::{Heads, Projection, joint_heads};
 pub use ops::linear::{linear, linear_gelu};

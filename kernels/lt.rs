@@ -66,7 +66,7 @@ pub(crate) fn linear_fp8(
     let sixteens = |m: &Tensor| m.is_contiguous() && m.dims().iter().all(|d| d.is_multiple_of(16)) && m.elem_count() > 0;
     let bias_fits = bias.is_none_or(|bias| bias.dtype() == dtype && bias.is_contiguous() && in_eights(bias));
     let fits = sixteens(weight) && x.is_contiguous() && x.dim(1)?.is_multiple_of(16) && matches!(dtype, DType::F16 | DType::BF16);
-    if !(applies(x) && capable && fits && bias_fits) {
+    if !(capable && fits && bias_fits) {
         return Ok(None);
     }
     let y = output((x.dim(0)?, weight.dim(0)?), dtype, x.device())?;

@@ -78,8 +78,6 @@ pub struct Config {
     pub fused_kernels: bool,
     /// `DARKROOM_ATTENTION=cudnn`: with them, cuDNN's attention where it is installed.
     pub cudnn_attention: bool,
-    /// `DARKROOM_FP8=products`: with `--dtype fp8`, activations are fp8 in the products as well.
-    pub fp8_products: bool,
     /// Our own cache, which may be deleted at any time: `$XDG_CACHE_HOME/darkroom`. `None` where there is no home.
     pub cache: Option<PathBuf>,
     /// `RUST_LOG`, as `tracing-subscriber` reads it.
@@ -120,7 +118,6 @@ impl Config {
             fused_kernels: variable("DARKROOM_KERNELS").is_some_and(|kernels| kernels.trim().eq_ignore_ascii_case("fused")),
             cudnn_attention: variable("DARKROOM_ATTENTION")
                 .is_some_and(|attention| attention.trim().eq_ignore_ascii_case("cudnn")),
-            fp8_products: variable("DARKROOM_FP8").is_some_and(|fp8| fp8.trim().eq_ignore_ascii_case("products")),
             cache: caches.map(|caches| caches.join("darkroom")),
             log: variable("RUST_LOG"),
             log_json: variable("DARKROOM_LOG_FORMAT").is_some_and(|format| format.eq_ignore_ascii_case("json")),

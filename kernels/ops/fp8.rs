@@ -1,28 +1,16 @@
 //! e4m3 with a scale for each row: widening it, making it of activations, and products of both.
-
-use std::sync::atomic::{AtomicBool, Ordering};
+//!
+//! On CUDA by our kernels whether or not they are asked for: candle names its own conversions of e4m3 otherwise than it compiles them
+//! (0.11.1), so they cannot be found.
 
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::activation::gelu;
 use super::linear::linear;
-use crate::launch::{Launch, Pointer, applies, in_eights, launch, output, suffix};
+use crate::launch::{Launch, Pointer, in_eights, launch, output, reachable, suffix};
 
 /// Largest number of e4m3.
 const LARGEST: f64 = 448.;
-
-static PRODUCTS: AtomicBool = AtomicBool::new(false);
-
-/// Whether products with fp8 weights are made of fp8 activations too, as a card's fp8 units do; else weights are widened. Off at first.
-pub fn use_fp8_products(on: bool) {
-    PRODUCTS.store(on, Ordering::Relaxed);
-}
-
-/// What [`use_fp8_products`] said last.
-#[must_use]
-pub fn fp8_products() -> bool {
-    PRODUCTS.load(Ordering::Relaxed)
-}
 
 /// data `(n, d)` e4m3, scale `()` or `(n, 1)` f32 -> `data * scale` in `dtype`, rounded once.
 pub fn widen_fp8(data: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Result<Tensor> {
@@ -97,7 +85,7 @@ fn widen_by_kernel(data: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Resul
         |scale: &Tensor| scale.dtype() == DType::F32 && scale.is_contiguous() && [1, n].contains(&scale.elem_count());
     let fits = data.dtype() == DType::F8E4M3 && data.is_contiguous() && d.is_multiple_of(16) && n > 0 && d > 0;
     let aligned = data.layout().start_offset().is_multiple_of(16);
-    if !(applies(data) && suffix(dtype).is_some() && fits && aligned && scale.is_none_or(scale_fits)) {
+    if !(reachable(data) && suffix(dtype).is_some() && fits && aligned && scale.is_none_or(scale_fits)) {
         return Ok(None);
     }
     let y = output((n, d), dtype, data.device())?;
@@ -121,7 +109,7 @@ fn widen_by_kernel(data: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Resul
 
 fn quantise_by_kernel(x: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
     let (n, d) = x.dims2()?;
-    if !(applies(x) && suffix(x.dtype()).is_some() && in_eights(x) && n > 0 && d > 0) {
+    if !(reachable(x) && suffix(x.dtype()).is_some() && in_eights(x) && n > 0 && d > 0) {
         return Ok(None);
     }
     let (y, scale) = (output((n, d), DType::F8E4M3, x.device())?, output((n, 1), DType::F32, x.device())?);

@@ -72,6 +72,8 @@ pub struct Patches {
     mode: Mode,
     live: Vec<Selected>,
     touched: BTreeSet<Name>,
+    /// A switch failed and so did going back: what is on the weights is not known until one succeeds.
+    broken: bool,
 }
 
 impl Patches {
@@ -79,7 +81,7 @@ impl Patches {
     #[must_use]
     pub fn new(parameters: BTreeMap<Name, Parameter>, device: &Device, dtype: DType) -> Self {
         let (home, mode) = (Home::default(), Mode::default());
-        Self { parameters, device: device.clone(), dtype, home, mode, live: Vec::new(), touched: BTreeSet::new() }
+        Self { parameters, device: device.clone(), dtype, home, mode, live: Vec::new(), touched: BTreeSet::new(), broken: false }
     }
 
     /// The adapters that are on the weights.
@@ -105,7 +107,15 @@ impl Patches {
     }
 
     /// Moves the parameters that `away` names to main memory, from where they are sent to the device whenever they are used.
-    pub fn send_to_host(&self, away: &dyn Fn(Component, &str) -> bool) -> Result<(), Error> {
+    ///
+    /// Pristine tensors that stand beside changed ones go there too, now and from now on.
+    pub fn send_to_host(&mut self, away: &dyn Fn(Component, &str) -> bool) -> Result<(), Error> {
+        if self.home == Home::Device {
+            self.home = Home::Host;
+        }
+        for name in &self.touched {
+            self.parameters[name].pristine_to_host()?;
+        }
         for ((component, name), parameter) in &self.parameters {
             if away(*component, name) {
                 parameter.send_to_host()?;
@@ -118,7 +128,7 @@ impl Patches {
     ///
     /// Everything is checked before the first tensor changes. If a tensor cannot be made (memory), the set before is put back.
     pub fn apply(&mut self, set: &[Selected], mode: Mode) -> Result<Switch, Error> {
-        if mode == self.mode && set.len() == self.live.len() && set.iter().zip(&self.live).all(|(a, b)| a.is(b)) {
+        if !self.broken && mode == self.mode && set.len() == self.live.len() && set.iter().zip(&self.live).all(|(a, b)| a.is(b)) {
             return Ok(Switch::default());
         }
         let mut switch = Switch::default();
@@ -136,7 +146,7 @@ impl Patches {
                 return Err(error);
             }
         }
-        (self.live, self.touched, self.mode) = (set.to_vec(), next, mode);
+        (self.live, self.touched, self.mode, self.broken) = (set.to_vec(), next, mode, false);
         Ok(switch)
     }
 
@@ -165,17 +175,22 @@ impl Patches {
         Ok(parameter.replace(plan::merged(&dense, &addends)?, self.home)?)
     }
 
-    /// Makes the live set anew on every tensor that may have changed. If that fails too the tensor is given up, and computing
-    /// with it is an error until the next switch succeeds.
+    /// Makes the live set anew on every tensor that may have changed. If that fails too, the next switch makes all of them anew,
+    /// whatever it asks for.
     fn fall_back(&mut self, changed: &BTreeSet<Name>) {
         let live = std::mem::take(&mut self.live);
         let failed = match self.plan(&live, &mut Vec::new()) {
             Err(_) => true,
-            Ok(plan) => changed.iter().any(|name| match plan.get(name) {
-                Some(planned) => self.change(name, planned, self.mode).is_err(),
-                None => self.parameters[name].restore().is_err(),
+            // All of them are tried, whatever becomes of one.
+            Ok(plan) => changed.iter().fold(false, |failed, name| {
+                let done = match plan.get(name) {
+                    Some(planned) => self.change(name, planned, self.mode),
+                    None => self.parameters[name].restore().map_err(Error::from),
+                };
+                done.is_err() || failed
             }),
         };
+        self.broken = failed;
         self.touched.extend(changed.iter().cloned());
         // A set that is not on the weights any more must not look as if it were.
         self.live = if failed { Vec::new() } else { live };

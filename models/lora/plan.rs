@@ -81,7 +81,9 @@ pub(super) fn merged(pristine: &Tensor, addends: &[Addend]) -> Result<Tensor, Er
 impl Planned<'_> {
     fn addend(&self, pristine: &Weight, device: &Device) -> Result<Addend, Error> {
         let rows = self.rows.clone();
-        let base = || -> candle_core::Result<Tensor> { pristine.dense(DType::F32)?.narrow(0, rows.start, rows.len()) };
+        let base = || -> candle_core::Result<Tensor> {
+            pristine.dense(DType::F32)?.narrow(0, rows.start, rows.len())?.to_device(device)
+        };
         let Update { module, bias, change } = self.update;
         let place = if module.place == Place::SwappedHalves { Place::SwappedHalves } else { Place::Whole };
         let delta = change.delta(self.scale, place, device, base)?;

@@ -13,8 +13,9 @@ use super::Parameter;
 pub enum Weight {
     /// In the dtype of computation.
     Dense(Tensor),
-    /// fp8 e4m3, with one f32 scale `()` or one for each row `(output, 1)` if the file has them.
-    Fp8 { data: Tensor, scale: Option<Tensor> },
+    /// fp8 e4m3, with one f32 scale `()` or one for each row `(output, 1)` if the file has them; and whether activations are to be
+    /// fp8 too in its products, for which there must be a scale for each row.
+    Fp8 { data: Tensor, scale: Option<Tensor>, products: bool },
     /// GGUF blocks.
     Quantised(Arc<QTensor>),
 }
@@ -24,7 +25,7 @@ impl Weight {
     pub fn dense(&self, dtype: DType) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => weight.to_dtype(dtype),
-            Self::Fp8 { data, scale } => kernels::widen_fp8(data, scale.as_ref(), dtype),
+            Self::Fp8 { data, scale, .. } => kernels::widen_fp8(data, scale.as_ref(), dtype),
             Self::Quantised(blocks) => blocks.dequantize(&blocks.device())?.to_dtype(dtype),
         }
     }
@@ -44,7 +45,8 @@ impl Weight {
         }
         Ok(match self {
             Self::Dense(weight) => Self::Dense(weight.to_device(device)?),
-            Self::Fp8 { data, scale } => Self::Fp8 {
+            Self::Fp8 { data, scale, products } => Self::Fp8 {
+                products: *products,
                 data: data.to_device(device)?,
                 scale: scale.as_ref().map(|scale| scale.to_device(device)).transpose()?,
             },
@@ -92,7 +94,7 @@ impl Linear {
         // What a branch adds comes before GELU.
         let in_product = gelu && branch.is_empty();
         let mut y = match &weight {
-            Weight::Fp8 { data, scale: Some(scale) } if kernels::fp8_products() && scale.rank() == 2 => {
+            Weight::Fp8 { data, scale: Some(scale), products: true } => {
                 kernels::linear_fp8(&x, data, scale, bias.as_ref(), in_product)?
             }
             weight if in_product => kernels::linear_gelu(&x, &weight.dense(x.dtype())?, bias.as_ref())?,

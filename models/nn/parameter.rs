@@ -164,6 +164,19 @@ impl Parameter {
         Ok(())
     }
 
+    /// Moves the pristine tensor to main memory if a changed one is in its place.
+    pub(crate) fn pristine_to_host(&self) -> Result<()> {
+        let beside = self.read(|state| match (&state.pristine, &state.merged) {
+            (Pristine::Here(weight), Some(_)) => Some(weight.clone()),
+            _ => None,
+        });
+        if let Some(weight) = beside {
+            let host = weight.to_device(&Device::Cpu)?;
+            self.write(|state| state.pristine = Pristine::Host(host));
+        }
+        Ok(())
+    }
+
     /// Leaves the pristine tensor in place and adds `addends` to its products.
     pub(crate) fn branch(&self, addends: Vec<Addend>, dtype: DType) -> Result<()> {
         let narrow = addends.into_iter().map(|addend| addend.to_dtype(dtype)).collect::<Result<Vec<_>>>()?;

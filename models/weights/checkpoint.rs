@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, gguf_file};
 
-use super::{Error, sniff};
+use super::{Component, Error, names, sniff};
 
 /// How a tensor is stored.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -94,7 +94,16 @@ impl Checkpoint {
         Ok(Self { files: Arc::new(files), tensors: Arc::new(tensors), metadata: Arc::new(metadata) })
     }
 
-    /// The tensors whose keys begin with `prefix`, under the rest of their keys (all-in-one files).
+    /// What belongs to a component if one file holds several (all-in-one files), else all of it.
+    #[must_use]
+    pub fn of(&self, component: Component) -> Self {
+        match names::prefix_in(component, self) {
+            None | Some("") => self.clone(),
+            Some(prefix) => self.under(prefix),
+        }
+    }
+
+    /// The tensors whose keys begin with `prefix`, under the rest of their keys.
     #[must_use]
     pub fn under(&self, prefix: &str) -> Self {
         let inside = |(key, stored): (&String, &Stored)| Some((key.strip_prefix(prefix)?.to_string(), stored.clone()));

@@ -16,8 +16,10 @@ pub enum Keep {
     Stored,
     /// Dense in another type.
     As(DType),
-    /// e4m3 with a scale for each row.
+    /// e4m3 with a scale for each row, widened for each product.
     Fp8,
+    /// The same, and activations are e4m3 in the products as well, as a card's fp8 units have it.
+    Fp8Products,
     /// GGUF blocks of this type.
     Gguf(GgmlDType),
 }
@@ -32,7 +34,7 @@ impl Keep {
         match self.fitting(columns) {
             Self::Stored => 2 * values,
             Self::As(dtype) => values * dtype.size_in_bytes() as u64,
-            Self::Fp8 => values,
+            Self::Fp8 | Self::Fp8Products => values,
             Self::Gguf(kind) => values / kind.block_size() as u64 * kind.type_size() as u64,
         }
     }
@@ -40,7 +42,12 @@ impl Keep {
     /// Itself, or the nearest with blocks that fit into rows of `columns`.
     #[must_use]
     pub fn fitting(self, columns: usize) -> Self {
-        let Self::Gguf(kind) = self else { return self };
+        let kind = match self {
+            Self::Gguf(kind) => kind,
+            // The kernels read sixteen at a time.
+            Self::Fp8 | Self::Fp8Products if !columns.is_multiple_of(16) => return Self::Stored,
+            other => return other,
+        };
         let smaller = match kind {
             GgmlDType::Q6K => GgmlDType::Q8_0,
             GgmlDType::Q5K => GgmlDType::Q5_0,
@@ -62,9 +69,9 @@ impl Keep {
         Ok(match self.fitting(input) {
             Self::Stored => Weight::Dense(dense),
             Self::As(dtype) => Weight::Dense(dense.to_dtype(dtype)?),
-            Self::Fp8 => {
+            Self::Fp8 | Self::Fp8Products => {
                 let (data, scale) = kernels::quantise_fp8(&dense)?;
-                Weight::Fp8 { data, scale: Some(scale) }
+                Weight::Fp8 { data, scale: Some(scale), products: self == Self::Fp8Products }
             }
             Self::Gguf(kind) => {
                 let device = dense.device().clone();
@@ -90,6 +97,7 @@ impl std::fmt::Display for Keep {
             Self::Stored => "as stored",
             Self::As(dtype) => dtype.as_str(),
             Self::Fp8 => "fp8",
+            Self::Fp8Products => "fp8-products",
             Self::Gguf(GgmlDType::Q8_0) => "q8_0",
             Self::Gguf(GgmlDType::Q6K) => "q6_k",
             Self::Gguf(GgmlDType::Q5K) => "q5_k",
@@ -138,6 +146,10 @@ impl OnHost {
     /// Whether this matrix, by its canonical name, is one of them.
     #[must_use]
     pub fn has(&self, component: Component, path: &str) -> bool {
+        // Vectors are small, and stay.
+        if !path.ends_with(".weight") || path.contains("norm") || path.contains("relative_attention_bias") {
+            return false;
+        }
         match component {
             Component::T5 => return self.text && is_large(component, path),
             Component::Transformer if is_modulation(path) => return self.modulations,
@@ -204,10 +216,10 @@ mod tests {
         assert_eq!(keep.fitting(3072), keep);
         assert_eq!(keep.fitting(192), Keep::Gguf(GgmlDType::Q5_0));
         assert_eq!(keep.fitting(40), Keep::Stored);
-        assert_eq!(Keep::Fp8.fitting(7), Keep::Fp8);
-        let zeros = Tensor::zeros((3, 8), DType::F32, &Device::Cpu).unwrap();
+        assert_eq!((Keep::Fp8.fitting(48), Keep::Fp8.fitting(40)), (Keep::Fp8, Keep::Stored));
+        let zeros = Tensor::zeros((3, 16), DType::F32, &Device::Cpu).unwrap();
         let kept = Keep::Fp8.convert(zeros).unwrap().dense(DType::F32).unwrap();
-        assert_eq!(kept.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.0; 24]);
+        assert_eq!(kept.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.0; 48]);
     }
 
     #[test]
@@ -223,6 +235,13 @@ mod tests {
         assert!(!has("single_blocks.29.linear1.weight") && !has("double_blocks.18.img_mlp.0.weight") && !has("img_in.weight"));
         assert!(!OnHost::default().has(Component::Transformer, "single_blocks.37.linear1.weight"));
         let t5 = "encoder.block.3.layer.0.SelfAttention.q.weight";
+        let all = OnHost { text: true, modulations: true, blocks_from: [0, 0] };
+        for vector in
+            ["double_blocks.0.img_mod.lin.bias", "single_blocks.0.norm.query_norm.scale", "single_blocks.0.linear1.bias"]
+        {
+            assert!(!all.has(Component::Transformer, vector), "{vector}");
+        }
+        assert!(!all.has(Component::T5, "encoder.block.0.layer.0.layer_norm.weight"));
         assert!(!host.has(Component::T5, t5) && OnHost { text: true, ..host }.has(Component::T5, t5));
     }
 }

@@ -99,10 +99,7 @@ impl Source {
     /// stored) on `device`.
     #[must_use]
     pub fn new(component: Component, checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Self {
-        let checkpoint = match names::prefix_in(component, checkpoint) {
-            None | Some("") => checkpoint.clone(),
-            Some(prefix) => checkpoint.under(prefix),
-        };
+        let checkpoint = checkpoint.of(component);
         let names = Arc::new(names::canonical(component, &checkpoint));
         Self {
             component,
@@ -192,7 +189,7 @@ impl Source {
     /// As [`Self::vector`], in `dtype`.
     pub fn vector_as(&self, name: &str, width: usize, dtype: DType) -> Result<Parameter, Error> {
         let tensor = self.tensor_as(name, width, dtype)?;
-        Ok(self.register(name, Weight::Dense(tensor), &[width], dtype))
+        Ok(self.register(name, Weight::Dense(tensor), &[width], dtype, &self.device))
     }
 
     /// A linear layer with bias: weight `(output, input)`, bias `(output)`.
@@ -213,25 +210,26 @@ impl Source {
     }
 
     fn matrix(&self, output: usize, input: usize) -> Result<Parameter, Error> {
-        Ok(self.register("weight", self.weight(output, input)?, &[output, input], self.dtype))
+        let device = self.home(&self.path("weight"));
+        Ok(self.register("weight", self.weight(output, input)?, &[output, input], self.dtype, &device))
     }
 
-    fn register(&self, name: &str, weight: Weight, shape: &[usize], dtype: DType) -> Parameter {
+    fn register(&self, name: &str, weight: Weight, shape: &[usize], dtype: DType, device: &Device) -> Parameter {
         let path = self.path(name);
         // Quantised weights stay in place (a LoRA is a branch beside them), so only dense ones are ever read again.
         let dtype = if let Weight::Dense(dense) = &weight { dense.dtype() } else { dtype };
         let reread = matches!(weight, Weight::Dense(_)).then(|| self.rows(&path)).flatten().map(|rows| -> Reread {
-            let (checkpoint, shape, device) = (self.checkpoint.clone(), shape.to_vec(), self.home(&path));
+            let (checkpoint, shape, device) = (self.checkpoint.clone(), shape.to_vec(), device.clone());
             Arc::new(move || read::dense(&checkpoint, &rows, &shape, dtype, &device).map(Weight::Dense))
         });
-        let parameter = Parameter::new(weight, shape, &self.home(&path), reread);
+        let parameter = Parameter::new(weight, shape, device, reread);
         self.parameters.lock().unwrap_or_else(PoisonError::into_inner).insert(path, parameter.clone());
         parameter
     }
 
     /// Where a tensor lives.
     fn home(&self, path: &str) -> Device {
-        if path.ends_with(".weight") && self.on_host.has(self.component, path) { Device::Cpu } else { self.device.clone() }
+        if self.on_host.has(self.component, path) { Device::Cpu } else { self.device.clone() }
     }
 
     fn weight(&self, output: usize, input: usize) -> Result<Weight, Error> {
@@ -247,7 +245,7 @@ impl Source {
         if all(|kind| kind == Kind::Plain(safetensors::Dtype::F8_E4M3)) && rows.len() == 1 {
             let data = read::fp8(&self.checkpoint, &rows, shape.dims(), &device).map_err(failed)?;
             let scale = self.scale()?.map(|scale| scale.to_device(&device)).transpose().map_err(failed)?;
-            return Ok(Weight::Fp8 { data, scale });
+            return Ok(Weight::Fp8 { data, scale, products: false });
         }
         if all(|kind| matches!(kind, Kind::Gguf(dtype) if dtype.block_size() > 1)) {
             let blocks = read::quantised(&self.checkpoint, &rows, shape.dims(), &device).map_err(failed)?;

@@ -64,7 +64,6 @@ pub fn main() -> ExitCode {
     };
     log(&config, matches!(cli.verb, Verb::Serve(_)));
     kernels::use_fused(config.fused_kernels);
-    kernels::use_fp8_products(config.fp8_products);
     if config.cudnn_attention {
         kernels::choose_attention(kernels::Attention::Cudnn);
     }

@@ -84,8 +84,9 @@ pub(super) fn size(text: &str) -> anyhow::Result<u64> {
         _ => anyhow::bail!("must be a size such as 12GiB, 12GB or 500MB"),
     };
     let number: f64 = number.parse().context("must be a size such as 12GiB, 12GB or 500MB")?;
-    anyhow::ensure!(number > 0., "must be more than nothing");
-    Ok((number * unit) as u64)
+    let bytes = number * unit;
+    anyhow::ensure!(bytes >= 1e6, "must be a size such as 12GiB, of at least 1 MB");
+    Ok(bytes as u64)
 }
 
 pub(super) fn device(text: &str) -> anyhow::Result<DeviceChoice> {

@@ -73,6 +73,14 @@ pub(super) fn home(device: &Device, bytes: u64) -> Home {
     }
 }
 
+/// Whether main memory holds `bytes` more of pristine weights.
+#[must_use]
+pub(super) fn host_holds(bytes: u64) -> bool {
+    let memory = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
+    let enough = bytes.saturating_add(SPARE_BYTES.min(bytes));
+    System::new_with_specifics(memory).map_or(true, |system| system.available_memory() >= enough)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,8 +6,8 @@ pub enum Error {
     #[error("the device {name} cannot be used: {hint}")]
     NoDevice { name: &'static str, hint: String },
     #[error(
-        "the model needs at least {:.1} GB of a card that has {:.1} GB for it, even with everything in main memory that can be; take a \
-         smaller file, such as a GGUF one, or --device cpu",
+        "the model needs at least {:.1} GB of a card that has {:.1} GB for it, even with everything in main memory that can be; end what \
+         else uses the card, raise --vram-limit, or take --device cpu",
         *need as f64 / 1e9,
         *have as f64 / 1e9
     )]

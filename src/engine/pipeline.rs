@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor};
 use models::bundle::{Blob, Bundle, Files};
 use models::clip::ClipText;
-use models::flux::{Conditioning, Flux, Rope};
-use models::lora::Patches;
+use models::flux::{Conditioning, Flux, Prepared, Rope};
+use models::lora::{Patches, Switch};
+use models::nn::Home;
 use models::sampler::{self, Generator, Schedule};
 use models::t5::T5Encoder;
 use models::tokenize::Tokenizers;
@@ -42,6 +43,9 @@ pub struct Traits {
 
 /// T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained with.
 const TEXT_TOKENS: [usize; 2] = [512, 256];
+
+/// Steps that are prepared at once: 2 MB each for FLUX.1 in 16 bits.
+const PREPARED: usize = 64;
 
 /// What a picture may take on devices that do not tell their free memory.
 const HOST_PICTURE_BYTES: usize = 8 << 30;
@@ -129,7 +133,11 @@ impl Pipeline {
         let text_tokens = tokenizers.t5_limit().map_or(trained, |limit| limit.min(trained));
         let weights = parameters.values().map(|p| p.shape().iter().product::<usize>() * dtype.size_in_bytes()).sum::<usize>();
         let mut patches = Patches::new(parameters, device, dtype);
-        patches.home = plan.home.unwrap_or_else(|| device::home(device, weights as u64));
+        patches.home = match plan.home {
+            None => device::home(device, weights as u64),
+            Some(Home::Host) if !device::host_holds(weights as u64) => Home::File,
+            Some(home) => home,
+        };
         let kernels = match (device.is_cuda() && kernels::fused(), kernels::chosen_attention()) {
             (false, _) => "plain".to_owned(),
             (true, kernels::Attention::Own) => "fused".to_owned(),
@@ -183,11 +191,12 @@ impl Pipeline {
     ///
     /// If the device has no memory left, everything that can wait in main memory goes there, and the job is tried once more.
     pub fn run(&self, job: &Job, told: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>) -> Result<Finished, Error> {
-        match self.attempt(job, told) {
+        let mut switched = None;
+        match self.attempt(job, &mut switched, told) {
             Err(error) if error.is_out_of_memory() => {
                 tracing::warn!(%error, "no memory is left on the device; once more, with less on it");
                 self.save_memory()?;
-                self.attempt(job, told).map_err(|error| self.give_up(error))
+                self.attempt(job, &mut switched, told).map_err(|error| self.give_up(error))
             }
             other => other,
         }
@@ -219,13 +228,20 @@ impl Pipeline {
         self.pretended.store(attempts, Ordering::Relaxed);
     }
 
-    fn attempt(&self, job: &Job, told: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>) -> Result<Finished, Error> {
+    /// `switched` is what an earlier attempt did to the weights.
+    fn attempt(
+        &self,
+        job: &Job,
+        switched: &mut Option<Switch>,
+        told: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    ) -> Result<Finished, Error> {
         let mut timings = Timings::default();
         let mut truncated = Vec::new();
         let (mut latents, mut pictures) = (Vec::new(), Vec::new());
 
         let mut patches = self.patches();
         let switch = self.timed(&mut timings.switch, || Ok(patches.apply(&job.loras, job.lora_mode)?))?;
+        let switch = switched.get_or_insert(switch).clone();
         tell(told, Event::Encoding)?;
         let prompts = self.timed(&mut timings.encode, || self.encode(job, &patches, &mut truncated))?;
         if self.pretended.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
@@ -331,14 +347,22 @@ impl Pipeline {
         // Through the scheduler's timestep and back, as the reference does it: the product rounds.
         let times: Vec<f32> = sigmas[..sigmas.len() - 1].iter().map(|sigma| sigma * 1000. / 1000.).collect();
         let times = Tensor::new(times, &self.device)?;
-        let positive = self.flux.prepare(&times, &prompts.positive)?;
-        let negative = prompts.negative.as_ref().map(|negative| self.flux.prepare(&times, negative)).transpose()?;
+        let prepare = |first: usize, conditioning| {
+            let times = times.narrow(0, first, PREPARED.min(sigmas.len() - 1 - first))?;
+            self.flux.prepare(&times, conditioning)
+        };
+        let mut prepared = None;
         for (step, pair) in sigmas.windows(2).enumerate() {
+            if step % PREPARED == 0 {
+                let negative = prompts.negative.as_ref().map(|negative| prepare(step, negative)).transpose()?;
+                prepared = Some((prepare(step, &prompts.positive)?, negative));
+            }
+            let Some((positive, negative)) = &prepared else { unreachable!("prepared at the first step") };
             let img = x.to_dtype(self.dtype)?;
-            let velocity = |prepared| self.flux.step(step, &img, prepared, rope)?.to_dtype(DType::F32);
-            let velocity = match &negative {
-                None => velocity(&positive)?,
-                Some(negative) => sampler::true_cfg(&velocity(&positive)?, &velocity(negative)?, job.true_cfg)?,
+            let velocity = |prepared: &Prepared| self.flux.step(step % PREPARED, &img, prepared, rope)?.to_dtype(DType::F32);
+            let velocity = match negative {
+                None => velocity(positive)?,
+                Some(negative) => sampler::true_cfg(&velocity(positive)?, &velocity(negative)?, job.true_cfg)?,
             };
             x = sampler::euler_step(&x, &velocity, pair[0], pair[1])?;
             if let Some(Origin { latents, mask: Some(mask) }) = &origin {
@@ -367,7 +391,10 @@ impl Pipeline {
     /// Bytes that the autoencoder's activations may take; a picture that needs more is worked on in tiles.
     fn picture_memory(&self) -> usize {
         let free = kernels::free_memory(&self.device).and_then(|bytes| usize::try_from(bytes).ok());
-        free.map_or(HOST_PICTURE_BYTES, |bytes| bytes / 10 * 9)
+        // A limit is one for pictures too.
+        let planned = self.plan.need.map_or(u64::MAX, |need| need.have.saturating_sub(need.all() - need.work));
+        let planned = usize::try_from(planned).unwrap_or(usize::MAX);
+        free.map_or(HOST_PICTURE_BYTES, |bytes| (bytes / 10 * 9).min(planned))
     }
 
     /// latents `(1, 16, y, x)` f32 -> picture of 8 y by 8 x.

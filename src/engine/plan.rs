@@ -7,7 +7,7 @@ use candle_core::quantized::GgmlDType;
 use models::bundle::{Bundle, Files};
 use models::flux;
 use models::nn::Home;
-use models::weights::{Keep, Kind, OnHost};
+use models::weights::{Component, Keep, Kind, OnHost};
 
 use super::Error;
 
@@ -20,6 +20,9 @@ const TOKENS: u64 = 64 * 64 + 512;
 /// Scores of attention that are alive at once: in f32, their softmax, and in 16 bits.
 const SCORES: u64 = 3 * (256 << 20);
 
+/// What files call T5's table of tokens.
+const TABLES: [&str; 3] = ["shared.weight", "encoder.embed_tokens.weight", "token_embd.weight"];
+
 /// One part in so many of the weights is lost between them.
 const FRAGMENTS: u64 = 20;
 
@@ -30,8 +33,9 @@ pub const CONTEXT: u64 = 600 << 20;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sizes {
     pub transformer: flux::Config,
-    /// Values of each.
+    /// Values of each; of T5 without its table of tokens, which stays where it is used and as it is computed with.
     pub t5: u64,
+    pub table: u64,
     pub clip: u64,
     pub vae: u64,
     /// Bytes of transformer and T5 whose file is quantised already: they stay as they are.
@@ -83,25 +87,43 @@ impl From<DType> for Plan {
 }
 
 impl Sizes {
+    /// FLUX.1-dev's in bf16, with T5-XXL, CLIP-L and its autoencoder: for plans before the files are there.
+    pub const FLUX1: Self = Self {
+        transformer: flux::Config::DEV,
+        t5: 4_630_714_368,
+        table: 131_596_288,
+        clip: 123_060_480,
+        vae: 83_819_683,
+        quantised: [None; 2],
+    };
+
     /// Of the files of a model whose transformer has these sizes.
     pub fn of(bundle: &Bundle, transformer: &flux::Config) -> Result<Self, Error> {
-        let values = |files: &Files| -> Result<(u64, Option<u64>), Error> {
-            let checkpoint = files.checkpoint()?;
-            let (mut values, mut bytes, mut quantised) = (0, 0, false);
-            for stored in checkpoint.keys().filter_map(|key| checkpoint.get(key)) {
-                values += stored.shape.iter().product::<usize>() as u64;
+        // Values, of them the table's, and bytes if it is quantised.
+        let values = |component: Component, files: &Files| -> Result<(u64, u64, Option<u64>), Error> {
+            // One file may hold all components.
+            let checkpoint = files.checkpoint()?.of(component);
+            let (mut values, mut table, mut bytes, mut quantised) = (0, 0, 0, false);
+            for (key, stored) in checkpoint.keys().filter_map(|key| Some((key, checkpoint.get(key)?))) {
+                let here = stored.shape.iter().product::<usize>() as u64;
+                if TABLES.iter().any(|name| key.ends_with(name)) {
+                    // Some files have it under two names; it is used once.
+                    table = here;
+                    continue;
+                }
+                values += here;
                 bytes += checkpoint.bytes(stored).len() as u64;
                 quantised |= match stored.kind {
                     Kind::Plain(dtype) => dtype == safetensors::Dtype::F8_E4M3,
                     Kind::Gguf(kind) => kind.block_size() > 1,
                 };
             }
-            Ok((values, quantised.then_some(bytes)))
+            Ok((values, table, quantised.then_some(bytes)))
         };
-        let (_, transformer_quantised) = values(&bundle.transformer)?;
-        let (t5, t5_quantised) = values(&bundle.t5)?;
-        let (clip, vae) = (values(&bundle.clip)?.0, values(&bundle.vae)?.0);
-        Ok(Self { transformer: transformer.clone(), t5, clip, vae, quantised: [transformer_quantised, t5_quantised] })
+        let (_, _, transformer_quantised) = values(Component::Transformer, &bundle.transformer)?;
+        let (t5, table, t5_quantised) = values(Component::T5, &bundle.t5)?;
+        let (clip, vae) = (values(Component::Clip, &bundle.clip)?.0, values(Component::Vae, &bundle.vae)?.0);
+        Ok(Self { transformer: transformer.clone(), t5, table, clip, vae, quantised: [transformer_quantised, t5_quantised] })
     }
 
     /// Values of one double block's and one single block's large matrices.
@@ -137,7 +159,7 @@ impl Sizes {
 /// What is tried, best first: what the transformer is kept as, what is in main memory, where pristine weights are. T5 stays as it is
 /// stored, so that pictures depend on the transformer's format only.
 fn options(blocks: [usize; 2]) -> Vec<(Keep, OnHost, Home)> {
-    let (stored, fp8, q5, q4) = (Keep::Stored, Keep::Fp8, Keep::Gguf(GgmlDType::Q5K), Keep::Gguf(GgmlDType::Q4K));
+    let (stored, fp8, blocks_of) = (Keep::Stored, Keep::Fp8, Keep::Gguf);
     let here = OnHost::default();
     let (text, both) = (OnHost { text: true, ..here }, OnHost { text: true, modulations: true, ..here });
     let mut options = vec![
@@ -148,18 +170,17 @@ fn options(blocks: [usize; 2]) -> Vec<(Keep, OnHost, Home)> {
         (fp8, here, Home::Host),
         (fp8, text, Home::Host),
         (fp8, both, Home::Host),
-        (q5, both, Home::Host),
-        (q4, both, Home::Host),
+        (blocks_of(GgmlDType::Q6K), both, Home::Host),
+        (blocks_of(GgmlDType::Q5K), both, Home::Host),
+        (blocks_of(GgmlDType::Q4K), both, Home::Host),
     ];
     // Blocks from the end, a few more each time: those that stay are used from the card.
     let all = blocks[0] + blocks[1];
-    for keep in [fp8, q4] {
-        for eighths in 1..=8 {
-            let away = (all * eighths).div_ceil(8);
-            let single = blocks[1].saturating_sub(away);
-            let double = blocks[0].saturating_sub(away.saturating_sub(blocks[1]));
-            options.push((keep, OnHost { blocks_from: [double, single], ..both }, Home::Host));
-        }
+    for eighths in 1..=8 {
+        let away = (all * eighths).div_ceil(8);
+        let single = blocks[1].saturating_sub(away);
+        let double = blocks[0].saturating_sub(away.saturating_sub(blocks[1]));
+        options.push((fp8, OnHost { blocks_from: [double, single], ..both }, Home::Host));
     }
     options
 }
@@ -235,13 +256,16 @@ impl Plan {
         let blocks = doubles * of_block(double) + singles * of_block(single);
         let all_blocks = config.double_blocks as u64 * of_block(double) + config.single_blocks as u64 * of_block(single);
         let modulations = if sizes.quantised[0].is_some() { of_block(sizes.modulations()) } else { dense(sizes.modulations()) };
-        let t5 = sizes.quantised[1].unwrap_or_else(|| dense(sizes.t5));
+        // T5's activations overflow f16, so it is f32 then.
+        let text_value = if self.dtype == DType::F16 { 4 } else { dense(1) };
+        let t5 = sizes.quantised[1].unwrap_or(sizes.t5 * text_value);
         let on_card = |bytes: u64, away: bool| if away { 0 } else { bytes };
         let transformer = blocks + on_card(modulations, self.on_host.modulations) + dense(sizes.ends());
-        let text = on_card(t5, self.on_host.text) + dense(sizes.clip);
-        // Only dense weights are merged into; others have branches beside them.
-        let merged = self.transformer == Keep::Stored && sizes.quantised[0].is_none();
-        let pristine = if merged && self.home == Some(Home::Device) { transformer + text } else { 0 };
+        let text = on_card(t5, self.on_host.text) + sizes.table * text_value + dense(sizes.clip);
+        // Dense weights are merged into; others have branches beside them.
+        let dense_blocks = self.transformer == Keep::Stored && sizes.quantised[0].is_none();
+        let beside = if dense_blocks { transformer + text } else { transformer - blocks + text };
+        let pristine = if self.home == Some(Home::Device) { beside } else { 0 };
         let sent = |bytes: u64, away: bool| if away { bytes } else { 0 };
         let sent = [all_blocks - blocks, sent(modulations, self.on_host.modulations), sent(t5, self.on_host.text)];
         Need { transformer, text, vae: dense(sizes.vae), pristine, work: sizes.work(dense(1)), sent, have }
@@ -275,7 +299,7 @@ impl fmt::Display for Plan {
         }
         write!(f, ", CLIP: {}; autoencoder {}; work {}", gigabytes(need.text), gigabytes(need.vae), gigabytes(need.work))?;
         match self.home {
-            _ if self.transformer != Keep::Stored => write!(f, "; LoRAs as branches")?,
+            _ if self.transformer != Keep::Stored => write!(f, "; LoRAs as branches of the blocks")?,
             Some(Home::Device) => write!(f, "; pristine weights beside LoRAs {}", gigabytes(need.pristine))?,
             Some(home) => write!(f, "; pristine weights beside LoRAs: {home}")?,
             None => {}
@@ -288,9 +312,8 @@ impl fmt::Display for Plan {
 mod tests {
     use super::*;
 
-    /// FLUX.1-dev with T5-XXL, CLIP-L and its autoencoder.
     fn dev() -> Sizes {
-        Sizes { transformer: flux::Config::DEV, t5: 4_762_310_656, clip: 123_060_480, vae: 83_819_683, quantised: [None; 2] }
+        Sizes::FLUX1
     }
 
     fn fitting(gigabytes: f64, asked: Option<Keep>) -> Result<Plan, Error> {
@@ -316,7 +339,7 @@ mod tests {
             (32., Keep::Stored, true, false, Home::Host),
             (24., Keep::Stored, true, true, Home::Host),
             (16., Keep::Fp8, true, true, Home::Host),
-            (12., Keep::Gguf(GgmlDType::Q5K), true, true, Home::Host),
+            (12., Keep::Gguf(GgmlDType::Q6K), true, true, Home::Host),
             // A part of the blocks is sent in every step.
             (8., Keep::Fp8, true, true, Home::Host),
             (4., Keep::Fp8, true, true, Home::Host),
@@ -352,9 +375,9 @@ mod tests {
         let whole = fitting(8., Some(Keep::Stored)).unwrap();
         assert!(whole.transformer == Keep::Stored && whole.need.unwrap().sent[0] > 13_000_000_000, "{whole}");
         // A Q4_0 file of 6.7 GB.
-        let sizes = Sizes { quantised: [Some(6_700_000_000), Some(2_700_000_000)], ..dev() };
+        let sizes = Sizes { quantised: [Some(6_700_000_000), Some(2_600_000_000)], ..dev() };
         let plan = Plan::fitting(DType::BF16, &sizes, 16_000_000_000 - CONTEXT, None).unwrap();
-        assert_eq!((plan.transformer, plan.on_host), (Keep::Stored, OnHost::default()), "{plan}");
+        assert_eq!((plan.transformer, plan.on_host, plan.home), (Keep::Stored, OnHost::default(), Some(Home::Host)), "{plan}");
         let need = plan.need.unwrap();
         assert!((need.transformer as f64 / 6.7e9 - 1.).abs() < 0.03 && need.pristine == 0, "{need:?}");
     }

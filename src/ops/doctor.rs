@@ -9,8 +9,8 @@ use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 use super::generate::device_name;
 use super::models::{self, Installed};
 use crate::config::Config;
-use crate::engine;
-use crate::ops::Machine;
+use crate::engine::{self, Sizes};
+use crate::ops::{Error, Machine};
 
 /// Less free than this on a disk is little, in bytes.
 const LITTLE: u64 = 2 << 30;
@@ -100,12 +100,26 @@ fn driver() -> Finding {
 fn fits(name: &str, device: Option<&candle_core::Device>, machine: Machine, config: &Config) -> Finding {
     let model = match models::resolve(name, config) {
         Ok(model) => model,
+        // What its files will need is known before they are here.
+        Err(error @ Error::NotPulled { .. }) => {
+            let plan = device.and_then(|device| machine.reckon(device, &|| Ok(Sizes::FLUX1)));
+            let plan = match plan {
+                Some(Ok(plan)) => format!("; FLUX.1 in bf16 would have {plan}"),
+                Some(Err(reason)) => format!("; {reason}"),
+                None => String::new(),
+            };
+            return Finding::new("model", Verdict::Bad, format!("{error}{plan}"));
+        }
         Err(error) => return Finding::new("model", Verdict::Bad, error.to_string()),
     };
     let Some(device) = device else { return Finding::new("model", Verdict::Good, model.name) };
-    if machine.vram_limit.is_some() || !device.is_cpu() && kernels::free_memory(device).is_some() {
-        return match machine.plan(&model, device, None) {
-            Ok(plan) => Finding::new("model", Verdict::Good, format!("{}: {plan}", model.name)),
+    if let Some(plan) = machine.reckon(device, &|| Ok(Sizes::of(&model.bundle, &model.shape)?)) {
+        return match plan {
+            Ok(plan) => {
+                let waits = plan.need.is_some_and(|need| need.sent[0] > 0);
+                let verdict = if waits { Verdict::Note } else { Verdict::Good };
+                Finding::new("model", verdict, format!("{}: {plan}", model.name))
+            }
             Err(error) => Finding::new("model", Verdict::Bad, format!("{}: {error}", model.name)),
         };
     }

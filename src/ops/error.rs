@@ -142,7 +142,7 @@ impl Error {
             | Self::NoFolder { .. }
             | Self::Exists { .. } => "storage".into(),
             Self::Engine(engine::Error::Lora(source)) => format!("lora_{}", source.code()),
-            Self::Engine(engine::Error::OutOfMemory { .. }) => "out_of_memory".into(),
+            Self::Engine(engine::Error::OutOfMemory { .. } | engine::Error::CardTooSmall { .. }) => "out_of_memory".into(),
             Self::Engine(engine::Error::NotANumber { .. }) => "numerical_error".into(),
             Self::Engine(_) => "engine_failed".into(),
             Self::Storage(_) => "storage".into(),

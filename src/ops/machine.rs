@@ -1,11 +1,15 @@
 //! Where a model is to run, and how it is made to fit.
 
-use candle_core::Device;
+use ::models::weights::Keep;
+use candle_core::{DType, Device};
 
 use super::Error;
 use super::generate::Precision;
 use super::models::Model;
 use crate::engine::{self, CONTEXT, DeviceChoice, Plan, Sizes};
+
+/// What cards compute in.
+const CARD: DType = DType::BF16;
 
 /// The device, as asked for, and how much of its memory may be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -31,12 +35,34 @@ impl Machine {
     pub fn plan(&self, model: &Model, device: &Device, precision: Option<Precision>) -> Result<Plan, Error> {
         let dtype = precision.and_then(Precision::dtype).unwrap_or_else(|| engine::default_dtype(device));
         let asked = precision.map(Precision::keep);
-        let have = match (kernels::free_memory(device), self.vram_limit) {
-            (Some(free), limit) => free.min(limit.unwrap_or(u64::MAX)).saturating_sub(CONTEXT),
-            (None, Some(limit)) => limit,
+        let sizes = Sizes::of(&model.bundle, &model.shape)?;
+        let changes = asked.is_some_and(|keep| keep != Keep::Stored);
+        if let (Some(precision), true, true) = (precision, changes, sizes.quantised[0].is_some()) {
+            let allowed = "f32, bf16 or f16, or nothing: the transformer's file is quantised already";
+            return Err(Error::invalid("dtype", &precision.name(), allowed));
+        }
+        // What the last model had is free only when the device is done with it.
+        device.synchronize().map_err(engine::Error::from)?;
+        let Some(have) = self.have(device) else {
             // Main memory is not planned: the system swaps and caches as it likes.
-            (None, None) => return Ok(Plan { transformer: asked.unwrap_or_default(), ..dtype.into() }),
+            return Ok(Plan { transformer: asked.unwrap_or_default(), ..dtype.into() });
         };
-        Ok(Plan::fitting(dtype, &Sizes::of(&model.bundle, &model.shape)?, have, asked)?)
+        // On a CPU the plan is that of the card which the limit stands for; what is computed in is the CPU's.
+        let planned = if device.is_cpu() { precision.and_then(Precision::dtype).unwrap_or(CARD) } else { dtype };
+        Ok(Plan { dtype, ..Plan::fitting(planned, &sizes, have, asked)? })
+    }
+
+    /// Bytes of the card without the driver's part; `None` if there is neither a card nor a limit.
+    fn have(&self, device: &Device) -> Option<u64> {
+        Some(kernels::free_memory(device).into_iter().chain(self.vram_limit).min()?.saturating_sub(CONTEXT))
+    }
+
+    /// What the plan is for a model of these sizes on this device; on a CPU, on the card that the limit stands for, in bf16. `None`
+    /// where there is no plan.
+    #[must_use]
+    pub fn reckon(&self, device: &Device, sizes: &dyn Fn() -> Result<Sizes, Error>) -> Option<Result<Plan, Error>> {
+        let have = self.have(device)?;
+        let dtype = if device.is_cpu() { CARD } else { engine::default_dtype(device) };
+        Some(sizes().and_then(|sizes| Ok(Plan::fitting(dtype, &sizes, have, None)?)))
     }
 }

@@ -83,6 +83,8 @@ pub enum Precision {
     F16,
     /// e4m3 with a scale for each row.
     Fp8,
+    /// The same, with activations of e4m3 in the products.
+    Fp8Products,
     /// GGUF blocks.
     Q8_0,
     Q6K,
@@ -92,11 +94,12 @@ pub enum Precision {
 }
 
 impl Precision {
-    pub const ALL: [(&str, Self); 9] = [
+    pub const ALL: [(&str, Self); 10] = [
         ("f32", Self::F32),
         ("bf16", Self::Bf16),
         ("f16", Self::F16),
         ("fp8", Self::Fp8),
+        ("fp8-products", Self::Fp8Products),
         ("q8_0", Self::Q8_0),
         ("q6_k", Self::Q6K),
         ("q5_k", Self::Q5K),
@@ -127,7 +130,7 @@ impl Precision {
             Self::F32 => Some(DType::F32),
             Self::Bf16 => Some(DType::BF16),
             Self::F16 => Some(DType::F16),
-            Self::Fp8 | Self::Q8_0 | Self::Q6K | Self::Q5K | Self::Q4K | Self::Q4_0 => None,
+            Self::Fp8 | Self::Fp8Products | Self::Q8_0 | Self::Q6K | Self::Q5K | Self::Q4K | Self::Q4_0 => None,
         }
     }
 
@@ -137,6 +140,7 @@ impl Precision {
         match self {
             Self::F32 | Self::Bf16 | Self::F16 => Keep::Stored,
             Self::Fp8 => Keep::Fp8,
+            Self::Fp8Products => Keep::Fp8Products,
             Self::Q8_0 => Keep::Gguf(GgmlDType::Q8_0),
             Self::Q6K => Keep::Gguf(GgmlDType::Q6K),
             Self::Q5K => Keep::Gguf(GgmlDType::Q5K),
