@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{DType, Device, Tensor};
-use darkroom::engine::{Job, LoraMode, NoiseKind, Pipeline};
+use darkroom::engine::{Job, LoraMode, NoiseKind, Pipeline, Sizes};
 use models::bundle::{Blob, Bundle};
 use models::flux::{Conditioning, Config, Flux, Rope};
 use models::lora::{Adapter, Mode, Patches, Scales, Selected};
@@ -164,6 +164,12 @@ fn latents(mut bundle: Bundle) -> Tensor {
     pipeline.run(&job, &mut |_| ControlFlow::Continue(())).unwrap().latents
 }
 
+fn sizes(bundle: &Bundle) -> Sizes {
+    let checkpoint = bundle.transformer.checkpoint().unwrap();
+    let source = Source::new(Component::Transformer, &checkpoint, DType::F32, &Device::Cpu);
+    Sizes::of(bundle, &Config::read(&source, None).unwrap()).unwrap()
+}
+
 #[test]
 fn single_files_and_all_in_one_files_give_the_same_bits_as_the_folder() {
     let folder = latents(Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap());
@@ -190,6 +196,8 @@ fn single_files_and_all_in_one_files_give_the_same_bits_as_the_folder() {
     let path = whole.path().join("flux1-dev-fp8.safetensors");
     save(&all, &path);
     let from_whole = latents(Bundle::detect(&path).unwrap());
+    // Plans count each component once, wherever it is.
+    assert_eq!(sizes(&Bundle::detect(&path).unwrap()), sizes(&Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap()));
 
     for (name, other) in [("file", from_file), ("folder of files", from_folder), ("all in one", from_whole)] {
         assert_eq!(relative_l2(&other, &folder), 0., "{name}");
