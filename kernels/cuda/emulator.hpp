@@ -4,8 +4,12 @@
 // Speed does not matter here: it is for tests.
 #pragma once
 
+#ifdef __APPLE__
+#define _XOPEN_SOURCE 600 // for ucontext.h
+#define _DARWIN_C_SOURCE
+#endif
+
 #include <math.h>
-#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,10 +32,15 @@
 #define DYNAMIC_SHARED(name) unsigned char *name = emulator::shared()
 
 struct bf16 { uint16_t bits; };
-typedef _Float16 f16;
+struct f16 { uint16_t bits; };
 
 inline float widen(float x) { return x; }
-inline float widen(f16 x) { return (float)x; }
+inline float widen(f16 x) {
+    int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+    float y = exponent == 31 ? (mantissa ? NAN : INFINITY)
+            : exponent ? ldexpf((float)(1024 + mantissa), exponent - 25) : ldexpf((float)mantissa, -24);
+    return x.bits >> 15 ? -y : y;
+}
 inline float widen(bf16 x) {
     uint32_t bits = (uint32_t)x.bits << 16;
     float y;
@@ -39,7 +48,19 @@ inline float widen(bf16 x) {
     return y;
 }
 inline void round_to(float x, float &y) { y = x; }
-inline void round_to(float x, f16 &y) { y = (f16)x; }
+inline void round_to(float x, f16 &y) {
+    uint16_t sign = signbit(x) ? 0x8000 : 0;
+    x = fabsf(x);
+    if (x != x) y.bits = sign | 0x7e00;
+    else if (x >= 65520.0f) y.bits = sign | 0x7c00;
+    else if (x < 6.103515625e-05f) y.bits = sign | (uint16_t)rintf(x * 16777216.0f); // below 2^-14 in steps of 2^-24
+    else {
+        int exponent;
+        float fraction = frexpf(x, &exponent); // 0.5 to 1
+        // What rounds up to 2048 carries into the exponent.
+        y.bits = sign | (uint16_t)(((exponent + 13) << 10) + (uint16_t)rintf(fraction * 2048.0f));
+    }
+}
 inline void round_to(float x, bf16 &y) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
