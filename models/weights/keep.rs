@@ -14,8 +14,6 @@ pub enum Keep {
     /// Dense ones in the type of computation; fp8 and GGUF as in their file.
     #[default]
     Stored,
-    /// Dense in another type.
-    As(DType),
     /// e4m3 with a scale for each row, widened for each product.
     Fp8,
     /// The same, and activations are e4m3 in the products as well, as a card's fp8 units have it.
@@ -33,7 +31,6 @@ impl Keep {
     pub fn bytes(self, values: u64, columns: usize) -> u64 {
         match self.fitting(columns) {
             Self::Stored => 2 * values,
-            Self::As(dtype) => values * dtype.size_in_bytes() as u64,
             Self::Fp8 | Self::Fp8Products => values,
             Self::Gguf(kind) => values / kind.block_size() as u64 * kind.type_size() as u64,
         }
@@ -68,7 +65,6 @@ impl Keep {
         let (output, input) = dense.dims2()?;
         Ok(match self.fitting(input) {
             Self::Stored => Weight::Dense(dense),
-            Self::As(dtype) => Weight::Dense(dense.to_dtype(dtype)?),
             Self::Fp8 | Self::Fp8Products => {
                 let (data, scale) = kernels::quantise_fp8(&dense)?;
                 Weight::Fp8 { data, scale: Some(scale), products: self == Self::Fp8Products }
@@ -95,7 +91,6 @@ impl std::fmt::Display for Keep {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let name = match self {
             Self::Stored => "as stored",
-            Self::As(dtype) => dtype.as_str(),
             Self::Fp8 => "fp8",
             Self::Fp8Products => "fp8-products",
             Self::Gguf(GgmlDType::Q8_0) => "q8_0",
@@ -179,7 +174,6 @@ mod tests {
         let sizes = Tensor::rand(-2f32, 2., (300, 1), &Device::Cpu).unwrap().exp().unwrap();
         let weight = weight.broadcast_mul(&sizes).unwrap();
         for (keep, most) in [
-            (Keep::As(DType::BF16), 0.002),
             (Keep::Fp8, 0.03),
             (Keep::Gguf(GgmlDType::Q8_0), 0.006),
             (Keep::Gguf(GgmlDType::Q6K), 0.02),

@@ -217,7 +217,6 @@ impl Source {
     fn register(&self, name: &str, weight: Weight, shape: &[usize], dtype: DType, device: &Device) -> Parameter {
         let path = self.path(name);
         // Quantised weights stay in place (a LoRA is a branch beside them), so only dense ones are ever read again.
-        let dtype = if let Weight::Dense(dense) = &weight { dense.dtype() } else { dtype };
         let reread = matches!(weight, Weight::Dense(_)).then(|| self.rows(&path)).flatten().map(|rows| -> Reread {
             let (checkpoint, shape, device) = (self.checkpoint.clone(), shape.to_vec(), device.clone());
             Arc::new(move || read::dense(&checkpoint, &rows, &shape, dtype, &device).map(Weight::Dense))
@@ -251,10 +250,9 @@ impl Source {
             let blocks = read::quantised(&self.checkpoint, &rows, shape.dims(), &device).map_err(failed)?;
             return Ok(Weight::Quantised(Arc::new(blocks)));
         }
-        let dtype = if let Keep::As(dtype) = keep { dtype } else { self.dtype };
         // GGUF blocks are made by the processor.
         let made = if matches!(keep, Keep::Gguf(_)) { Device::Cpu } else { device.clone() };
-        let dense = read::dense(&self.checkpoint, &rows, shape.dims(), dtype, &made).map_err(failed)?;
+        let dense = read::dense(&self.checkpoint, &rows, shape.dims(), self.dtype, &made).map_err(failed)?;
         keep.convert(dense).and_then(|weight| weight.to_device(&device)).map_err(failed)
     }
 

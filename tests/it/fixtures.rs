@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use darkroom::engine::{Job, LoraMode, NoiseKind};
 use models::weights::{Checkpoint, Component, Source};
 use serde_json::Value;
 
@@ -33,6 +34,26 @@ impl Fixture {
 
 pub fn json(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(path(name)).expect(name)).unwrap()
+}
+
+/// One picture without anything special about it; tests say what is.
+pub fn job(prompt: &str, width: usize, height: usize, steps: usize) -> Job {
+    Job {
+        prompt: prompt.into(),
+        negative_prompt: String::new(),
+        width,
+        height,
+        steps,
+        guidance: 3.5,
+        true_cfg: 1.,
+        seed: 7,
+        outputs: 1,
+        noise: NoiseKind::Cpu,
+        start: None,
+        loras: Vec::new(),
+        lora_mode: LoraMode::Auto,
+        previews: None,
+    }
 }
 
 /// The weights of a tiny model's component.

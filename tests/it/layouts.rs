@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{DType, Device, Tensor};
-use darkroom::engine::{Job, LoraMode, NoiseKind, Pipeline, Sizes};
+use darkroom::engine::{Pipeline, Sizes};
 use models::bundle::{Blob, Bundle};
 use models::flux::{Conditioning, Config, Flux, Rope};
 use models::lora::{Adapter, Mode, Patches, Scales, Selected};
@@ -145,22 +145,7 @@ fn latents(mut bundle: Bundle) -> Tensor {
     bundle.clip.config = config("text_encoder");
     bundle.vae.config = config("vae");
     let pipeline = Pipeline::load(&bundle, &Device::Cpu, DType::F32, &mut |_| {}).unwrap();
-    let job = Job {
-        prompt: "a cat on a wooden table".into(),
-        negative_prompt: String::new(),
-        width: 48,
-        height: 32,
-        steps: 2,
-        guidance: 3.5,
-        true_cfg: 1.,
-        seed: 7,
-        outputs: 1,
-        noise: NoiseKind::Cpu,
-        start: None,
-        loras: Vec::new(),
-        lora_mode: LoraMode::Auto,
-        previews: None,
-    };
+    let job = fixtures::job("a cat on a wooden table", 48, 32, 2);
     pipeline.run(&job, &mut |_| ControlFlow::Continue(())).unwrap().latents
 }
 

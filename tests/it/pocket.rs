@@ -3,35 +3,20 @@
 use std::ops::ControlFlow;
 
 use candle_core::{DType, Device, Tensor};
-use darkroom::engine::{Event, Job, LoraMode, NoiseKind, Pipeline};
+use darkroom::engine::{Event, Job, Pipeline};
 use darkroom::image::measure::ssim;
 use models::pocket::people;
 use models::pocket::probe::{ATTRIBUTES, Probe, asked};
 use models::vae::Autoencoder;
 use models::weights::Component;
 
-use crate::fixtures::{Fixture, component, relative_l2};
+use crate::fixtures::{self, Fixture, component, relative_l2};
 
 const PROMPT: &str = "a portrait of a person with long red hair and glasses, smiling, wearing a blue shirt, yellow background";
 
 /// As pocket is measured.
 fn job(prompt: &str, seed: u64) -> Job {
-    Job {
-        prompt: prompt.into(),
-        negative_prompt: String::new(),
-        width: models::pocket::SIDE,
-        height: models::pocket::SIDE,
-        steps: 20,
-        guidance: 3.,
-        true_cfg: 1.,
-        seed,
-        outputs: 1,
-        noise: NoiseKind::Cpu,
-        start: None,
-        loras: Vec::new(),
-        lora_mode: LoraMode::Auto,
-        previews: None,
-    }
+    Job { guidance: 3., seed, ..fixtures::job(prompt, models::pocket::SIDE, models::pocket::SIDE, 20) }
 }
 
 fn load() -> Pipeline {

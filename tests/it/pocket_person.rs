@@ -7,10 +7,12 @@ use std::process::Command;
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use darkroom::engine::{Adapter, Event, Job, LoraMode, NoiseKind, Pipeline, Scales, Selected};
+use darkroom::engine::{Adapter, Event, Job, Pipeline, Scales, Selected};
 use image::RgbImage;
 use models::pocket::people::recognise;
 use models::pocket::probe::{Probe, asked};
+
+use crate::fixtures;
 
 const PEOPLE: [&str; 5] = ["user1001", "user1002", "user1003", "user1004", "user1005"];
 
@@ -39,22 +41,8 @@ fn pocket() -> Pipeline {
 fn picture(pipeline: &Pipeline, loras: &[(&Arc<Adapter>, f64)], prompt: &str, seed: u64, steps: usize) -> RgbImage {
     let selected =
         |(adapter, scale): &(&Arc<Adapter>, f64)| Selected { adapter: (*adapter).clone(), scales: Scales::uniform(*scale) };
-    let job = Job {
-        prompt: prompt.into(),
-        negative_prompt: String::new(),
-        width: 128,
-        height: 128,
-        steps,
-        guidance: 3.,
-        true_cfg: 1.,
-        seed,
-        outputs: 1,
-        noise: NoiseKind::Cpu,
-        start: None,
-        loras: loras.iter().map(selected).collect(),
-        lora_mode: LoraMode::Auto,
-        previews: None,
-    };
+    let loras = loras.iter().map(selected).collect();
+    let job = Job { guidance: 3., seed, loras, ..fixtures::job(prompt, 128, 128, steps) };
     pipeline.run(&job, &mut |_: Event| ControlFlow::Continue(())).unwrap().pictures.remove(0)
 }
 
