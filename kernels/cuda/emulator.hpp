@@ -1,7 +1,7 @@
 // A stand-in for a card: runs kernels on a processor, one block after another, its threads as fibers in an order drawn at random; warps
-// run ahead of each other, so that a missing barrier shows. Reads and writes of global memory outside the buffers that a launch names, misaligned accesses,
-// and barriers that not all threads reach are errors; shared memory is all NaN when a block begins. Kernels use dynamic shared memory only.
-// Speed does not matter here: it is for tests.
+// run ahead of each other, so that a missing barrier shows. Of kernels of ours, reads and writes of global memory outside the buffers that
+// a launch names, misaligned accesses, and barriers that not all threads reach are errors; shared memory is all NaN when a block begins.
+// They use dynamic shared memory only. Speed matters little here: it is for tests.
 #pragma once
 
 #ifdef __APPLE__
@@ -18,12 +18,12 @@
 #include <algorithm>
 #include <functional>
 #include <map>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -76,9 +76,20 @@ struct Fault : std::runtime_error { using std::runtime_error::runtime_error; };
 
 unsigned char *shared();
 [[noreturn]] void fault(const std::string &what);
+
+enum class Trust {
+    Nothing, // what a kernel of ours may not do is an error
+    Threads, // blocks of any size, barriers without threads that have ended: all that CUDA allows
+    All,     // as before, and no thread waits for another: they are run as a loop
+};
+// Runs a kernel over its whole grid. Returns what went wrong, or nothing.
+std::string run(Dim3 grid, Dim3 block, size_t shared_bytes, void (*kernel)(const void *), const void *arguments, Trust trust, uint32_t seed);
+// What `list` knows under this name, or null.
+void (*find(const char *name))(const void *);
 // Waits for all threads of the block.
 void block_barrier();
-// Waits for all lanes of the warp to do the same; then `then` is called with what each lane has given, which may write to it.
+// Waits for all lanes of the warp to do the same; then `then` is called with what each lane has given, which may write to it. Lanes that
+// have ended or never were are null; a kernel of ours has none.
 void collective(const char *what, void *mine, const std::function<void(void *const *)> &then);
 // Errors unless a launch's buffer holds these bytes, at a multiple of `alignment`.
 void check(const void *p, size_t bytes, size_t alignment, bool writing);
@@ -101,12 +112,14 @@ struct Listed { Listed(const char *name, void (*kernel)(const void *)) { list(na
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void __syncwarp() { emulator::collective("__syncwarp", nullptr, [](void *const *) {}); }
 
-inline float __shfl_xor_sync(uint32_t, float x, int mask) {
-    float mine = x;
+template <typename T> T __shfl_xor_sync(uint32_t, T x, int mask, int = 32) {
+    T mine = x;
     emulator::collective("__shfl_xor_sync", &mine, [mask](void *const *lanes) {
-        float all[32];
-        for (int i = 0; i < 32; i++) all[i] = *(float *)lanes[i];
-        for (int i = 0; i < 32; i++) *(float *)lanes[i] = all[i ^ mask];
+        T all[32];
+        for (int i = 0; i < 32; i++)
+            if (lanes[i]) all[i] = *(T *)lanes[i];
+        for (int i = 0; i < 32; i++)
+            if (lanes[i] && lanes[i ^ mask]) *(T *)lanes[i] = all[i ^ mask];
     });
     return mine;
 }

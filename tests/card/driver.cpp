@@ -1,0 +1,372 @@
+// A card made of software: what a CUDA program asks of libcuda.so.1, on the processor. Memory of the "device" is memory behind guard pages,
+// full of NaN when new and gone when freed; kernels are darkroom's and candle's own sources, run by the emulator as they are launched; every
+// call does its work before it returns. What a real driver refuses is refused. It shows that the right calls are made with the right
+// arguments, how much memory they take, and what comes out. It shows nothing of speed, and nothing of what goes wrong between streams.
+//
+// CARD_MEMORY (bytes), CARD_CAPABILITY (as 9.0) and CARD_NAME make it another card; CARD_LOG names a file for what it has seen, at the end.
+// With CARD_DRY=1 it counts memory and calls but computes nothing, and its memory is all zeros, so that the real model's sizes fit here.
+#include <cuda.h>
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <set>
+#include <string>
+
+#include "emulator.hpp"
+
+extern "C" int emulator_launch(const char *, const uint32_t *, uint32_t, uint32_t, const void *, const uint64_t *, size_t, uint32_t, char *);
+
+struct CUctx_st {};
+struct CUevent_st { std::chrono::steady_clock::time_point at; bool recorded = false; };
+struct CUstream_st {};
+struct CUmemPoolHandle_st {};
+struct CUmod_st { bool ours; std::string text; };
+struct CUfunc_st { std::string name; bool ours; emulator::Trust trust; void (*kernel)(const void *); size_t shared = 48 << 10; };
+
+namespace {
+
+struct Allocation { char *mapping; size_t mapped, bytes; };
+
+const char *setting(const char *name, const char *otherwise) {
+    const char *value = getenv(name);
+    return value && *value ? value : otherwise;
+}
+
+struct Card {
+    std::mutex lock;
+    size_t total = strtoull(setting("CARD_MEMORY", "85899345920"), nullptr, 10);
+    size_t used = 0, reserved = 0, most = 0;
+    uint64_t keeps = 0; // bytes that the pool keeps when nobody uses them
+    std::map<CUdeviceptr, Allocation> allocations;
+    std::set<const void *> streams, events;
+    std::map<std::string, size_t> launches;
+    bool dry = *setting("CARD_DRY", "") != 0;
+    bool broken = false;
+    uint32_t seed = 1;
+    CUctx_st context;
+    CUmemPoolHandle_st pool;
+
+    ~Card() {
+        const char *path = setting("CARD_LOG", "");
+        if (!*path) return;
+        FILE *log = fopen(path, "w");
+        if (!log) return;
+        fprintf(log, "{\"most_bytes\": %zu, \"left_bytes\": %zu, \"launches\": {", most, used);
+        const char *comma = "";
+        for (auto &[name, count] : launches) fprintf(log, "%s\n  \"%s\": %zu", comma, name.c_str(), count), comma = ",";
+        fprintf(log, "}}\n");
+        fclose(log);
+    }
+};
+
+Card &card() {
+    static Card one;
+    return one;
+}
+
+thread_local CUcontext current = nullptr;
+
+// How a call begins that needs a context: with the lock held, or the reason why it cannot go on.
+struct Call {
+    std::unique_lock<std::mutex> held{card().lock};
+    CUresult wrong = !current ? CUDA_ERROR_INVALID_CONTEXT : card().broken ? CUDA_ERROR_ILLEGAL_ADDRESS : CUDA_SUCCESS;
+};
+// Also the default one, and the thread's own.
+bool open(CUstream stream) { return !stream || stream == CU_STREAM_LEGACY || stream == CU_STREAM_PER_THREAD || card().streams.count(stream); }
+
+#define IN_CONTEXT \
+    Call call; \
+    if (call.wrong != CUDA_SUCCESS) return call.wrong;
+#define ON_STREAM(stream) \
+    IN_CONTEXT \
+    if (!open(stream)) return CUDA_ERROR_INVALID_HANDLE;
+
+CUresult broken(const std::string &why) {
+    fprintf(stderr, "card: %s\n", why.c_str());
+    card().broken = true;
+    return CUDA_ERROR_ILLEGAL_ADDRESS;
+}
+
+// Whether these bytes of the device are somebody's.
+bool allocated(CUdeviceptr at, size_t bytes) {
+    auto next = card().allocations.upper_bound(at);
+    if (next == card().allocations.begin()) return false;
+    auto &[begin, allocation] = *std::prev(next);
+    return at + bytes <= begin + allocation.bytes;
+}
+
+// A driver gives memory out in pieces of this size.
+constexpr size_t PIECE = 512;
+size_t rounded(size_t bytes) { return (bytes + PIECE - 1) / PIECE * PIECE; }
+
+CUresult allocate(CUdeviceptr *at, size_t bytes) {
+    Card &c = card();
+    if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+    size_t used = c.used + rounded(bytes);
+    if (used > c.total) return CUDA_ERROR_OUT_OF_MEMORY;
+    // The allocation ends where the page ends, as far as its alignment allows: what lies behind it is nobody's.
+    size_t page = sysconf(_SC_PAGESIZE), length = (bytes + 255) / 256 * 256, mapped = (length + page - 1) / page * page + page;
+    char *mapping = (char *)mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapping == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
+    mprotect(mapping + mapped - page, page, PROT_NONE);
+    char *begin = mapping + mapped - page - length;
+    if (!c.dry) memset(begin, 0xff, length);
+    *at = (CUdeviceptr)begin;
+    c.allocations[*at] = {mapping, mapped, bytes};
+    c.used = used;
+    c.reserved = std::max(c.reserved, used);
+    c.most = std::max(c.most, used);
+    return CUDA_SUCCESS;
+}
+
+CUresult release(CUdeviceptr at) {
+    Card &c = card();
+    auto found = c.allocations.find(at);
+    if (found == c.allocations.end()) return broken("memory is freed that is not allocated");
+    munmap(found->second.mapping, found->second.mapped);
+    c.used -= rounded(found->second.bytes);
+    if (c.keeps == 0) c.reserved = c.used;
+    c.allocations.erase(found);
+    return CUDA_SUCCESS;
+}
+
+// Whether a kernel's threads wait for each other, by its text.
+emulator::Trust trust(const std::string &text, const std::string &name) {
+    size_t begin = text.find(".entry " + name + "("), end = text.find(".entry ", begin + 1);
+    if (begin == std::string::npos) return emulator::Trust::Nothing;
+    std::string body = text.substr(begin, end == std::string::npos ? end : end - begin);
+    for (const char *waits : {"bar.", "barrier.", "shfl.", "vote.", "match."})
+        if (body.find(waits) != std::string::npos) return emulator::Trust::Threads;
+    return emulator::Trust::All;
+}
+
+} // namespace
+
+extern "C" {
+
+CUresult cuInit(unsigned int) { return CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
+
+CUresult cuGetErrorString(CUresult error, const char **text) {
+    switch (error) {
+    case CUDA_SUCCESS: *text = "no error"; break;
+    case CUDA_ERROR_INVALID_VALUE: *text = "invalid argument"; break;
+    case CUDA_ERROR_OUT_OF_MEMORY: *text = "out of memory"; break;
+    case CUDA_ERROR_INVALID_CONTEXT: *text = "invalid device context"; break;
+    case CUDA_ERROR_INVALID_DEVICE: *text = "invalid device ordinal"; break;
+    case CUDA_ERROR_INVALID_HANDLE: *text = "invalid resource handle"; break;
+    case CUDA_ERROR_NOT_FOUND: *text = "named symbol not found"; break;
+    case CUDA_ERROR_ILLEGAL_ADDRESS: *text = "an illegal memory access was encountered"; break;
+    default: *text = "unknown error"; break;
+    }
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { return ordinal == 0 ? (*device = 0, CUDA_SUCCESS) : CUDA_ERROR_INVALID_DEVICE; }
+
+CUresult cuDeviceGetName(char *name, int room, CUdevice) {
+    snprintf(name, room, "%s", setting("CARD_NAME", "card of software"));
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice) {
+    int major = 9, minor = 0;
+    sscanf(setting("CARD_CAPABILITY", "9.0"), "%d.%d", &major, &minor);
+    switch (attribute) {
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = major; break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = minor; break;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = 1024; break;
+    case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED: *value = 1; break;
+    default:
+        fprintf(stderr, "card: nobody has said what attribute %d is\n", attribute);
+        return CUDA_ERROR_INVALID_VALUE;
+    }
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice) { return *context = &card().context, CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
+CUresult cuCtxDestroy_v2(CUcontext) { return CUDA_SUCCESS; }
+CUresult cuCtxGetCurrent(CUcontext *context) { return *context = current, CUDA_SUCCESS; }
+CUresult cuCtxSetCurrent(CUcontext context) { return current = context, CUDA_SUCCESS; }
+CUresult cuCtxSynchronize() {
+    IN_CONTEXT
+    return CUDA_SUCCESS;
+}
+
+CUresult cuStreamCreate(CUstream *stream, unsigned int) {
+    IN_CONTEXT
+    card().streams.insert(*stream = new CUstream_st);
+    return CUDA_SUCCESS;
+}
+CUresult cuStreamDestroy_v2(CUstream stream) {
+    ON_STREAM(stream)
+    card().streams.erase(stream);
+    delete stream;
+    return CUDA_SUCCESS;
+}
+CUresult cuStreamSynchronize(CUstream stream) {
+    ON_STREAM(stream)
+    return CUDA_SUCCESS;
+}
+CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int) {
+    ON_STREAM(stream)
+    return card().events.count(event) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+}
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+    ON_STREAM(stream)
+    *status = CU_STREAM_CAPTURE_STATUS_NONE;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuEventCreate(CUevent *event, unsigned int) {
+    IN_CONTEXT
+    card().events.insert(*event = new CUevent_st);
+    return CUDA_SUCCESS;
+}
+CUresult cuEventDestroy_v2(CUevent event) {
+    IN_CONTEXT
+    if (!card().events.erase(event)) return CUDA_ERROR_INVALID_HANDLE;
+    delete event;
+    return CUDA_SUCCESS;
+}
+CUresult cuEventRecord(CUevent event, CUstream stream) {
+    ON_STREAM(stream)
+    if (!card().events.count(event)) return CUDA_ERROR_INVALID_HANDLE;
+    event->at = std::chrono::steady_clock::now(), event->recorded = true;
+    return CUDA_SUCCESS;
+}
+CUresult cuEventSynchronize(CUevent event) {
+    IN_CONTEXT
+    return card().events.count(event) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+}
+CUresult cuEventElapsedTime_v2(float *milliseconds, CUevent begin, CUevent end) {
+    IN_CONTEXT
+    if (!card().events.count(begin) || !card().events.count(end) || !begin->recorded || !end->recorded) return CUDA_ERROR_INVALID_HANDLE;
+    *milliseconds = std::chrono::duration<float, std::milli>(end->at - begin->at).count();
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemAlloc_v2(CUdeviceptr *at, size_t bytes) {
+    IN_CONTEXT
+    return allocate(at, bytes);
+}
+CUresult cuMemAllocAsync(CUdeviceptr *at, size_t bytes, CUstream stream) {
+    ON_STREAM(stream)
+    return allocate(at, bytes);
+}
+CUresult cuMemFree_v2(CUdeviceptr at) {
+    IN_CONTEXT
+    return release(at);
+}
+CUresult cuMemFreeAsync(CUdeviceptr at, CUstream stream) {
+    ON_STREAM(stream)
+    return release(at);
+}
+CUresult cuMemGetInfo_v2(size_t *free, size_t *total) {
+    IN_CONTEXT
+    *free = card().total - card().reserved, *total = card().total;
+    return CUDA_SUCCESS;
+}
+CUresult cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice) { return *pool = &card().pool, CUDA_SUCCESS; }
+CUresult cuMemPoolGetAttribute(CUmemoryPool, CUmemPool_attribute attribute, void *value) {
+    std::lock_guard<std::mutex> held(card().lock);
+    switch (attribute) {
+    case CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT: *(cuuint64_t *)value = card().reserved; return CUDA_SUCCESS;
+    case CU_MEMPOOL_ATTR_USED_MEM_CURRENT: *(cuuint64_t *)value = card().used; return CUDA_SUCCESS;
+    default: return CUDA_ERROR_INVALID_VALUE;
+    }
+}
+CUresult cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute attribute, void *value) {
+    std::lock_guard<std::mutex> held(card().lock);
+    if (attribute != CU_MEMPOOL_ATTR_RELEASE_THRESHOLD) return CUDA_ERROR_INVALID_VALUE;
+    card().keeps = *(cuuint64_t *)value;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CUstream stream) {
+    ON_STREAM(stream)
+    if (!allocated(to, bytes)) return broken("a copy to the card goes outside its memory");
+    if (!card().dry) memcpy((void *)to, from, bytes);
+    return CUDA_SUCCESS;
+}
+CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    ON_STREAM(stream)
+    if (!allocated(from, bytes)) return broken("a copy from the card goes outside its memory");
+    memcpy(to, (const void *)from, bytes);
+    return CUDA_SUCCESS;
+}
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    ON_STREAM(stream)
+    if (!allocated(to, bytes) || !allocated(from, bytes)) return broken("a copy on the card goes outside its memory");
+    if (from < to + bytes && to < from + bytes && bytes) return broken("a copy on the card overlaps itself");
+    if (!card().dry) memcpy((void *)to, (const void *)from, bytes);
+    return CUDA_SUCCESS;
+}
+CUresult cuMemcpyPeerAsync(CUdeviceptr, CUcontext, CUdeviceptr, CUcontext, size_t, CUstream) { return broken("there is one card"); }
+CUresult cuMemsetD8Async(CUdeviceptr at, unsigned char value, size_t bytes, CUstream stream) {
+    ON_STREAM(stream)
+    if (!allocated(at, bytes)) return broken("memory is set outside an allocation");
+    if (!card().dry) memset((void *)at, value, bytes);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuModuleLoad(CUmodule *, const char *) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+    IN_CONTEXT
+    uint32_t magic;
+    memcpy(&magic, image, sizeof magic);
+    bool ours = magic == 0xba55ed50; // of programs compiled for several cards; candle's are text
+    *module = new CUmod_st{ours, ours ? "" : (const char *)image};
+    return CUDA_SUCCESS;
+}
+CUresult cuModuleUnload(CUmodule module) { return delete module, CUDA_SUCCESS; }
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+    IN_CONTEXT
+    auto kernel = emulator::find(name);
+    auto trusted = module->ours ? emulator::Trust::Nothing : trust(module->text, name);
+    if (!module->ours && trusted == emulator::Trust::Nothing) return CUDA_ERROR_NOT_FOUND;
+    if (!kernel) {
+        fprintf(stderr, "card: the source of %s was not compiled for it\n", name);
+        return CUDA_ERROR_NOT_FOUND;
+    }
+    *function = new CUfunc_st{name, module->ours, trusted, kernel};
+    return CUDA_SUCCESS;
+}
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
+    IN_CONTEXT
+    if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES || value < 0 || value > 227 << 10) return CUDA_ERROR_INVALID_VALUE;
+    function->shared = value;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z, unsigned int block_x,
+                        unsigned int block_y, unsigned int block_z, unsigned int shared, CUstream stream, void **given, void **) {
+    ON_STREAM(stream)
+    Card &c = card();
+    c.launches[function->name]++;
+    if (shared > function->shared) return CUDA_ERROR_INVALID_VALUE;
+    if (c.dry) return CUDA_SUCCESS;
+    if (function->ours) {
+        std::vector<uint64_t> buffers;
+        for (auto &[begin, allocation] : c.allocations) buffers.insert(buffers.end(), {begin, begin + allocation.bytes, 1});
+        uint32_t grid[3] = {grid_x, grid_y, grid_z};
+        char message[256];
+        if (block_y != 1 || block_z != 1) return CUDA_ERROR_INVALID_VALUE;
+        if (emulator_launch(function->name.c_str(), grid, block_x, shared, given[0], buffers.data(), c.allocations.size(), c.seed++, message))
+            return broken(function->name + ": " + message);
+        return CUDA_SUCCESS;
+    }
+    std::string wrong = emulator::run({grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared, function->kernel, given, function->trust, c.seed++);
+    return wrong.empty() ? CUDA_SUCCESS : broken(function->name + ": " + wrong);
+}
+
+} // extern "C"
