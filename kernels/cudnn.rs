@@ -58,11 +58,11 @@ mod card {
 
     use candle_core::cuda_backend::WrapErr;
     use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
-    use candle_core::{CudaDevice, Device, Error, Storage, Tensor};
+    use candle_core::{CudaDevice, Device, Error, Tensor};
 
     use super::backend::{Handle, Library, dotted};
     use super::graph::{Plan, Problem, Target};
-    use crate::launch::{address, applies, output};
+    use crate::launch::{applies, output, with_addresses};
 
     /// The library's names: the whole of it, and the part that is used.
     const FILES: [&str; 2] = ["libcudnn.so.9", "libcudnn_graph.so.9"];
@@ -134,24 +134,17 @@ mod card {
             let [q, _, _] = inputs;
             let y = output((b, l, h, e), q.dtype(), q.device())?;
 
-            let held: Vec<_> = inputs.into_iter().chain([&y]).map(|x| (x.storage_and_layout().0, x.layout())).collect();
             let workspace = workspace(device, plan.workspace)?;
-            let (mut tensors, mut used) = ([0u64; 4], Vec::new());
-            for ((storage, layout), at) in held.iter().zip(&mut tensors) {
-                let Storage::Cuda(storage) = &**storage else { candle_core::bail!("attention of tensors on two devices") };
-                let (begin, record) = address(storage, stream)?;
-                *at = begin + (layout.start_offset() * q.dtype().size_in_bytes()) as u64;
-                used.push(record);
-            }
-            let at = workspace.as_ref().map(|memory| {
-                let (at, record) = memory.device_ptr(stream);
-                used.push(record);
-                at
-            });
-            // SAFETY: the problem is that of the tensors, which are held until the work is in the stream, as is the workspace, whose
-            // memory is given back in the order of the stream.
-            #[expect(unsafe_code, reason = "a call of the library")]
-            unsafe { plan.run(&mut self.handle, tensors, scale, at.unwrap_or(0)) }.map_err(Error::msg)?;
+            let working = workspace.as_ref().map(|memory| memory.device_ptr(stream));
+            let [q, k, v] = inputs;
+            with_addresses(device, &[Some(q), Some(k), Some(v), Some(&y)], |at| {
+                let &[q, k, v, y] = at else { unreachable!("four tensors were given") };
+                let working = working.as_ref().map_or(0, |(at, _)| *at);
+                // SAFETY: the problem is that of the tensors, which are held until the work is in the stream, as is the workspace,
+                // whose memory is given back in the order of the stream.
+                #[expect(unsafe_code, reason = "a call of the library")]
+                unsafe { plan.run(&mut self.handle, [q, k, v, y], scale, working) }.map_err(Error::msg)
+            })?;
             Ok(Some(y.transpose(1, 2)?))
         }
     }

@@ -147,7 +147,7 @@ fn build<A, const I: usize, const O: usize>(
 }
 
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::address;
+pub(crate) use cuda::with_addresses;
 
 #[cfg(feature = "cuda")]
 mod cuda {
@@ -182,17 +182,12 @@ mod cuda {
         outputs: &[&Tensor; O],
         make: impl FnOnce([Pointer; I], [Pointer; O]) -> Launch<A>,
     ) -> Result<()> {
-        let stream = device.cuda_stream();
-        let held: Vec<_> = inputs.iter().chain(outputs).map(|x| (x.storage_and_layout().0, x.layout())).collect();
-        let mut pointers = Vec::new();
-        let mut used = Vec::new();
-        for (storage, layout) in &held {
-            let Storage::Cuda(storage) = &**storage else { bail!("a kernel for CUDA was given a tensor on another device") };
-            let (begin, record) = address(storage, &stream)?;
-            pointers.push(begin + (layout.start_offset() * storage.dtype_bytes()) as u64);
-            used.push(record);
-        }
-        let Launch { kernel, values, grid, threads, shared, arguments } = build(&pointers, make);
+        let tensors: Vec<_> = inputs.iter().chain(outputs).map(|x| Some(*x)).collect();
+        with_addresses(device, &tensors, |pointers| start(&device.cuda_stream(), &build(pointers, make)))
+    }
+
+    fn start<A: Copy>(stream: &Arc<CudaStream>, launch: &Launch<A>) -> Result<()> {
+        let &Launch { kernel, values, grid, threads, shared, arguments } = launch;
         let Some(suffix) = suffix(values) else { bail!("no kernel for {values:?}") };
         let function = module(stream.context())?.load_function(&format!("{kernel}_{suffix}")).w()?;
         if shared > SHARED {
@@ -204,7 +199,7 @@ mod cuda {
         let arguments = Arguments(arguments);
         let mut builder = stream.launch_builder(&function);
         builder.arg(&arguments);
-        // SAFETY: the arguments are the kernel's, and the tensors that they point into are held until it is in the stream.
+        // SAFETY: the arguments are the kernel's, and the tensors that they point into are held by the caller.
         #[expect(unsafe_code, reason = "a launch is as safe as its arguments")]
         unsafe { builder.launch(config) }.w()?;
         Ok(())
@@ -223,18 +218,32 @@ mod cuda {
         Ok(module)
     }
 
-    trait Bytes {
-        fn dtype_bytes(&self) -> usize;
-    }
-
-    impl Bytes for CudaStorage {
-        fn dtype_bytes(&self) -> usize {
-            candle_core::backend::BackendStorage::dtype(self).size_in_bytes()
+    /// Calls `call` with where each tensor begins on this card, its view's offset included (0 for none). The tensors are held until it
+    /// returns: until then what it does must be in the stream.
+    pub(crate) fn with_addresses<R>(
+        device: &CudaDevice,
+        tensors: &[Option<&Tensor>],
+        call: impl FnOnce(&[u64]) -> Result<R>,
+    ) -> Result<R> {
+        let stream = device.cuda_stream();
+        let held: Vec<_> = tensors.iter().map(|x| x.map(|x| (x.storage_and_layout().0, x.layout(), x.dtype()))).collect();
+        let mut pointers = Vec::new();
+        let mut used = Vec::new();
+        for one in &held {
+            let Some((storage, layout, dtype)) = one else {
+                pointers.push(0);
+                continue;
+            };
+            let Storage::Cuda(storage) = &**storage else { bail!("a kernel for CUDA was given a tensor on another device") };
+            let (begin, record) = address(storage, &stream)?;
+            pointers.push(begin + (layout.start_offset() * dtype.size_in_bytes()) as u64);
+            used.push(record);
         }
+        call(&pointers)
     }
 
     /// Where a storage begins, and what must be kept until the work with it is in the stream.
-    pub(crate) fn address<'a>(storage: &'a CudaStorage, stream: &'a CudaStream) -> Result<(u64, SyncOnDrop<'a>)> {
+    fn address<'a>(storage: &'a CudaStorage, stream: &'a CudaStream) -> Result<(u64, SyncOnDrop<'a>)> {
         fn of<'a, T>(slice: &'a CudaSlice<T>, stream: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {
             slice.device_ptr(stream)
         }

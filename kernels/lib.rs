@@ -24,6 +24,8 @@
 //! on a card yet: they have been compiled for cards and run, emulated, against the references above. [`choose_attention`] has cuDNN, where
 //! it is installed, in the place of our kernel for attention.
 
+#[cfg(feature = "cuda")]
+mod blas;
 mod card;
 #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only cuBLASLt asks"))]
 mod choices;

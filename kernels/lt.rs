@@ -8,10 +8,10 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t;
 use candle_core::cuda_backend::cudarc::cublaslt::{result, sys};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, sys::CUevent_flags};
-use candle_core::{CudaDevice, DType, Device, Result, Storage, Tensor};
+use candle_core::{CudaDevice, DType, Device, Result, Tensor};
 
 use crate::choices::{Algorithm, Choices, Shape};
-use crate::launch::{address, applies, count, in_eights, output};
+use crate::launch::{applies, count, in_eights, output, with_addresses};
 
 /// What Hopper's fastest algorithms may use.
 const WORKSPACE: usize = 32 << 20;
@@ -93,7 +93,7 @@ fn run(device: &CudaDevice, product: &Product<'_>) -> Result<bool> {
         std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
         std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Library::open(device)?),
     };
-    let done = library.product(&stream, product)?;
+    let done = library.product(device, product)?;
     if done {
         count();
     }
@@ -116,7 +116,7 @@ impl Library {
     }
 
     /// Whether there is an algorithm for it; then it is in the stream.
-    fn product(&mut self, stream: &CudaStream, product: &Product<'_>) -> Result<bool> {
+    fn product(&mut self, device: &CudaDevice, product: &Product<'_>) -> Result<bool> {
         let Product { x, weight, scales, bias, gelu, y } = *product;
         let (n, input, outputs) = (x.dim(0)?, x.dim(1)?, weight.dim(0)?);
         let epilogue = match (bias, gelu) {
@@ -129,20 +129,23 @@ impl Library {
         let shape = Shape { n, output: outputs, input, kind };
 
         let [x_scale, weight_scale] = [scales.map(|[of_x, _]| of_x), scales.map(|[_, of_weight]| of_weight)];
-        let held = [Some(x), Some(weight), bias, Some(y), x_scale, weight_scale]
-            .map(|t| t.map(|t| (t.storage_and_layout().0, t.layout(), t.dtype())));
-        let mut pointers = [0u64; 6];
-        let mut used = Vec::new();
-        for (held, pointer) in held.iter().zip(&mut pointers) {
-            let Some((storage, layout, dtype)) = held else { continue };
-            let Storage::Cuda(storage) = &**storage else { candle_core::bail!("a product of tensors on two devices") };
-            let (begin, record) = address(storage, stream)?;
-            *pointer = begin + (layout.start_offset() * dtype.size_in_bytes()) as u64;
-            used.push(record);
-        }
-        let [x_at, weight_at, bias_at, y_at, x_scale, weight_scale] = pointers;
-        let (workspace, record) = self.workspace.device_ptr(stream);
-        used.push(record);
+        let tensors = [Some(x), Some(weight), bias, Some(y), x_scale, weight_scale];
+        with_addresses(device, &tensors, |at| self.product_at(device, product, &shape, epilogue, at))
+    }
+
+    /// The same with where x, the weight, the bias, y and the scales of x and of the weight are.
+    fn product_at(
+        &mut self,
+        device: &CudaDevice,
+        product: &Product<'_>,
+        shape: &Shape,
+        epilogue: sys::cublasLtEpilogue_t,
+        at: &[u64],
+    ) -> Result<bool> {
+        let Product { x, weight, scales, y, .. } = *product;
+        let &[x_at, weight_at, bias_at, y_at, x_scale, weight_scale] = at else { unreachable!("six tensors were given") };
+        let stream = &device.cuda_stream();
+        let (workspace, _used) = self.workspace.device_ptr(stream);
 
         // The library counts by columns, where rows of ours are columns: yᵀ = W xᵀ.
         let matrix = |of: &Tensor| match of.dtype() {
@@ -150,9 +153,9 @@ impl Library {
             DType::F8E4M3 => sys::cudaDataType::CUDA_R_8F_E4M3,
             _ => sys::cudaDataType::CUDA_R_16BF,
         };
-        let a = Layout::new(matrix(weight), input, outputs, weight.stride()[0])?;
-        let b = Layout::new(matrix(x), input, n, x.stride()[0])?;
-        let c = Layout::new(matrix(y), outputs, n, outputs)?;
+        let a = Layout::new(matrix(weight), shape.input, shape.output, weight.stride()[0])?;
+        let b = Layout::new(matrix(x), shape.input, shape.n, x.stride()[0])?;
+        let c = Layout::new(matrix(y), shape.output, shape.n, shape.output)?;
         let description = Description::new(epilogue, bias_at)?;
         if scales.is_some() {
             description.scale_rows(weight_scale, x_scale)?;
@@ -186,7 +189,7 @@ impl Library {
             .map_err(candle_core::Error::wrap)
         };
         // One that was kept may be refused, by another version of the library under the same number.
-        if let Some(kept) = self.choices.get(&shape)
+        if let Some(kept) = self.choices.get(shape)
             && call(&kept).is_ok()
         {
             return Ok(true);
@@ -194,7 +197,7 @@ impl Library {
         let candidates = self.candidates(&description, [&a, &b, &c])?;
         let Some(fastest) = fastest(stream, &candidates, &call)? else { return Ok(false) };
         // The last run of the fastest need not have been the last run: the product is made again.
-        call(&self.choices.note(shape, fastest)).or_else(|_| call(&fastest))?;
+        call(&self.choices.note(shape.clone(), fastest)).or_else(|_| call(&fastest))?;
         Ok(true)
     }
 

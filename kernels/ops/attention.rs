@@ -43,8 +43,8 @@ impl Default for Budget {
 
 /// q `(b, h, l, e)`, k and v `(b, h, l_kv, e)`, `bias` broadcastable to `(b, h, l, l_kv)` -> `(b, h, l, e)` in q's dtype.
 ///
-/// `scale` multiplies the scores. The softmax is f32 whatever the dtype of q is; on the CPU, which gains nothing from 16-bit
-/// products, so are both products. Errors if the shapes do not fit.
+/// `scale` multiplies the scores. Scores and softmax are f32 whatever the dtype of q is (but scores are rounded to it on Metal); on the
+/// CPU, which gains nothing from 16-bit products, so is the second product. Errors if the shapes do not fit.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>, budget: Budget) -> Result<Tensor> {
     if bias.is_none() {
         if chosen_attention() == Attention::Cudnn
@@ -59,13 +59,12 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&T
     let (b, h, l, _) = q.dims4()?;
     let (l_kv, dtype) = (k.dim(2)?, q.dtype());
     let product = if q.device().is_cpu() { DType::F32 } else { dtype };
-    let (q, v) = ((q.to_dtype(product)? * scale)?, v.to_dtype(product)?.contiguous()?);
-    let keys = k.to_dtype(product)?.transpose(2, 3)?.contiguous()?;
+    let (q, k, v) = (q.to_dtype(product)?, k.to_dtype(product)?.contiguous()?, v.to_dtype(product)?.contiguous()?);
     let row_bytes = b * h * l_kv * DType::F32.size_in_bytes();
     let rows = (budget.0 / row_bytes.max(1)).clamp(1, l);
     let chunk = |start: usize| {
         let rows = rows.min(l - start);
-        let scores = q.narrow(2, start, rows)?.contiguous()?.matmul(&keys)?.to_dtype(DType::F32)?;
+        let scores = scores(&q.narrow(2, start, rows)?.contiguous()?, &k, scale)?;
         let scores = match bias {
             Some(bias) if bias.dim(2)? > 1 => scores.broadcast_add(&bias.narrow(2, start, rows)?)?,
             Some(bias) => scores.broadcast_add(bias)?,
@@ -78,6 +77,15 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&T
     }
     let chunks = (0..l).step_by(rows).map(chunk).collect::<Result<Vec<_>>>()?;
     Tensor::cat(&chunks, D::Minus2)
+}
+
+/// `scale q kᵀ` in f32.
+fn scores(q: &Tensor, k: &Tensor, scale: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(scores) = crate::blas::scores(q, k, scale)? {
+        return Ok(scores);
+    }
+    (q * scale)?.matmul(&k.transpose(2, 3)?)?.to_dtype(DType::F32)
 }
 
 /// As `AttentionArguments` in cuda/attention.cu.

@@ -81,7 +81,8 @@ fn attention_adds_its_bias_to_the_right_rows() {
     let run = |budget| attention(&inputs[0], &inputs[1], &inputs[2], 1., Some(&bias), Budget(budget)).unwrap();
     let (whole, rows) = (run(usize::MAX), run(h * l * 4 * 4));
     let difference = (whole - rows).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-    assert!(difference < 1e-5, "{difference}");
+    // Scores of up to 50 have an ulp of 4e-6; another row's bias moves values by about 1.
+    assert!(difference < 1e-4, "{difference}");
 }
 
 #[test]

@@ -97,12 +97,13 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t, cublasOperation_t ta, 
                                           long long sb, const void *beta, void *C, cudaDataType ct, int ldc, long long sc, int batches,
                                           cublasComputeType_t compute, cublasGemmAlgo_t) {
     bool in_f16 = compute == CUBLAS_COMPUTE_16F;
-    if (!known(at) || at != bt || at != ct || (in_f16 && at != CUDA_R_16F)) return refuse("cuBLAS: a product of types that nobody has described");
+    if (!known(at) || at != bt || (at != ct && ct != CUDA_R_32F) || (in_f16 && ct != CUDA_R_16F))
+        return refuse("cuBLAS: a product of types that nobody has described");
     if (lda < (ta == CUBLAS_OP_N ? m : k) || ldb < (tb == CUBLAS_OP_N ? k : n) || ldc < m) return CUBLAS_STATUS_INVALID_VALUE;
     float scale = in_f16 ? widen(*(const f16 *)alpha) : *(const float *)alpha, keep = in_f16 ? widen(*(const f16 *)beta) : *(const float *)beta;
-    size_t size = at == CUDA_R_32F ? 4 : 2;
+    size_t size = at == CUDA_R_32F ? 4 : 2, out_size = ct == CUDA_R_32F ? 4 : 2;
     for (int batch = 0; batch < batches; batch++) {
-        char *c = (char *)C + batch * sc * size;
+        char *c = (char *)C + batch * sc * out_size;
         multiply(m, n, k, {(const char *)A + batch * sa * size, at, (size_t)lda, ta != CUBLAS_OP_N},
                  {(const char *)B + batch * sb * size, bt, (size_t)ldb, tb != CUBLAS_OP_N}, [&](size_t i, size_t j, float sum) {
                      size_t where = j * ldc + i;
