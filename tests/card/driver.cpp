@@ -4,6 +4,7 @@
 // arguments, how much memory they take, and what comes out. It shows nothing of speed, and nothing of what goes wrong between streams.
 //
 // CARD_MEMORY (bytes), CARD_CAPABILITY (as 9.0) and CARD_NAME make it another card; CARD_LOG names a file for what it has seen, at the end.
+// CARD_REFUSE="BYTES COUNT": it has no memory for the first COUNT allocations of at least BYTES.
 // With CARD_DRY=1 it counts memory and calls but computes nothing, and its memory is all zeros, so that the real model's sizes fit here.
 #include <cuda.h>
 
@@ -42,25 +43,33 @@ const char *setting(const char *name, const char *otherwise) {
 struct Card {
     std::mutex lock;
     size_t total = strtoull(setting("CARD_MEMORY", "85899345920"), nullptr, 10);
-    size_t used = 0, reserved = 0, most = 0;
+    size_t used = 0, reserved = 0, most = 0, largest = 0;
+    size_t refused_bytes = 0, refusals = 0;
     uint64_t keeps = 0; // bytes that the pool keeps when nobody uses them
     std::map<CUdeviceptr, Allocation> allocations;
     std::set<const void *> streams, events;
     std::map<std::string, size_t> launches;
+    size_t seen = 0;                  // as much was in use when this was noted: allocations of each size, and the kernel before
+    std::map<size_t, size_t> largest_then;
+    std::string last_kernel, kernel_then;
     bool dry = *setting("CARD_DRY", "") != 0;
     bool broken = false;
     uint32_t seed = 1;
     CUctx_st context;
     CUmemPoolHandle_st pool;
 
+    Card() { sscanf(setting("CARD_REFUSE", ""), "%zu %zu", &refused_bytes, &refusals); }
+
     ~Card() {
         const char *path = setting("CARD_LOG", "");
         if (!*path) return;
         FILE *log = fopen(path, "w");
         if (!log) return;
-        fprintf(log, "{\"most_bytes\": %zu, \"left_bytes\": %zu, \"launches\": {", most, used);
+        fprintf(log, "{\"most_bytes\": %zu, \"largest_bytes\": %zu, \"left_bytes\": %zu, \"launches\": {", most, largest, used);
         const char *comma = "";
         for (auto &[name, count] : launches) fprintf(log, "%s\n  \"%s\": %zu", comma, name.c_str(), count), comma = ",";
+        fprintf(log, "},\n\"kernel_before_most\": \"%s\", \"allocations_then\": {", kernel_then.c_str()), comma = "";
+        for (auto &[bytes, count] : largest_then) fprintf(log, "%s\n  \"%zu\": %zu", comma, bytes, count), comma = ",";
         fprintf(log, "}}\n");
         fclose(log);
     }
@@ -111,6 +120,7 @@ CUresult allocate(CUdeviceptr *at, size_t bytes) {
     if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
     size_t used = c.used + rounded(bytes);
     if (used > c.total) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (c.refusals > 0 && bytes >= c.refused_bytes) return c.refusals--, CUDA_ERROR_OUT_OF_MEMORY;
     // The allocation ends where the page ends, as far as its alignment allows: what lies behind it is nobody's.
     size_t page = sysconf(_SC_PAGESIZE), length = (bytes + 255) / 256 * 256, mapped = (length + page - 1) / page * page + page;
     char *mapping = (char *)mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -123,6 +133,12 @@ CUresult allocate(CUdeviceptr *at, size_t bytes) {
     c.used = used;
     c.reserved = std::max(c.reserved, used);
     c.most = std::max(c.most, used);
+    c.largest = std::max(c.largest, bytes);
+    if (used > c.seen + c.seen / 100) {
+        c.seen = used, c.kernel_then = c.last_kernel, c.largest_then.clear();
+        for (auto &[_, allocation] : c.allocations)
+            if (allocation.bytes > used / 200) c.largest_then[allocation.bytes]++;
+    }
     return CUDA_SUCCESS;
 }
 
@@ -353,6 +369,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
     ON_STREAM(stream)
     Card &c = card();
     c.launches[function->name]++;
+    c.last_kernel = function->name;
     if (shared > function->shared) return CUDA_ERROR_INVALID_VALUE;
     if (c.dry) return CUDA_SUCCESS;
     if (function->ours) {

@@ -14,11 +14,18 @@ use crate::fixtures;
 pub(crate) struct Place {
     folder: TempDir,
     home: TempDir,
+    program: PathBuf,
+    environment: Vec<(&'static str, PathBuf)>,
 }
 
 impl Place {
     pub(crate) fn new() -> Self {
-        Self { folder: TempDir::new().unwrap(), home: TempDir::new().unwrap() }
+        Self::of(env!("CARGO_BIN_EXE_darkroom").into(), vec![])
+    }
+
+    /// Where another build of the program is run.
+    pub(crate) fn of(program: PathBuf, environment: Vec<(&'static str, PathBuf)>) -> Self {
+        Self { folder: TempDir::new().unwrap(), home: TempDir::new().unwrap(), program, environment }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -31,9 +38,10 @@ impl Place {
 
     /// The program in this place, with nothing of the caller's environment.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_darkroom"));
+        let mut command = Command::new(&self.program);
         command.args(arguments).current_dir(self.folder.path()).env_clear().stdin(Stdio::null());
         command.env("HOME", self.home()).env("XDG_CACHE_HOME", self.home().join("cache"));
+        command.envs(self.environment.iter().cloned());
         command
     }
 

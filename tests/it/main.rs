@@ -7,6 +7,7 @@
     reason = "a test that cannot go on fails; figures are printed"
 )]
 
+mod card;
 mod cli;
 mod cli_fetch;
 mod cli_lora;

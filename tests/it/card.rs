@@ -1,0 +1,228 @@
+//! The CUDA build on a card made of software (`tests/card`): what it draws, what LoRAs leave, how much memory plans take, what happens
+//! when there is none left.
+//!
+//! `tests/card/run` builds the card and the program and runs these tests.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::cli::Place;
+use crate::fixtures;
+use crate::service::{DEV_LORA, Service, bytes};
+
+const PROMPT: &str = "portrait of user1003, wearing a green shirt, red top hat";
+
+#[expect(clippy::disallowed_methods, reason = "tests may read the environment")]
+fn given(name: &str) -> PathBuf {
+    std::env::var_os(name).unwrap_or_else(|| panic!("{name} is not set: use tests/card/run")).into()
+}
+
+/// A place where the CUDA build runs on this card. The log is what the card has seen, once the program has ended.
+fn place(card: &[(&'static str, &str)]) -> Place {
+    let mut environment = vec![("LD_LIBRARY_PATH", given("DARKROOM_CARD")), ("CARD_LOG", "card.json".into())];
+    environment.extend(card.iter().map(|(name, value)| (*name, PathBuf::from(value))));
+    Place::of(given("DARKROOM_CARD_PROGRAM"), environment)
+}
+
+fn log(place: &Place) -> Value {
+    serde_json::from_slice(&std::fs::read(place.path("card.json")).unwrap()).unwrap()
+}
+
+fn pixels(path: &Path) -> Vec<u8> {
+    image::open(path).unwrap().to_rgb8().into_raw()
+}
+
+/// The mean difference of two pictures' values, of 255.
+fn apart(a: &[u8], b: &[u8]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / a.len() as f64
+}
+
+fn draw(place: &Place, file: &str, more: &[&str]) -> Vec<u8> {
+    let all = ["generate", PROMPT, "--lora", "user1003@0.9", "--seed", "3", "--steps", "2", "--quiet", "--output", file];
+    place.run(&[&all, more].concat()).succeeds();
+    pixels(&place.path(file))
+}
+
+#[test]
+#[ignore = "needs the card made of software: tests/card/run"]
+fn pictures_are_the_processors_in_every_format() {
+    for kernels in ["plain", "fused"] {
+        let place = place(&[("DARKROOM_KERNELS", kernels)]);
+        let exact = draw(&place, "exact.png", &["--device", "cpu"]);
+        let formats =
+            [("bf16", 1.0), ("f16", 0.2), ("f32", 0.1), ("fp8", 2.5), ("fp8-products", 2.5), ("q8_0", 1.0), ("q4_k", 5.0)];
+        for (dtype, most) in formats {
+            let here = draw(&place, &format!("{dtype}-here.png"), &["--device", "cpu", "--dtype", dtype]);
+            let there = draw(&place, &format!("{dtype}.png"), &["--device", "cuda", "--dtype", dtype]);
+            let launches = log(&place)["launches"].clone();
+            let (from_exact, from_here) = (apart(&there, &exact), apart(&there, &here));
+            println!("{kernels} {dtype}: {from_exact:.3} of 255 from f32, {from_here:.3} from the processor in the same format");
+            assert!(from_exact < most && from_here < most, "{kernels} {dtype}");
+            let ours = launches.as_object().unwrap().keys().any(|name| name.starts_with("norm_"));
+            assert_eq!(ours, kernels == "fused", "{launches}");
+        }
+        let again = draw(&place, "again.png", &["--device", "cuda"]);
+        assert!(again == pixels(&place.path("bf16.png")), "{kernels}: the same job gives other values");
+    }
+}
+
+/// The base's picture, after a person's, is what it was before, byte for byte.
+#[test]
+#[ignore = "needs the card made of software: tests/card/run"]
+fn people_leave_nothing_behind() {
+    for kernels in ["plain", "fused"] {
+        let place = place(&[("DARKROOM_KERNELS", kernels)]);
+        let service = Service::start(&place, &["--device", "cuda"]);
+        service.ready();
+        let picture = |lora: Option<&str>| {
+            let mut input = json!({ "prompt": PROMPT, "seed": 3, "num_inference_steps": 2, "output_format": "png" });
+            if let Some(lora) = lora {
+                input["lora_weights"] = lora.into();
+            }
+            let done = service.picture(&input);
+            assert_eq!(done["status"], "succeeded", "{done}");
+            bytes(&done["output"][0])
+        };
+        let (base, first, second) = (picture(None), picture(Some("user1003")), picture(Some("user1001")));
+        assert!(base != first && first != second);
+        assert!(picture(Some("user1003")) == first && picture(None) == base, "{kernels}");
+    }
+}
+
+/// An allocation that the driver refuses: the job is tried again with less on the card; refused twice, it fails by name; the next
+/// job's picture is right.
+#[test]
+#[ignore = "needs the card made of software: tests/card/run"]
+fn a_full_card_fails_a_job_at_most() {
+    let input = json!({ "prompt": PROMPT, "seed": 3, "num_inference_steps": 2, "output_format": "png" });
+    let mut pictures = Vec::new();
+    // Nothing that is loaded is so large; unfolding the autoencoder's last pictures is.
+    for refused in ["9000000 0", "9000000 1", "9000000 2"] {
+        let place = place(&[("CARD_REFUSE", refused)]);
+        let service = Service::start(&place, &["--device", "cuda"]);
+        service.ready();
+        let first = service.post(DEV_LORA, &[("prefer", "wait")], &json!({ "input": input })).json();
+        println!("{refused}: {} {}", first["status"], first["error"]);
+        if refused == "9000000 2" {
+            assert_eq!(first["status"], "failed");
+            assert!(first["error"].as_str().unwrap().contains("memory"), "{first}");
+        } else {
+            pictures.push(bytes(&first["output"][0]));
+        }
+        assert_eq!(service.said().contains("no memory is left"), refused != "9000000 0");
+        let next = service.picture(&input);
+        pictures.push(bytes(&next["output"][0]));
+    }
+    assert!(pictures.iter().all(|picture| *picture == pictures[0]));
+}
+
+#[test]
+#[ignore = "needs the card made of software: tests/card/run"]
+fn an_old_card_is_refused_by_name() {
+    let place = place(&[("CARD_CAPABILITY", "7.5"), ("CARD_NAME", "Tesla T4")]);
+    place.generate(&["--device", "cuda"]).fails(1, &["Tesla T4", "7.5", "8.0"]);
+    assert_eq!(log(&place)["launches"], json!({}));
+}
+
+/// FLUX.1-dev's folder at its real size, all zeros, in files that take no room; and a LoRA of rank 16 on every matrix of its blocks.
+fn real_sizes(place: &Place) -> (PathBuf, PathBuf) {
+    let of: Value = serde_json::from_slice(&std::fs::read(fixtures::path("flux1-dev.json")).unwrap()).unwrap();
+    let model = place.path("flux1-dev");
+    let mut lora = Vec::new();
+    for (folder, part) in of.as_object().unwrap() {
+        let mut tensors = Vec::new();
+        for (name, shape) in part["tensors"].as_object().unwrap() {
+            let shape: Vec<usize> = serde_json::from_value(shape.clone()).unwrap();
+            match name.split_once('{').and_then(|(before, rest)| Some((before, rest.split_once('}')?))) {
+                None => tensors.push((name.clone(), shape)),
+                Some((before, (count, after))) => {
+                    let blocks = 0..count.parse::<usize>().unwrap();
+                    tensors.extend(blocks.map(|i| (format!("{before}{i}{after}"), shape.clone())));
+                }
+            }
+        }
+        for (name, shape) in &tensors {
+            if let (true, Some(base), [out, input]) = (name.contains("blocks."), name.strip_suffix(".weight"), &shape[..]) {
+                lora.push((format!("transformer.{base}.lora_A.weight"), vec![16, *input]));
+                lora.push((format!("transformer.{base}.lora_B.weight"), vec![*out, 16]));
+            }
+        }
+        std::fs::create_dir_all(model.join(folder)).unwrap();
+        std::fs::write(model.join(folder).join("config.json"), part["config"].to_string()).unwrap();
+        write_zeros(&model.join(folder).join(part["file"].as_str().unwrap()), &tensors);
+    }
+    let tiny = fixtures::path("tiny-dev");
+    for file in ["model_index.json", "scheduler/scheduler_config.json"] {
+        std::fs::create_dir_all(model.join(file).parent().unwrap()).unwrap();
+        std::fs::copy(tiny.join(file), model.join(file)).unwrap();
+    }
+    for folder in ["tokenizer", "tokenizer_2"] {
+        std::fs::create_dir_all(model.join(folder)).unwrap();
+        for file in std::fs::read_dir(tiny.join(folder)).unwrap() {
+            let file = file.unwrap();
+            std::fs::copy(file.path(), model.join(folder).join(file.file_name())).unwrap();
+        }
+    }
+    let path = place.path("lora.safetensors");
+    let (begin, end) = write_zeros(&path, &lora);
+    // A LoRA of zeros changes nothing, and is known to.
+    let mut file = std::fs::File::options().write(true).open(&path).unwrap();
+    std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(begin)).unwrap();
+    let small = [0x01u8, 0x3c].repeat(1 << 20);
+    let mut left = (end - begin) as usize;
+    while left > 0 {
+        let n = left.min(small.len());
+        file.write_all(&small[..n]).unwrap();
+        left -= n;
+    }
+    (model, path)
+}
+
+/// Where the data begins and ends.
+fn write_zeros(path: &Path, tensors: &[(String, Vec<usize>)]) -> (u64, u64) {
+    let (mut header, mut at) = (serde_json::Map::new(), 0);
+    for (name, shape) in tensors {
+        let end = at + 2 * shape.iter().product::<usize>();
+        header.insert(name.clone(), json!({ "dtype": "BF16", "shape": shape, "data_offsets": [at, end] }));
+        at = end;
+    }
+    let mut header = Value::from(header).to_string();
+    header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
+    let mut file = std::fs::File::create(path).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    let begin = 8 + header.len() as u64;
+    file.set_len(begin + at as u64).unwrap();
+    (begin, begin + at as u64)
+}
+
+/// What is allocated at most at the real model's sizes, for a picture of 1024 x 1024 with a LoRA on every matrix, is within what the plan
+/// was made for, and leaves the driver its part. (The card counts; it computes nothing.)
+#[test]
+#[ignore = "needs the card made of software: tests/card/run"]
+fn plans_keep_their_promise_at_real_sizes() {
+    let files = Place::new();
+    let (model, lora) = real_sizes(&files);
+    let (model, lora) = (model.to_str().unwrap(), lora.to_str().unwrap());
+    for gibibytes in [80u64, 24, 12, 8, 5] {
+        for kernels in ["plain", "fused"] {
+            let memory = gibibytes << 30;
+            let place = place(&[("CARD_DRY", "1"), ("CARD_MEMORY", &memory.to_string()), ("DARKROOM_KERNELS", kernels)]);
+            let said = place.run(&["doctor", "--device", "cuda", "--model", model]).out();
+            let line = said.lines().find(|line| line.contains("model:")).unwrap();
+            // "…: 11.7 GB of 12.3 GB"
+            let have = line.split(' ').rev().nth(1).unwrap().parse::<f64>().unwrap();
+            let steps = ["--steps", "2", "--width", "1024", "--height", "1024"];
+            let all =
+                [&["generate", "a house", "--model", model, "--device", "cuda", "--lora", lora, "-o", "house.png"][..], &steps];
+            place.run(&all.concat()).succeeds();
+            let log = log(&place);
+            let most = log["most_bytes"].as_f64().unwrap() / 1e9;
+            println!("{gibibytes} GiB, {kernels}: {most:.2} GB at most; {line}");
+            assert!(most <= have, "{most} GB at most after {} of {}", log["kernel_before_most"], log["allocations_then"]);
+        }
+    }
+}
