@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use candle_core::Device;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use sha2::{Digest, Sha256};
@@ -30,7 +31,7 @@ impl Update {
     }
 }
 
-/// A file that can be applied. Its tensors are on the host, as stored; the file is not needed any more.
+/// A file that can be applied. Its tensors are as stored; the file is not needed any more.
 #[derive(Debug, Clone)]
 pub struct Adapter {
     pub updates: Vec<Update>,
@@ -54,6 +55,19 @@ impl Adapter {
     #[must_use]
     pub fn digest(&self) -> &str {
         &self.report.digest
+    }
+
+    /// The same with its tensors on `device`.
+    pub(super) fn to_device(&self, device: &Device) -> candle_core::Result<Self> {
+        let moved = |update: &Update| -> candle_core::Result<Update> {
+            Ok(Update { module: update.module.clone(), bias: update.bias, change: update.change.to_device(device)? })
+        };
+        Ok(Self { updates: self.updates.iter().map(moved).collect::<candle_core::Result<_>>()?, report: self.report.clone() })
+    }
+
+    /// Of all tensors.
+    pub(super) fn bytes(&self) -> u64 {
+        self.updates.iter().map(|update| update.change.bytes().unwrap_or(0)).sum()
     }
 
     fn examine(path: &Path) -> (Report, Result<Vec<Update>, Error>) {

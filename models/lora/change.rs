@@ -22,6 +22,13 @@ impl Factor {
         }
     }
 
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(match self {
+            Self::Whole(whole) => Self::Whole(f(whole)?),
+            Self::Product(up, down) => Self::Product(f(up)?, f(down)?),
+        })
+    }
+
     /// Rows and columns.
     pub(super) fn dims(&self) -> Result<(usize, usize)> {
         match self {
@@ -31,7 +38,7 @@ impl Factor {
     }
 }
 
-/// An algorithm with its tensors, as stored (on the host, in any dtype).
+/// An algorithm with its tensors, as stored, in any dtype.
 #[derive(Debug, Clone)]
 pub enum Kind {
     /// LoRA: up `(output, r)`, down `(r, input)`.
@@ -75,6 +82,16 @@ impl Kind {
         })
     }
 
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(match self {
+            Self::LowRank { up, down } => Self::LowRank { up: f(up)?, down: f(down)? },
+            Self::Hadamard { first, second } => Self::Hadamard { first: first.map(f)?, second: second.map(f)? },
+            Self::Kronecker { left, right } => Self::Kronecker { left: left.map(f)?, right: right.map(f)? },
+            Self::Difference(delta) => Self::Difference(f(delta)?),
+            Self::Replacement(value) => Self::Replacement(f(value)?),
+        })
+    }
+
     /// The change in full and in f32, before alpha and scale.
     fn dense(&self, device: &Device) -> Result<Tensor> {
         match self {
@@ -92,8 +109,14 @@ fn kronecker(left: &Tensor, right: &Tensor) -> Result<Tensor> {
     left.reshape((a, 1, b, 1))?.broadcast_mul(&right.reshape((1, c, 1, d))?)?.reshape((a * c, b * d))
 }
 
+/// In f32 on `device`. What is sent there is sent as it is stored, where the device can widen it.
 fn wide(x: &Tensor, device: &Device) -> Result<Tensor> {
-    x.to_dtype(DType::F32)?.to_device(device)
+    if widens(x.dtype()) { x.to_device(device)?.to_dtype(DType::F32) } else { x.to_dtype(DType::F32)?.to_device(device) }
+}
+
+/// Whether candle has a conversion to f32 on every device.
+fn widens(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
 }
 
 /// DoRA's magnitude, and over what the norm is taken.
@@ -115,6 +138,30 @@ pub struct Change {
 }
 
 impl Change {
+    /// With every tensor that can be widened there on `device`; others stay.
+    pub(super) fn to_device(&self, device: &Device) -> Result<Self> {
+        self.map(&mut |x| if widens(x.dtype()) { x.to_device(device)?.force_contiguous() } else { Ok(x.clone()) })
+    }
+
+    /// Of all tensors.
+    pub(super) fn bytes(&self) -> Result<u64> {
+        let mut bytes = 0;
+        self.map(&mut |x| {
+            bytes += (x.elem_count() * x.dtype().size_in_bytes()) as u64;
+            Ok(x.clone())
+        })?;
+        Ok(bytes)
+    }
+
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let magnitude = match &self.magnitude {
+            None => None,
+            Some(Magnitude::Output(m)) => Some(Magnitude::Output(f(m)?)),
+            Some(Magnitude::Input(m)) => Some(Magnitude::Input(f(m)?)),
+        };
+        Ok(Self { kind: self.kind.map(f)?, factor: self.factor, magnitude })
+    }
+
     /// The addend at scale `u` for the rows that `place` names, in f32 on `device`. `base` gives those rows of the pristine weight
     /// in f32; only DoRA and replacements ask for it.
     pub fn delta(&self, u: f64, place: Place, device: &Device, base: impl FnOnce() -> Result<Tensor>) -> Result<Delta> {

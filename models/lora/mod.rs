@@ -18,6 +18,7 @@ mod patch;
 mod plan;
 mod precheck;
 mod report;
+mod resident;
 mod scales;
 
 pub use adapter::{Adapter, Update};
@@ -28,7 +29,7 @@ pub use error::Error;
 pub use keys::module_of;
 pub use metadata::Base;
 pub use modules::{Module, Naming, Place};
-pub use patch::{Home, Mode, Patches, Selected, Switch};
+pub use patch::{Home, Mode, Patches, RESIDENT, Selected, Switch};
 pub use precheck::precheck;
 pub use report::{Refused, Report};
 pub use scales::{Scales, parse_blocks};

@@ -6,6 +6,7 @@ use candle_core::DType;
 use candle_core::quantized::GgmlDType;
 use models::bundle::{Bundle, Files};
 use models::flux;
+use models::lora::RESIDENT;
 use models::nn::Home;
 use models::weights::{Component, Keep, Kind, OnHost};
 
@@ -61,7 +62,7 @@ pub struct Need {
     pub transformer: u64,
     pub text: u64,
     pub vae: u64,
-    /// Pristine weights beside changed ones.
+    /// Pristine weights beside changed ones, and the LoRAs that were used lately.
     pub pristine: u64,
     /// Activations of a picture of 1024 x 1024.
     pub work: u64,
@@ -265,7 +266,7 @@ impl Plan {
         // Dense weights are merged into; others have branches beside them.
         let dense_blocks = self.transformer == Keep::Stored && sizes.quantised[0].is_none();
         let beside = if dense_blocks { transformer + text } else { transformer - blocks + text };
-        let pristine = if self.home == Some(Home::Device) { beside } else { 0 };
+        let pristine = if self.home == Some(Home::Device) { beside + beside / RESIDENT } else { 0 };
         let sent = |bytes: u64, away: bool| if away { bytes } else { 0 };
         let sent = [all_blocks - blocks, sent(modulations, self.on_host.modulations), sent(t5, self.on_host.text)];
         Need { transformer, text, vae: dense(sizes.vae), pristine, work: sizes.work(dense(1)), sent, have }
@@ -300,7 +301,7 @@ impl fmt::Display for Plan {
         write!(f, ", CLIP: {}; autoencoder {}; work {}", gigabytes(need.text), gigabytes(need.vae), gigabytes(need.work))?;
         match self.home {
             _ if self.transformer != Keep::Stored => write!(f, "; LoRAs as branches of the blocks")?,
-            Some(Home::Device) => write!(f, "; pristine weights beside LoRAs {}", gigabytes(need.pristine))?,
+            Some(Home::Device) => write!(f, "; LoRAs and pristine weights beside them {}", gigabytes(need.pristine))?,
             Some(home) => write!(f, "; pristine weights beside LoRAs: {home}")?,
             None => {}
         }

@@ -43,7 +43,7 @@ const char *setting(const char *name, const char *otherwise) {
 struct Card {
     std::mutex lock;
     size_t total = strtoull(setting("CARD_MEMORY", "85899345920"), nullptr, 10);
-    size_t used = 0, reserved = 0, most = 0, largest = 0;
+    size_t used = 0, reserved = 0, most = 0, largest = 0, sent = 0;
     size_t refused_bytes = 0, refusals = 0;
     uint64_t keeps = 0; // bytes that the pool keeps when nobody uses them
     std::map<CUdeviceptr, Allocation> allocations;
@@ -65,7 +65,8 @@ struct Card {
         if (!*path) return;
         FILE *log = fopen(path, "w");
         if (!log) return;
-        fprintf(log, "{\"most_bytes\": %zu, \"largest_bytes\": %zu, \"left_bytes\": %zu, \"launches\": {", most, largest, used);
+        fprintf(log, "{\"most_bytes\": %zu, \"largest_bytes\": %zu, \"left_bytes\": %zu, \"sent_bytes\": %zu, \"launches\": {",
+                most, largest, used, sent);
         const char *comma = "";
         for (auto &[name, count] : launches) fprintf(log, "%s\n  \"%s\": %zu", comma, name.c_str(), count), comma = ",";
         fprintf(log, "},\n\"kernel_before_most\": \"%s\", \"allocations_then\": {", kernel_then.c_str()), comma = "";
@@ -311,6 +312,7 @@ CUresult cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute attribute, void
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CUstream stream) {
     ON_STREAM(stream)
     if (!allocated(to, bytes)) return broken("a copy to the card goes outside its memory");
+    card().sent += bytes;
     if (!card().dry) memcpy((void *)to, from, bytes);
     return CUDA_SUCCESS;
 }
