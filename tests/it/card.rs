@@ -111,7 +111,8 @@ fn coming_back_to_a_person_sends_nothing() {
     let (one, two, many) =
         (sent(&["user1003"]), sent(&["user1003", "user1001"]), sent(&["user1003", "user1001", "user1003", "user1001"]));
     println!("{one} bytes for one person, {two} for two, {many} for two in turns; an adapter's file has {adapter}");
-    assert!(two - one > adapter / 2 && many - two < adapter / 20);
+    // Two more pictures: noise, tokens and times, about 40 kB each.
+    assert!(two - one > adapter && many - two < adapter / 2);
 }
 
 /// An allocation that the driver refuses: the job is tried again with less on the card; refused twice, it fails by name; the next
