@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use sha2::{Digest, Sha256};
@@ -57,7 +57,7 @@ impl Adapter {
         &self.report.digest
     }
 
-    /// The same with its tensors on `device`.
+    /// The same with its tensors on `device`, in f32.
     pub(super) fn to_device(&self, device: &Device) -> candle_core::Result<Self> {
         let moved = |update: &Update| -> candle_core::Result<Update> {
             Ok(Update { module: update.module.clone(), bias: update.bias, change: update.change.to_device(device)? })
@@ -65,9 +65,10 @@ impl Adapter {
         Ok(Self { updates: self.updates.iter().map(moved).collect::<candle_core::Result<_>>()?, report: self.report.clone() })
     }
 
-    /// Of all tensors.
-    pub(super) fn bytes(&self) -> u64 {
-        self.updates.iter().map(|update| update.change.bytes().unwrap_or(0)).sum()
+    /// Of all tensors in f32.
+    pub(super) fn bytes(&self) -> candle_core::Result<u64> {
+        let values = self.updates.iter().map(|update| update.change.values()).sum::<candle_core::Result<usize>>()?;
+        Ok((values * DType::F32.size_in_bytes()) as u64)
     }
 
     fn examine(path: &Path) -> (Report, Result<Vec<Update>, Error>) {

@@ -138,19 +138,19 @@ pub struct Change {
 }
 
 impl Change {
-    /// With every tensor that can be widened there on `device`; others stay.
+    /// With every tensor on `device` and in f32, as merges want them.
     pub(super) fn to_device(&self, device: &Device) -> Result<Self> {
-        self.map(&mut |x| if widens(x.dtype()) { x.to_device(device)?.force_contiguous() } else { Ok(x.clone()) })
+        self.map(&mut |x| wide(x, device)?.force_contiguous())
     }
 
-    /// Of all tensors.
-    pub(super) fn bytes(&self) -> Result<u64> {
-        let mut bytes = 0;
+    /// Values of all tensors.
+    pub(super) fn values(&self) -> Result<usize> {
+        let mut values = 0;
         self.map(&mut |x| {
-            bytes += (x.elem_count() * x.dtype().size_in_bytes()) as u64;
+            values += x.elem_count();
             Ok(x.clone())
         })?;
-        Ok(bytes)
+        Ok(values)
     }
 
     fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {

@@ -28,8 +28,8 @@ struct CUctx_st {};
 struct CUevent_st { std::chrono::steady_clock::time_point at; bool recorded = false; };
 struct CUstream_st {};
 struct CUmemPoolHandle_st {};
-struct CUmod_st { bool ours; std::string text; };
 struct CUfunc_st { std::string name; bool ours; emulator::Trust trust; void (*kernel)(const void *); size_t shared = 48 << 10; };
+struct CUmod_st { bool ours; std::string text; std::map<std::string, CUfunc_st> functions; };
 
 namespace {
 
@@ -53,6 +53,7 @@ struct Card {
     std::map<size_t, size_t> largest_then;
     std::string last_kernel, kernel_then;
     bool dry = *setting("CARD_DRY", "") != 0;
+    uint64_t next = 1ull << 46; // where the next allocation begins that nobody looks into
     bool broken = false;
     uint32_t seed = 1;
     CUctx_st context;
@@ -124,11 +125,15 @@ CUresult allocate(CUdeviceptr *at, size_t bytes) {
     if (c.refusals > 0 && bytes >= c.refused_bytes) return c.refusals--, CUDA_ERROR_OUT_OF_MEMORY;
     // The allocation ends where the page ends, as far as its alignment allows: what lies behind it is nobody's.
     size_t page = sysconf(_SC_PAGESIZE), length = (bytes + 255) / 256 * 256, mapped = (length + page - 1) / page * page + page;
-    char *mapping = (char *)mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    // Where nothing is computed, an address is enough.
+    char *mapping = c.dry ? (char *)c.next : (char *)mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapping == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
-    mprotect(mapping + mapped - page, page, PROT_NONE);
     char *begin = mapping + mapped - page - length;
-    if (!c.dry) memset(begin, 0xff, length);
+    if (c.dry) c.next += mapped;
+    else {
+        mprotect(mapping + mapped - page, page, PROT_NONE);
+        memset(begin, 0xff, length);
+    }
     *at = (CUdeviceptr)begin;
     c.allocations[*at] = {mapping, mapped, bytes};
     c.used = used;
@@ -147,7 +152,7 @@ CUresult release(CUdeviceptr at) {
     Card &c = card();
     auto found = c.allocations.find(at);
     if (found == c.allocations.end()) return broken("memory is freed that is not allocated");
-    munmap(found->second.mapping, found->second.mapped);
+    if (!c.dry) munmap(found->second.mapping, found->second.mapped);
     c.used -= rounded(found->second.bytes);
     if (c.keeps == 0) c.reserved = c.used;
     c.allocations.erase(found);
@@ -319,7 +324,8 @@ CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CU
 CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t bytes, CUstream stream) {
     ON_STREAM(stream)
     if (!allocated(from, bytes)) return broken("a copy from the card goes outside its memory");
-    memcpy(to, (const void *)from, bytes);
+    if (card().dry) memset(to, 0, bytes);
+    else memcpy(to, (const void *)from, bytes);
     return CUDA_SUCCESS;
 }
 CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
@@ -343,12 +349,14 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     uint32_t magic;
     memcpy(&magic, image, sizeof magic);
     bool ours = magic == 0xba55ed50; // of programs compiled for several cards; candle's are text
-    *module = new CUmod_st{ours, ours ? "" : (const char *)image};
+    *module = new CUmod_st{ours, ours ? "" : (const char *)image, {}};
     return CUDA_SUCCESS;
 }
 CUresult cuModuleUnload(CUmodule module) { return delete module, CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
     IN_CONTEXT
+    auto known = module->functions.find(name);
+    if (known != module->functions.end()) return *function = &known->second, CUDA_SUCCESS;
     auto kernel = emulator::find(name);
     auto trusted = module->ours ? emulator::Trust::Nothing : trust(module->text, name);
     if (!module->ours && trusted == emulator::Trust::Nothing) return CUDA_ERROR_NOT_FOUND;
@@ -356,7 +364,7 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
         fprintf(stderr, "card: the source of %s was not compiled for it\n", name);
         return CUDA_ERROR_NOT_FOUND;
     }
-    *function = new CUfunc_st{name, module->ours, trusted, kernel};
+    *function = &(module->functions[name] = {name, module->ours, trusted, kernel});
     return CUDA_SUCCESS;
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
