@@ -52,6 +52,7 @@ std::map<std::string, void (*)(const void *)> &kernels() {
 Fiber &self() { return (*fibers)[current]; }
 
 __attribute__((noinline)) void wait_as(State state) {
+    if (fibers->empty()) fault("a thread waits where none was said to");
     self().state = state;
     if (_setjmp(self().jump) == 0) _longjmp(scheduler, 1);
 }
@@ -184,9 +185,13 @@ std::string run(Dim3 grid, Dim3 block, size_t shared_bytes, void (*kernel)(const
             for (uint32_t x = 0; x < grid.x && failed.empty(); x++) {
                 blockIdx = {x, y, z};
                 if (trust == Trust::All) {
-                    for (uint32_t i = 0; i < threads; i++) {
-                        threadIdx = thread_of(i);
-                        body(arguments);
+                    try {
+                        for (uint32_t i = 0; i < threads; i++) {
+                            threadIdx = thread_of(i);
+                            body(arguments);
+                        }
+                    } catch (const Fault &fault) {
+                        failed = fault.what();
                     }
                     continue;
                 }

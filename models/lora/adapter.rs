@@ -36,13 +36,18 @@ impl Update {
 pub struct Adapter {
     pub updates: Vec<Update>,
     pub report: Report,
+    identity: String,
 }
 
 impl Adapter {
     /// Reads and checks a file. Errors name what it is instead, or what is wrong with it.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let (report, updates) = Self::examine(path);
-        Ok(Self { updates: updates?, report })
+        let updates = updates?;
+        let mut read = Sha256::new_with_prefix(&report.digest);
+        updates.iter().for_each(|update| read.update(update.change.factor.to_le_bytes()));
+        let identity = hexadecimal(read);
+        Ok(Self { updates, report, identity })
     }
 
     /// The report alone, with the refusal in it if there is one.
@@ -62,13 +67,20 @@ impl Adapter {
         let moved = |update: &Update| -> candle_core::Result<Update> {
             Ok(Update { module: update.module.clone(), bias: update.bias, change: update.change.to_device(device)? })
         };
-        Ok(Self { updates: self.updates.iter().map(moved).collect::<candle_core::Result<_>>()?, report: self.report.clone() })
+        let updates = self.updates.iter().map(moved).collect::<candle_core::Result<_>>()?;
+        Ok(Self { updates, report: self.report.clone(), identity: self.identity.clone() })
     }
 
     /// Of all tensors in f32.
     pub(super) fn bytes(&self) -> candle_core::Result<u64> {
         let values = self.updates.iter().map(|update| update.change.values()).sum::<candle_core::Result<usize>>()?;
         Ok((values * DType::F32.size_in_bytes()) as u64)
+    }
+
+    /// Equal for adapters that change weights alike: the file's content, and what an `adapter_config.json` beside it says of it.
+    #[must_use]
+    pub fn identity(&self) -> &str {
+        &self.identity
     }
 
     fn examine(path: &Path) -> (Report, Result<Vec<Update>, Error>) {
@@ -146,6 +158,10 @@ fn open(path: &Path) -> Result<Checkpoint, Error> {
 fn digest(checkpoint: &Checkpoint) -> String {
     let mut hasher = Sha256::new();
     checkpoint.file_bytes().iter().for_each(|bytes| hasher.update(bytes));
+    hexadecimal(hasher)
+}
+
+fn hexadecimal(hasher: Sha256) -> String {
     hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

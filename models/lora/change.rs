@@ -109,14 +109,12 @@ fn kronecker(left: &Tensor, right: &Tensor) -> Result<Tensor> {
     left.reshape((a, 1, b, 1))?.broadcast_mul(&right.reshape((1, c, 1, d))?)?.reshape((a * c, b * d))
 }
 
-/// In f32 on `device`. What is sent there is sent as it is stored, where the device can widen it.
+/// In f32 on `device`. What goes to a card goes as it is stored, where candle can widen it there.
 fn wide(x: &Tensor, device: &Device) -> Result<Tensor> {
-    if widens(x.dtype()) { x.to_device(device)?.to_dtype(DType::F32) } else { x.to_dtype(DType::F32)?.to_device(device) }
-}
-
-/// Whether candle has a conversion to f32 on every device.
-fn widens(dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+    if device.is_cuda() && matches!(x.dtype(), DType::F16 | DType::BF16) {
+        return x.to_device(device)?.to_dtype(DType::F32);
+    }
+    x.to_dtype(DType::F32)?.to_device(device)
 }
 
 /// DoRA's magnitude, and over what the norm is taken.

@@ -52,7 +52,7 @@ pub struct Selected {
 
 impl Selected {
     fn is(&self, other: &Self) -> bool {
-        self.adapter.digest() == other.adapter.digest() && self.scales == other.scales
+        self.adapter.identity() == other.adapter.identity() && self.scales == other.scales
     }
 }
 
@@ -154,32 +154,32 @@ impl Patches {
         let mut before = self.touched.clone();
         before.extend(plan.keys().cloned());
         let next: BTreeSet<Name> = plan.keys().cloned().collect();
-        for name in &before {
-            let result = match plan.get(name) {
-                Some(planned) => self.change(name, planned, mode).map(|()| switch.changed += 1),
-                None => self.parameters[name].restore().map(|()| switch.restored += 1).map_err(Error::from),
-            };
-            if let Err(error) = result {
-                self.fall_back(&before);
-                return Err(error);
-            }
+        let done = before.iter().try_for_each(|name| match plan.get(name) {
+            Some(planned) => self.change(name, planned, mode).map(|()| switch.changed += 1),
+            None => self.parameters[name].restore().map(|()| switch.restored += 1).map_err(Error::from),
+        });
+        if let Err(error) = done {
+            // The device may be full: what the set has there goes first.
+            drop(plan);
+            drop(near);
+            self.resident.forget();
+            self.fall_back(&before);
+            return Err(error);
         }
         (self.live, self.touched, self.mode, self.broken) = (set.to_vec(), next, mode, false);
         Ok(switch)
     }
 
-    /// The set with its adapters on the device, where there is room for them: it is, where pristine weights stay there.
+    /// The set with its adapters on the card, if there is room for them: there is where pristine weights stay on it.
     fn near(&mut self, set: &[Selected]) -> Result<Vec<Selected>, Error> {
-        if self.home != Home::Device || self.device.is_cpu() {
+        if self.home != Home::Device || !self.device.is_cuda() {
             return Ok(set.to_vec());
         }
         let values: usize = self.parameters.values().map(|parameter| parameter.shape().iter().product::<usize>()).sum();
         let most = (values * self.dtype.size_in_bytes()) as u64 / RESIDENT;
-        let mut near = |selected: &Selected| -> Result<Selected, Error> {
-            let adapter = self.resident.get(&selected.adapter, &self.device, most)?;
-            Ok(Selected { adapter, scales: selected.scales.clone() })
-        };
-        set.iter().map(&mut near).collect()
+        let adapters: Vec<_> = set.iter().map(|selected| selected.adapter.clone()).collect();
+        let near = self.resident.get(&adapters, &self.device, most)?.into_iter();
+        Ok(near.zip(set).map(|(adapter, selected)| Selected { adapter, scales: selected.scales.clone() }).collect())
     }
 
     fn plan<'a>(&self, set: &'a [Selected], notes: &mut Vec<String>) -> Result<BTreeMap<Name, Vec<Planned<'a>>>, Error> {
@@ -210,8 +210,6 @@ impl Patches {
     /// Makes the live set anew on every tensor that may have changed. If that fails too, the next switch makes all of them anew,
     /// whatever it asks for.
     fn fall_back(&mut self, changed: &BTreeSet<Name>) {
-        // The device may be full.
-        self.resident.forget();
         let live = std::mem::take(&mut self.live);
         let failed = match self.plan(&live, &mut Vec::new()) {
             Err(_) => true,

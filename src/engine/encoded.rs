@@ -38,7 +38,7 @@ impl Encoded {
     /// The prompt's encoding, by `read` if it is not kept.
     pub(super) fn of(&self, prompt: &str, patches: &Patches, read: impl FnOnce() -> Result<Text, Error>) -> Result<Text, Error> {
         let reaching = patches.live().iter().filter(|selected| !selected.adapter.report.text_encoders.is_empty());
-        let adapters = reaching.map(|selected| (selected.adapter.digest().to_owned(), selected.scales.text)).collect();
+        let adapters = reaching.map(|selected| (selected.adapter.identity().to_owned(), selected.scales.text)).collect();
         let key = Key { prompt: prompt.into(), adapters, mode: patches.mode() };
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(i) = kept.iter().position(|(has, _)| *has == key) {

@@ -266,7 +266,9 @@ impl Plan {
         // Dense weights are merged into; others have branches beside them.
         let dense_blocks = self.transformer == Keep::Stored && sizes.quantised[0].is_none();
         let beside = if dense_blocks { transformer + text } else { transformer - blocks + text };
-        let pristine = if self.home == Some(Home::Device) { beside + beside / RESIDENT } else { 0 };
+        let [double_blocks, single_blocks] = [config.double_blocks as u64 * double, config.single_blocks as u64 * single];
+        let values = double_blocks + single_blocks + sizes.modulations() + sizes.ends() + sizes.t5 + sizes.clip;
+        let pristine = if self.home == Some(Home::Device) { beside + dense(values) / RESIDENT } else { 0 };
         let sent = |bytes: u64, away: bool| if away { bytes } else { 0 };
         let sent = [all_blocks - blocks, sent(modulations, self.on_host.modulations), sent(t5, self.on_host.text)];
         Need { transformer, text, vae: dense(sizes.vae), pristine, work: sizes.work(dense(1)), sent, have }

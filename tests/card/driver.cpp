@@ -4,7 +4,7 @@
 // arguments, how much memory they take, and what comes out. It shows nothing of speed, and nothing of what goes wrong between streams.
 //
 // CARD_MEMORY (bytes), CARD_CAPABILITY (as 9.0) and CARD_NAME make it another card; CARD_LOG names a file for what it has seen, at the end.
-// CARD_REFUSE="BYTES COUNT": it has no memory for the first COUNT allocations of at least BYTES.
+// CARD_REFUSE="BYTES COUNT [KERNEL]": it has no memory for the first COUNT allocations of at least BYTES (once KERNEL has run).
 // With CARD_DRY=1 it counts memory and calls but computes nothing, and its memory is all zeros, so that the real model's sizes fit here.
 #include <cuda.h>
 
@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <set>
@@ -44,7 +45,9 @@ struct Card {
     std::mutex lock;
     size_t total = strtoull(setting("CARD_MEMORY", "85899345920"), nullptr, 10);
     size_t used = 0, reserved = 0, most = 0, largest = 0, sent = 0;
-    size_t refused_bytes = 0, refusals = 0;
+    size_t refused_bytes = 0, refusals = 0, refused = 0;
+    std::string refused_after;
+    std::deque<Allocation> freed; // the last ones, whose addresses nobody gets yet
     uint64_t keeps = 0; // bytes that the pool keeps when nobody uses them
     std::map<CUdeviceptr, Allocation> allocations;
     std::set<const void *> streams, events;
@@ -59,15 +62,19 @@ struct Card {
     CUctx_st context;
     CUmemPoolHandle_st pool;
 
-    Card() { sscanf(setting("CARD_REFUSE", ""), "%zu %zu", &refused_bytes, &refusals); }
+    Card() {
+        char kernel[100] = "";
+        sscanf(setting("CARD_REFUSE", ""), "%zu %zu %99s", &refused_bytes, &refusals, kernel);
+        refused_after = kernel;
+    }
 
     ~Card() {
         const char *path = setting("CARD_LOG", "");
         if (!*path) return;
         FILE *log = fopen(path, "w");
         if (!log) return;
-        fprintf(log, "{\"most_bytes\": %zu, \"largest_bytes\": %zu, \"left_bytes\": %zu, \"sent_bytes\": %zu, \"launches\": {",
-                most, largest, used, sent);
+        fprintf(log, "{\"most_bytes\": %zu, \"largest_bytes\": %zu, \"left_bytes\": %zu, \"sent_bytes\": %zu, \"refused\": %zu, \"launches\": {",
+                most, largest, used, sent, refused);
         const char *comma = "";
         for (auto &[name, count] : launches) fprintf(log, "%s\n  \"%s\": %zu", comma, name.c_str(), count), comma = ",";
         fprintf(log, "},\n\"kernel_before_most\": \"%s\", \"allocations_then\": {", kernel_then.c_str()), comma = "";
@@ -121,8 +128,9 @@ CUresult allocate(CUdeviceptr *at, size_t bytes) {
     Card &c = card();
     if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
     size_t used = c.used + rounded(bytes);
-    if (used > c.total) return CUDA_ERROR_OUT_OF_MEMORY;
-    if (c.refusals > 0 && bytes >= c.refused_bytes) return c.refusals--, CUDA_ERROR_OUT_OF_MEMORY;
+    if (used > c.total) return c.refused++, CUDA_ERROR_OUT_OF_MEMORY;
+    if (c.refusals > 0 && bytes >= c.refused_bytes && (c.refused_after.empty() || c.launches.count(c.refused_after)))
+        return c.refusals--, c.refused++, CUDA_ERROR_OUT_OF_MEMORY;
     // The allocation ends where the page ends, as far as its alignment allows: what lies behind it is nobody's.
     size_t page = sysconf(_SC_PAGESIZE), length = (bytes + 255) / 256 * 256, mapped = (length + page - 1) / page * page + page;
     // Where nothing is computed, an address is enough.
@@ -152,7 +160,13 @@ CUresult release(CUdeviceptr at) {
     Card &c = card();
     auto found = c.allocations.find(at);
     if (found == c.allocations.end()) return broken("memory is freed that is not allocated");
-    if (!c.dry) munmap(found->second.mapping, found->second.mapped);
+    if (!c.dry) {
+        // Gone at once; its address is given out again much later, so that late uses are noticed.
+        mprotect(found->second.mapping, found->second.mapped, PROT_NONE);
+        madvise(found->second.mapping, found->second.mapped, MADV_DONTNEED);
+        c.freed.push_back(found->second);
+        if (c.freed.size() > 1000) munmap(c.freed.front().mapping, c.freed.front().mapped), c.freed.pop_front();
+    }
     c.used -= rounded(found->second.bytes);
     if (c.keeps == 0) c.reserved = c.used;
     c.allocations.erase(found);
@@ -172,6 +186,12 @@ emulator::Trust trust(const std::string &text, const std::string &name) {
 } // namespace
 
 extern "C" {
+
+// For cuBLAS: whether these bytes are on the card. With CARD_DRY nobody looks.
+bool card_has(const void *at, size_t bytes) {
+    std::lock_guard<std::mutex> held(card().lock);
+    return allocated((CUdeviceptr)at, bytes);
+}
 
 CUresult cuInit(unsigned int) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
@@ -380,7 +400,9 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
     Card &c = card();
     c.launches[function->name]++;
     c.last_kernel = function->name;
-    if (shared > function->shared) return CUDA_ERROR_INVALID_VALUE;
+    if (shared > function->shared || !grid_x || !grid_y || !grid_z || grid_x > 0x7fffffff || grid_y > 65535 || grid_z > 65535)
+        return CUDA_ERROR_INVALID_VALUE;
+    if (!block_x || !block_y || !block_z || block_z > 64 || (uint64_t)block_x * block_y * block_z > 1024) return CUDA_ERROR_INVALID_VALUE;
     if (c.dry) return CUDA_SUCCESS;
     if (function->ours) {
         std::vector<uint64_t> buffers;

@@ -15,6 +15,8 @@
 #undef __launch_bounds__
 #include "emulator.hpp"
 
+extern "C" bool card_has(const void *at, size_t bytes); // of libcuda.so.1
+
 namespace {
 
 float e4m3(uint8_t byte) {
@@ -44,6 +46,8 @@ void store(cudaDataType type, void *p, size_t i, float x) {
     }
 }
 
+size_t size_of(cudaDataType type) { return type == CUDA_R_32F ? 4 : type == CUDA_R_8F_E4M3 ? 1 : 2; }
+
 bool known(cudaDataType type) { return type == CUDA_R_32F || type == CUDA_R_16F || type == CUDA_R_16BF; }
 
 struct Matrix { const void *at; cudaDataType type; size_t pitch; bool transposed; };
@@ -56,6 +60,13 @@ std::vector<float> gathered(const Matrix &x, size_t lines, size_t k, bool rows) 
     for (size_t i = 0; i < lines; i++)
         for (size_t l = 0; l < k; l++) all[i * k + l] = load(x.type, x.at, piece ? i * x.pitch + l : l * x.pitch + i);
     return all;
+}
+
+// A host's pointer works here, but not on a card.
+void on_card(const void *at, size_t values, cudaDataType type) {
+    if (card_has(at, values * size_of(type))) return;
+    fprintf(stderr, "card: a product of memory that is not on it\n");
+    abort();
 }
 
 // D (m x n, by columns) = finish(op(A) op(B)).
@@ -101,7 +112,10 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t, cublasOperation_t ta, 
         return refuse("cuBLAS: a product of types that nobody has described");
     if (lda < (ta == CUBLAS_OP_N ? m : k) || ldb < (tb == CUBLAS_OP_N ? k : n) || ldc < m) return CUBLAS_STATUS_INVALID_VALUE;
     float scale = in_f16 ? widen(*(const f16 *)alpha) : *(const float *)alpha, keep = in_f16 ? widen(*(const f16 *)beta) : *(const float *)beta;
-    size_t size = at == CUDA_R_32F ? 4 : 2, out_size = ct == CUDA_R_32F ? 4 : 2;
+    size_t size = size_of(at), out_size = size_of(ct);
+    on_card(A, (size_t)lda * ((ta == CUBLAS_OP_N ? k : m) - 1) + (ta == CUBLAS_OP_N ? m : k) + sa * (batches - 1), at);
+    on_card(B, (size_t)ldb * ((tb == CUBLAS_OP_N ? n : k) - 1) + (tb == CUBLAS_OP_N ? k : n) + sb * (batches - 1), bt);
+    on_card(C, (size_t)ldc * (n - 1) + m + sc * (batches - 1), ct);
     for (int batch = 0; batch < batches; batch++) {
         char *c = (char *)C + batch * sc * out_size;
         multiply(m, n, k, {(const char *)A + batch * sa * size, at, (size_t)lda, ta != CUBLAS_OP_N},
@@ -212,6 +226,12 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t of, const v
     bool gelu = d.epilogue == CUBLASLT_EPILOGUE_GELU || d.epilogue == CUBLASLT_EPILOGUE_GELU_BIAS;
     if ((!biased && !gelu && d.epilogue != CUBLASLT_EPILOGUE_DEFAULT) || biased != (d.bias != nullptr) || *(const float *)beta != 0)
         return refuse("cuBLASLt: an epilogue that nobody has described");
+    on_card(A, a.pitch * (a.columns - 1) + a.rows, a.type);
+    on_card(B, b.pitch * (b.columns - 1) + b.rows, b.type);
+    on_card(D, out.pitch * (out.columns - 1) + out.rows, out.type);
+    if (d.bias) on_card(d.bias, m, out.type);
+    if (d.a_scale) on_card(d.a_scale, m, CUDA_R_32F);
+    if (d.b_scale) on_card(d.b_scale, n, CUDA_R_32F);
     multiply(m, n, k, {A, a.type, (size_t)a.pitch, ta}, {B, b.type, (size_t)b.pitch, tb}, [&](size_t i, size_t j, float sum) {
         sum *= *(const float *)alpha;
         if (e4m3s) sum *= d.a_scale[i] * d.b_scale[j];

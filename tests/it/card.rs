@@ -30,6 +30,12 @@ fn log(place: &Place) -> Value {
     serde_json::from_slice(&std::fs::read(place.path("card.json")).unwrap()).unwrap()
 }
 
+/// A finished prediction, however long this card takes.
+fn drawn(service: &Service, input: &Value) -> Value {
+    let made = service.post(DEV_LORA, &[], &json!({ "input": input })).json();
+    service.wait(made["id"].as_str().unwrap())
+}
+
 fn pixels(path: &Path) -> Vec<u8> {
     image::open(path).unwrap().to_rgb8().into_raw()
 }
@@ -57,7 +63,10 @@ fn pictures_are_the_processors_in_every_format() {
         for (dtype, most) in formats {
             let here = draw(&place, &format!("{dtype}-here.png"), &["--device", "cpu", "--dtype", dtype]);
             let there = draw(&place, &format!("{dtype}.png"), &["--device", "cuda", "--dtype", dtype]);
-            let launches = log(&place)["launches"].clone();
+            let log = log(&place);
+            // Of ours, cuBLASLt's workspace is there to the end.
+            assert!(log["left_bytes"].as_u64().unwrap() <= if kernels == "fused" { 32 << 20 } else { 0 }, "{log}");
+            let launches = log["launches"].clone();
             let (from_exact, from_here) = (apart(&there, &exact), apart(&there, &here));
             println!("{kernels} {dtype}: {from_exact:.3} of 255 from f32, {from_here:.3} from the processor in the same format");
             assert!(from_exact < most && from_here < most, "{kernels} {dtype}");
@@ -82,7 +91,7 @@ fn people_leave_nothing_behind() {
             if let Some(lora) = lora {
                 input["lora_weights"] = lora.into();
             }
-            let done = service.picture(&input);
+            let done = drawn(&service, &input);
             assert_eq!(done["status"], "succeeded", "{done}");
             bytes(&done["output"][0])
         };
@@ -102,7 +111,7 @@ fn coming_back_to_a_person_sends_nothing() {
         service.ready();
         for lora in people {
             let input = json!({ "prompt": PROMPT, "seed": 3, "num_inference_steps": 1, "lora_weights": lora });
-            assert_eq!(service.picture(&input)["status"], "succeeded");
+            assert_eq!(drawn(&service, &input)["status"], "succeeded");
         }
         assert_eq!(service.kill("-TERM"), Some(0));
         log(&place)["sent_bytes"].as_u64().unwrap()
@@ -111,8 +120,9 @@ fn coming_back_to_a_person_sends_nothing() {
     let (one, two, many) =
         (sent(&["user1003"]), sent(&["user1003", "user1001"]), sent(&["user1003", "user1001", "user1003", "user1001"]));
     println!("{one} bytes for one person, {two} for two, {many} for two in turns; an adapter's file has {adapter}");
-    // Two more pictures: noise, tokens and times, about 40 kB each.
-    assert!(two - one > adapter && many - two < adapter / 2);
+    // With the second person another picture comes, and with two more turns two: noise, tokens and times, about 40 kB each. Factors
+    // are sent as they are stored, in 16 bits.
+    assert!(two - one > adapter * 9 / 10 && two - one < adapter * 3 / 2 && many - two < adapter / 2);
 }
 
 /// An allocation that the driver refuses: the job is tried again with less on the card; refused twice, it fails by name; the next
@@ -127,7 +137,7 @@ fn a_full_card_fails_a_job_at_most() {
         let place = place(&[("CARD_REFUSE", refused)]);
         let service = Service::start(&place, &["--device", "cuda"]);
         service.ready();
-        let first = service.post(DEV_LORA, &[("prefer", "wait")], &json!({ "input": input })).json();
+        let first = drawn(&service, &input);
         println!("{refused}: {} {}", first["status"], first["error"]);
         if refused == "9000000 2" {
             assert_eq!(first["status"], "failed");
@@ -136,10 +146,36 @@ fn a_full_card_fails_a_job_at_most() {
             pictures.push(bytes(&first["output"][0]));
         }
         assert_eq!(service.said().contains("no memory is left"), refused != "9000000 0");
-        let next = service.picture(&input);
+        let next = drawn(&service, &input);
         pictures.push(bytes(&next["output"][0]));
     }
     assert!(pictures.iter().all(|picture| *picture == pictures[0]));
+}
+
+/// The same in the middle of putting a person on the weights: whoever comes next gets the picture that they would have got.
+#[test]
+#[ignore = "needs the card made of software: tests/card/run"]
+fn a_full_card_in_a_switch_leaves_no_half_of_a_person() {
+    let input = |lora: Option<&str>| {
+        let mut input = json!({ "prompt": PROMPT, "seed": 3, "num_inference_steps": 1, "output_format": "png" });
+        if let Some(lora) = lora {
+            input["lora_weights"] = lora.into();
+        }
+        input
+    };
+    let mut bases = Vec::new();
+    for refused in ["100000 0 merge_bf16", "100000 1 merge_bf16", "100000 3 merge_bf16"] {
+        let place = place(&[("CARD_REFUSE", refused), ("DARKROOM_KERNELS", "fused")]);
+        let service = Service::start(&place, &["--device", "cuda"]);
+        service.ready();
+        bases.push(bytes(&drawn(&service, &input(None))["output"][0]));
+        let person = drawn(&service, &input(Some("user1003")));
+        println!("{refused}: {} {}", person["status"], person["error"]);
+        assert_eq!(service.said().contains("no memory is left"), !refused.starts_with("100000 0"), "{}", service.said());
+        assert_eq!(person["status"], if refused.starts_with("100000 3") { "failed" } else { "succeeded" });
+        bases.push(bytes(&drawn(&service, &input(None))["output"][0]));
+    }
+    assert!(bases.iter().all(|base| *base == bases[0]));
 }
 
 #[test]
@@ -230,7 +266,15 @@ fn plans_keep_their_promise_at_real_sizes() {
     let files = Place::new();
     let (model, lora) = real_sizes(&files);
     let (model, lora) = (model.to_str().unwrap(), lora.to_str().unwrap());
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap();
+    let available: u64 = available.trim().trim_end_matches(" kB").parse().unwrap();
     for (gibibytes, kernels) in [(80u64, "plain"), (24, "fused"), (12, "plain"), (8, "fused"), (5, "plain")] {
+        // What waits for the card in main memory takes up to 17 GB there.
+        if available < 18_000_000 && gibibytes != 80 {
+            println!("{gibibytes} GiB: not shown here, with {available} kB of main memory");
+            continue;
+        }
         let memory = gibibytes << 30;
         let place = place(&[("CARD_DRY", "1"), ("CARD_MEMORY", &memory.to_string()), ("DARKROOM_KERNELS", kernels)]);
         let said = place.run(&["doctor", "--device", "cuda", "--model", model]).out();
@@ -243,6 +287,7 @@ fn plans_keep_their_promise_at_real_sizes() {
         let log = log(&place);
         let most = log["most_bytes"].as_f64().unwrap() / 1e9;
         println!("{gibibytes} GiB, {kernels}: {most:.2} GB at most; {line}");
+        assert_eq!(log["refused"], 0, "an allocation did not fit");
         assert!(most <= have, "{most} GB at most after {} of {}", log["kernel_before_most"], log["allocations_then"]);
     }
 }
