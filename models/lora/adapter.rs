@@ -260,6 +260,27 @@ mod tests {
 
     use super::*;
 
+    /// PEFT keeps alpha in a file of its own: the same tensors beside another one are another adapter.
+    #[test]
+    fn what_is_said_beside_a_file_is_part_of_it() {
+        let peft = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/lora/writers/peft");
+        let folder = tempfile::tempdir().unwrap();
+        for file in ["adapter_model.safetensors", "adapter_config.json"] {
+            std::fs::copy(peft.join(file), folder.path().join(file)).unwrap();
+        }
+        let open = || Adapter::open(&folder.path().join("adapter_model.safetensors")).unwrap();
+        let (first, again) = (open(), open());
+        assert_eq!(first.identity(), again.identity());
+        let config = folder.path().join("adapter_config.json");
+        let mut said: serde_json::Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+        said["alpha_pattern"]["out"] = 7.into();
+        said["lora_alpha"] = 7.into();
+        std::fs::write(&config, said.to_string()).unwrap();
+        let other = open();
+        assert_eq!(first.digest(), other.digest());
+        assert_ne!(first.identity(), other.identity());
+    }
+
     #[test]
     fn numbers_that_are_none_are_found_in_every_type() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {

@@ -148,6 +148,7 @@ impl Patches {
             return Ok(Switch::default());
         }
         let mut switch = Switch::default();
+        // A set that does not fit the model is refused before any of it is sent to the card.
         self.plan(set, &mut switch.notes)?;
         let near = self.near(set)?;
         let plan = self.plan(&near, &mut Vec::new())?;
@@ -170,7 +171,7 @@ impl Patches {
         Ok(switch)
     }
 
-    /// The set with its adapters on the card, if there is room for them: there is where pristine weights stay on it.
+    /// The set with its adapters on the card, where pristine weights stay there: plans leave room for both.
     fn near(&mut self, set: &[Selected]) -> Result<Vec<Selected>, Error> {
         if self.home != Home::Device || !self.device.is_cuda() {
             return Ok(set.to_vec());
