@@ -44,8 +44,8 @@ thread_local void (*body)(const void *);
 thread_local const void *arguments;
 thread_local std::string *failure;
 
-std::map<std::string, void (*)(const void *)> &kernels() {
-    static std::map<std::string, void (*)(const void *)> all;
+std::map<std::string, Kernel> &kernels() {
+    static std::map<std::string, Kernel> all;
     return all;
 }
 
@@ -162,11 +162,11 @@ void run_block(uint32_t threads, std::mt19937 &random) {
 
 } // namespace
 
-void list(const char *name, void (*kernel)(const void *)) { kernels()[name] = kernel; }
+void list(const char *name, Kernel kernel) { kernels()[name] = kernel; }
 
-void (*find(const char *name))(const void *) {
+const Kernel *find(const char *name) {
     auto kernel = kernels().find(name);
-    return kernel == kernels().end() ? nullptr : kernel->second;
+    return kernel == kernels().end() ? nullptr : &kernel->second;
 }
 
 std::string run(Dim3 grid, Dim3 block, size_t shared_bytes, void (*kernel)(const void *), const void *given, Trust given_trust, uint32_t seed) {
@@ -267,7 +267,7 @@ extern "C" int emulator_launch(const char *name, const uint32_t *grid, uint32_t 
     if (!kernel) failed = "there is no kernel of this name";
     else if (threads % 32) failed = "blocks are of whole warps, and of 1024 threads at most";
     else if (shared_bytes > 99 << 10) failed = "not every card has this much shared memory";
-    else failed = run({grid[0], grid[1], grid[2]}, {threads, 1, 1}, shared_bytes, kernel, a, Trust::Nothing, seed);
+    else failed = run({grid[0], grid[1], grid[2]}, {threads, 1, 1}, shared_bytes, kernel->run, a, Trust::Nothing, seed);
     snprintf(message, 256, "%s", failed.c_str());
     return failed.empty() ? 0 : 1;
 }

@@ -84,8 +84,15 @@ enum class Trust {
 };
 // Runs a kernel over its whole grid. Returns what went wrong, or nothing.
 std::string run(Dim3 grid, Dim3 block, size_t shared_bytes, void (*kernel)(const void *), const void *arguments, Trust trust, uint32_t seed);
+
+// Where an argument points, and whether the kernel may write there.
+struct Pointed { const void *at; bool writing; };
+struct Kernel {
+    void (*run)(const void *arguments);
+    std::vector<Pointed> (*pointed)(const void *arguments);
+};
 // What `list` knows under this name, or null.
-void (*find(const char *name))(const void *);
+const Kernel *find(const char *name);
 // Waits for all threads of the block.
 void block_barrier();
 // Waits for all lanes of the warp to do the same; then `then` is called with what each lane has given, which may write to it. Lanes that
@@ -97,8 +104,14 @@ void start_copy(void *to, const void *from, bool valid);
 void commit_copies();
 void wait_for_copies(int still_running);
 
-void list(const char *name, void (*kernel)(const void *));
-struct Listed { Listed(const char *name, void (*kernel)(const void *)) { list(name, kernel); } };
+void list(const char *name, Kernel kernel);
+struct Listed { Listed(const char *name, Kernel kernel) { list(name, kernel); } };
+// Every word of a struct of arguments may be a pointer.
+template <typename Arguments> std::vector<Pointed> words(const void *arguments) {
+    std::vector<Pointed> all(sizeof(Arguments) / sizeof(void *));
+    for (size_t i = 0; i < all.size(); i++) all[i] = {((const void *const *)arguments)[i], true};
+    return all;
+}
 
 } // namespace emulator
 
@@ -107,7 +120,7 @@ struct Listed { Listed(const char *name, void (*kernel)(const void *)) { list(na
         if (blockDim.x > (threads)) emulator::fault("more threads than the kernel is bound to"); \
         body(*(const Arguments *)a); \
     } \
-    static emulator::Listed listed_##name(#name, call_##name);
+    static emulator::Listed listed_##name(#name, {call_##name, emulator::words<Arguments>});
 
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void __syncwarp() { emulator::collective("__syncwarp", nullptr, [](void *const *) {}); }

@@ -149,5 +149,17 @@ template <typename... A, size_t... I> void call_with(void (*kernel)(A...), void 
 template <typename... A> void call_with(void (*kernel)(A...), void *const *given) {
     call_with(kernel, given, std::index_sequence_for<A...>());
 }
+template <typename... A, size_t... I> std::vector<emulator::Pointed> pointed_by(void (*)(A...), void *const *given, std::index_sequence<I...>) {
+    std::vector<emulator::Pointed> all;
+    auto one = [&]<typename P>(void *given, P *) {
+        if constexpr (std::is_pointer_v<P>) all.push_back({*(const void **)given, !std::is_const_v<std::remove_pointer_t<P>>});
+    };
+    (one(given[I], (std::remove_const_t<A> *)nullptr), ...);
+    return all;
+}
+template <typename... A> std::vector<emulator::Pointed> pointed_by(void (*kernel)(A...), void *const *given) {
+    return pointed_by(kernel, given, std::index_sequence_for<A...>());
+}
 #define CANDLE_KERNEL(name) \
-    static emulator::Listed listed_##name(#name, [](const void *given) { call_with(name, (void *const *)given); });
+    static emulator::Listed listed_##name(#name, {[](const void *given) { call_with(name, (void *const *)given); }, \
+                                                  [](const void *given) { return pointed_by(name, (void *const *)given); }});

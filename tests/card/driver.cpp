@@ -1,7 +1,8 @@
 // A card made of software: what a CUDA program asks of libcuda.so.1, on the processor. Memory of the "device" is memory behind guard pages,
 // full of NaN when new and gone when freed; kernels are darkroom's and candle's own sources, run by the emulator as they are launched; every
-// call does its work before it returns. What a real driver refuses is refused. It shows that the right calls are made with the right
-// arguments, how much memory they take, and what comes out. It shows nothing of speed, and nothing of what goes wrong between streams.
+// call does its work before it returns. What a real driver refuses is refused, and so is what streams do to each other's memory out of order
+// (order.hpp); page-locked memory cannot be written while the card may still read it. It shows that the right calls are made with the right
+// arguments, how much memory they take, and what comes out. It shows nothing of speed.
 //
 // CARD_MEMORY (bytes), CARD_CAPABILITY (as 9.0) and CARD_NAME make it another card; CARD_LOG names a file for what it has seen, at the end.
 // CARD_REFUSE="BYTES COUNT [KERNEL]": it has no memory for the first COUNT allocations of at least BYTES (once KERNEL has run).
@@ -22,19 +23,26 @@
 #include <string>
 
 #include "emulator.hpp"
+#include "order.hpp"
 
 extern "C" int emulator_launch(const char *, const uint32_t *, uint32_t, uint32_t, const void *, const uint64_t *, size_t, uint32_t, char *);
 
 struct CUctx_st {};
-struct CUevent_st { std::chrono::steady_clock::time_point at; bool recorded = false; };
+struct CUevent_st { std::chrono::steady_clock::time_point at; bool recorded = false; Clock clock; };
 struct CUstream_st {};
 struct CUmemPoolHandle_st {};
-struct CUfunc_st { std::string name; bool ours; emulator::Trust trust; void (*kernel)(const void *); size_t shared = 48 << 10; };
+struct CUfunc_st { std::string name; bool ours; emulator::Trust trust; const emulator::Kernel *kernel; size_t shared = 48 << 10; };
 struct CUmod_st { bool ours; std::string text; std::map<std::string, CUfunc_st> functions; };
 
 namespace {
 
-struct Allocation { char *mapping; size_t mapped, bytes; };
+struct Allocation { char *mapping; size_t mapped, bytes; Uses uses; };
+
+// Page-locked memory of the program's, and what copies may still read from it.
+struct Reading { Moment moment; char *begin, *end; };
+struct PageLocked { size_t bytes; std::vector<Reading> readings; };
+
+size_t page() { return sysconf(_SC_PAGESIZE); }
 
 const char *setting(const char *name, const char *otherwise) {
     const char *value = getenv(name);
@@ -50,6 +58,8 @@ struct Card {
     std::deque<Allocation> freed; // the last ones, whose addresses nobody gets yet
     uint64_t keeps = 0; // bytes that the pool keeps when nobody uses them
     std::map<CUdeviceptr, Allocation> allocations;
+    std::map<char *, PageLocked> page_locked;
+    Order order;
     std::set<const void *> streams, events;
     std::map<std::string, size_t> launches;
     size_t seen = 0;                  // as much was in use when this was noted: allocations of each size, and the kernel before
@@ -112,12 +122,30 @@ CUresult broken(const std::string &why) {
     return CUDA_ERROR_ILLEGAL_ADDRESS;
 }
 
-// Whether these bytes of the device are somebody's.
-bool allocated(CUdeviceptr at, size_t bytes) {
+// What holds these bytes of the device, or null.
+Allocation *holder(CUdeviceptr at, size_t bytes) {
     auto next = card().allocations.upper_bound(at);
-    if (next == card().allocations.begin()) return false;
+    if (next == card().allocations.begin()) return nullptr;
     auto &[begin, allocation] = *std::prev(next);
-    return at + bytes <= begin + allocation.bytes;
+    return at + bytes <= begin + allocation.bytes ? &allocation : nullptr;
+}
+
+// Why a stream's work may not use these bytes of the device now; null if it may.
+const char *use(CUdeviceptr at, size_t bytes, Moment now, bool writing) {
+    Allocation *allocation = holder(at, bytes);
+    if (!allocation) return "goes outside the card's memory";
+    return card().order.use(allocation->uses, now, writing) ? nullptr : "may run beside another stream's work with the same memory";
+}
+
+// The program has waited: what copies have read by now may be written again.
+void let_write() {
+    for (auto &[begin, memory] : card().page_locked) {
+        size_t before = memory.readings.size();
+        std::erase_if(memory.readings, [](const Reading &reading) { return card().order.program_knows(reading.moment); });
+        if (memory.readings.size() == before) continue;
+        mprotect(begin, memory.bytes, PROT_READ | PROT_WRITE);
+        for (Reading &reading : memory.readings) mprotect(reading.begin, reading.end - reading.begin, PROT_READ);
+    }
 }
 
 // A driver gives memory out in pieces of this size.
@@ -132,7 +160,7 @@ CUresult allocate(CUdeviceptr *at, size_t bytes) {
     if (c.refusals > 0 && bytes >= c.refused_bytes && (c.refused_after.empty() || c.launches.count(c.refused_after)))
         return c.refusals--, c.refused++, CUDA_ERROR_OUT_OF_MEMORY;
     // The allocation ends where the page ends, as far as its alignment allows: what lies behind it is nobody's.
-    size_t page = sysconf(_SC_PAGESIZE), length = (bytes + 255) / 256 * 256, mapped = (length + page - 1) / page * page + page;
+    size_t page = ::page(), length = (bytes + 255) / 256 * 256, mapped = (length + page - 1) / page * page + page;
     // Where nothing is computed, an address is enough.
     char *mapping = c.dry ? (char *)c.next : (char *)mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapping == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -143,7 +171,7 @@ CUresult allocate(CUdeviceptr *at, size_t bytes) {
         memset(begin, 0xff, length);
     }
     *at = (CUdeviceptr)begin;
-    c.allocations[*at] = {mapping, mapped, bytes};
+    c.allocations[*at] = {mapping, mapped, bytes, {}};
     c.used = used;
     c.reserved = std::max(c.reserved, used);
     c.most = std::max(c.most, used);
@@ -187,10 +215,10 @@ emulator::Trust trust(const std::string &text, const std::string &name) {
 
 extern "C" {
 
-// For cuBLAS: whether these bytes are on the card. With CARD_DRY nobody looks.
-bool card_has(const void *at, size_t bytes) {
+// For cuBLAS and the others: why a product on this stream may not use these bytes now; null if it may.
+const char *card_use(const void *at, size_t bytes, const void *stream, bool writing) {
     std::lock_guard<std::mutex> held(card().lock);
-    return allocated((CUdeviceptr)at, bytes);
+    return use((CUdeviceptr)at, bytes, card().order.next(stream), writing);
 }
 
 CUresult cuInit(unsigned int) { return CUDA_SUCCESS; }
@@ -225,6 +253,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = major; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = minor; break;
     case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+    case CU_DEVICE_ATTRIBUTE_CLOCK_RATE: *value = 1980000; break;
     case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = 1024; break;
     case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED: *value = 1; break;
     default:
@@ -241,6 +270,7 @@ CUresult cuCtxGetCurrent(CUcontext *context) { return *context = current, CUDA_S
 CUresult cuCtxSetCurrent(CUcontext context) { return current = context, CUDA_SUCCESS; }
 CUresult cuCtxSynchronize() {
     IN_CONTEXT
+    card().order.program_waits_for_all(), let_write();
     return CUDA_SUCCESS;
 }
 
@@ -257,11 +287,14 @@ CUresult cuStreamDestroy_v2(CUstream stream) {
 }
 CUresult cuStreamSynchronize(CUstream stream) {
     ON_STREAM(stream)
+    card().order.program_waits(card().order.of(stream)), let_write();
     return CUDA_SUCCESS;
 }
 CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int) {
     ON_STREAM(stream)
-    return card().events.count(event) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+    if (!card().events.count(event)) return CUDA_ERROR_INVALID_HANDLE;
+    card().order.wait(stream, event->clock);
+    return CUDA_SUCCESS;
 }
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
     ON_STREAM(stream)
@@ -283,12 +316,15 @@ CUresult cuEventDestroy_v2(CUevent event) {
 CUresult cuEventRecord(CUevent event, CUstream stream) {
     ON_STREAM(stream)
     if (!card().events.count(event)) return CUDA_ERROR_INVALID_HANDLE;
-    event->at = std::chrono::steady_clock::now(), event->recorded = true;
+    card().order.next(stream);
+    event->at = std::chrono::steady_clock::now(), event->recorded = true, event->clock = card().order.of(stream);
     return CUDA_SUCCESS;
 }
 CUresult cuEventSynchronize(CUevent event) {
     IN_CONTEXT
-    return card().events.count(event) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+    if (!card().events.count(event)) return CUDA_ERROR_INVALID_HANDLE;
+    card().order.program_waits(event->clock), let_write();
+    return CUDA_SUCCESS;
 }
 CUresult cuEventElapsedTime_v2(float *milliseconds, CUevent begin, CUevent end) {
     IN_CONTEXT
@@ -303,15 +339,38 @@ CUresult cuMemAlloc_v2(CUdeviceptr *at, size_t bytes) {
 }
 CUresult cuMemAllocAsync(CUdeviceptr *at, size_t bytes, CUstream stream) {
     ON_STREAM(stream)
-    return allocate(at, bytes);
+    CUresult result = allocate(at, bytes);
+    // Before it comes to this, the stream may still work with what was there.
+    if (result == CUDA_SUCCESS) use(*at, bytes, card().order.next(stream), true);
+    return result;
 }
 CUresult cuMemFree_v2(CUdeviceptr at) {
     IN_CONTEXT
+    card().order.program_waits_for_all(), let_write();
     return release(at);
 }
 CUresult cuMemFreeAsync(CUdeviceptr at, CUstream stream) {
     ON_STREAM(stream)
+    if (const char *why = use(at, 1, card().order.next(stream), true)) return broken(std::string("freeing memory ") + why);
     return release(at);
+}
+CUresult cuMemHostAlloc(void **at, size_t bytes, unsigned int) {
+    IN_CONTEXT
+    if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+    size_t mapped = (bytes + page() - 1) / page() * page();
+    *at = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (*at == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
+    card().page_locked[(char *)*at] = {mapped, {}};
+    return CUDA_SUCCESS;
+}
+CUresult cuMemFreeHost(void *at) {
+    IN_CONTEXT
+    auto found = card().page_locked.find((char *)at);
+    if (found == card().page_locked.end()) return CUDA_ERROR_INVALID_VALUE;
+    if (!found->second.readings.empty()) return broken("page-locked memory is freed that a copy may still read");
+    munmap(at, found->second.bytes);
+    card().page_locked.erase(found);
+    return CUDA_SUCCESS;
 }
 CUresult cuMemGetInfo_v2(size_t *free, size_t *total) {
     IN_CONTEXT
@@ -336,21 +395,34 @@ CUresult cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute attribute, void
 
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CUstream stream) {
     ON_STREAM(stream)
-    if (!allocated(to, bytes)) return broken("a copy to the card goes outside its memory");
+    Moment now = card().order.next(stream);
+    if (const char *why = use(to, bytes, now, true)) return broken(std::string("a copy to the card ") + why);
     card().sent += bytes;
     if (!card().dry) memcpy((void *)to, from, bytes);
+    // Other memory is copied before the call returns.
+    auto next = card().page_locked.upper_bound((char *)from);
+    if (next == card().page_locked.begin()) return CUDA_SUCCESS;
+    auto &[begin, memory] = *std::prev(next);
+    if ((char *)from >= begin + memory.bytes) return CUDA_SUCCESS;
+    size_t first = ((char *)from - begin) / page() * page(), last = ((char *)from - begin + bytes + page() - 1) / page() * page();
+    memory.readings.push_back({now, begin + first, begin + last});
+    mprotect(begin + first, last - first, PROT_READ);
     return CUDA_SUCCESS;
 }
 CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t bytes, CUstream stream) {
     ON_STREAM(stream)
-    if (!allocated(from, bytes)) return broken("a copy from the card goes outside its memory");
+    if (const char *why = use(from, bytes, card().order.next(stream), false)) return broken(std::string("a copy from the card ") + why);
     if (card().dry) memset(to, 0, bytes);
     else memcpy(to, (const void *)from, bytes);
+    // Into memory that is not page-locked, it is done when the call returns.
+    card().order.program_waits(card().order.of(stream)), let_write();
     return CUDA_SUCCESS;
 }
 CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
     ON_STREAM(stream)
-    if (!allocated(to, bytes) || !allocated(from, bytes)) return broken("a copy on the card goes outside its memory");
+    Moment now = card().order.next(stream);
+    const char *reads = use(from, bytes, now, false), *writes = use(to, bytes, now, true);
+    if (reads || writes) return broken(std::string("a copy on the card ") + (reads ? reads : writes));
     if (from < to + bytes && to < from + bytes && bytes) return broken("a copy on the card overlaps itself");
     if (!card().dry) memcpy((void *)to, (const void *)from, bytes);
     return CUDA_SUCCESS;
@@ -358,7 +430,7 @@ CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CU
 CUresult cuMemcpyPeerAsync(CUdeviceptr, CUcontext, CUdeviceptr, CUcontext, size_t, CUstream) { return broken("there is one card"); }
 CUresult cuMemsetD8Async(CUdeviceptr at, unsigned char value, size_t bytes, CUstream stream) {
     ON_STREAM(stream)
-    if (!allocated(at, bytes)) return broken("memory is set outside an allocation");
+    if (const char *why = use(at, bytes, card().order.next(stream), true)) return broken(std::string("setting memory ") + why);
     if (!card().dry) memset((void *)at, value, bytes);
     return CUDA_SUCCESS;
 }
@@ -403,6 +475,10 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
     if (shared > function->shared || !grid_x || !grid_y || !grid_z || grid_x > 0x7fffffff || grid_y > 65535 || grid_z > 65535)
         return CUDA_ERROR_INVALID_VALUE;
     if (!block_x || !block_y || !block_z || block_z > 64 || (uint64_t)block_x * block_y * block_z > 1024) return CUDA_ERROR_INVALID_VALUE;
+    Moment now = c.order.next(stream);
+    for (auto &[at, writing] : function->kernel->pointed(function->ours ? given[0] : (const void *)given))
+        if (holder((CUdeviceptr)at, 1))
+            if (const char *why = use((CUdeviceptr)at, 1, now, writing)) return broken(function->name + " " + why);
     if (c.dry) return CUDA_SUCCESS;
     if (function->ours) {
         std::vector<uint64_t> buffers;
@@ -414,7 +490,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
             return broken(function->name + ": " + message);
         return CUDA_SUCCESS;
     }
-    std::string wrong = emulator::run({grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared, function->kernel, given, function->trust, c.seed++);
+    std::string wrong = emulator::run({grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared, function->kernel->run, given, function->trust, c.seed++);
     return wrong.empty() ? CUDA_SUCCESS : broken(function->name + ": " + wrong);
 }
 

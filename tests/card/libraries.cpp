@@ -15,7 +15,7 @@
 #undef __launch_bounds__
 #include "emulator.hpp"
 
-extern "C" bool card_has(const void *at, size_t bytes); // of libcuda.so.1
+extern "C" const char *card_use(const void *at, size_t bytes, const void *stream, bool writing); // of libcuda.so.1
 
 namespace {
 
@@ -62,10 +62,11 @@ std::vector<float> gathered(const Matrix &x, size_t lines, size_t k, bool rows) 
     return all;
 }
 
-// A host's pointer works here, but not on a card.
-void on_card(const void *at, size_t values, cudaDataType type) {
-    if (card_has(at, values * size_of(type))) return;
-    fprintf(stderr, "card: a product of memory that is not on it\n");
+// A host's pointer would work here, but not on a card; nor would memory that another stream still works with.
+void use(const void *at, size_t bytes, const void *stream, bool writing = false) {
+    const char *why = card_use(at, bytes, stream, writing);
+    if (!why) return;
+    fprintf(stderr, "card: a library's work %s\n", why);
     abort();
 }
 
@@ -98,12 +99,12 @@ cublasStatus_t refuse(const char *what) {
 extern "C" {
 
 #ifdef CUBLAS
-struct cublasContext {};
+struct cublasContext { const void *stream = nullptr; };
 cublasStatus_t cublasCreate_v2(cublasHandle_t *handle) { return *handle = new cublasContext, CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasDestroy_v2(cublasHandle_t handle) { return delete handle, CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasSetStream_v2(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream) { return handle->stream = stream, CUBLAS_STATUS_SUCCESS; }
 
-cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k, const void *alpha,
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k, const void *alpha,
                                           const void *A, cudaDataType at, int lda, long long sa, const void *B, cudaDataType bt, int ldb,
                                           long long sb, const void *beta, void *C, cudaDataType ct, int ldc, long long sc, int batches,
                                           cublasComputeType_t compute, cublasGemmAlgo_t) {
@@ -113,9 +114,9 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t, cublasOperation_t ta, 
     if (lda < (ta == CUBLAS_OP_N ? m : k) || ldb < (tb == CUBLAS_OP_N ? k : n) || ldc < m) return CUBLAS_STATUS_INVALID_VALUE;
     float scale = in_f16 ? widen(*(const f16 *)alpha) : *(const float *)alpha, keep = in_f16 ? widen(*(const f16 *)beta) : *(const float *)beta;
     size_t size = size_of(at), out_size = size_of(ct);
-    on_card(A, (size_t)lda * ((ta == CUBLAS_OP_N ? k : m) - 1) + (ta == CUBLAS_OP_N ? m : k) + sa * (batches - 1), at);
-    on_card(B, (size_t)ldb * ((tb == CUBLAS_OP_N ? n : k) - 1) + (tb == CUBLAS_OP_N ? k : n) + sb * (batches - 1), bt);
-    on_card(C, (size_t)ldc * (n - 1) + m + sc * (batches - 1), ct);
+    use(A, ((size_t)lda * ((ta == CUBLAS_OP_N ? k : m) - 1) + (ta == CUBLAS_OP_N ? m : k) + sa * (batches - 1)) * size, handle->stream);
+    use(B, ((size_t)ldb * ((tb == CUBLAS_OP_N ? n : k) - 1) + (tb == CUBLAS_OP_N ? k : n) + sb * (batches - 1)) * size, handle->stream);
+    use(C, ((size_t)ldc * (n - 1) + m + sc * (batches - 1)) * out_size, handle->stream, true);
     for (int batch = 0; batch < batches; batch++) {
         char *c = (char *)C + batch * sc * out_size;
         multiply(m, n, k, {(const char *)A + batch * sa * size, at, (size_t)lda, ta != CUBLAS_OP_N},
@@ -207,7 +208,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
 
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t of, const void *alpha, const void *A, cublasLtMatrixLayout_t a_layout,
                               const void *B, cublasLtMatrixLayout_t b_layout, const void *beta, const void *, cublasLtMatrixLayout_t,
-                              void *D, cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algorithm, void *, size_t, cudaStream_t) {
+                              void *D, cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t room, cudaStream_t stream) {
     const Description &d = *(Description *)of;
     const Layout &a = *(Layout *)a_layout, &b = *(Layout *)b_layout, &out = *(Layout *)d_layout;
     if (algorithm->data[0] - 77 > 1) return CUBLAS_STATUS_INVALID_VALUE;
@@ -226,12 +227,13 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t of, const v
     bool gelu = d.epilogue == CUBLASLT_EPILOGUE_GELU || d.epilogue == CUBLASLT_EPILOGUE_GELU_BIAS;
     if ((!biased && !gelu && d.epilogue != CUBLASLT_EPILOGUE_DEFAULT) || biased != (d.bias != nullptr) || *(const float *)beta != 0)
         return refuse("cuBLASLt: an epilogue that nobody has described");
-    on_card(A, a.pitch * (a.columns - 1) + a.rows, a.type);
-    on_card(B, b.pitch * (b.columns - 1) + b.rows, b.type);
-    on_card(D, out.pitch * (out.columns - 1) + out.rows, out.type);
-    if (d.bias) on_card(d.bias, m, out.type);
-    if (d.a_scale) on_card(d.a_scale, m, CUDA_R_32F);
-    if (d.b_scale) on_card(d.b_scale, n, CUDA_R_32F);
+    use(A, (a.pitch * (a.columns - 1) + a.rows) * size_of(a.type), stream);
+    use(B, (b.pitch * (b.columns - 1) + b.rows) * size_of(b.type), stream);
+    use(D, (out.pitch * (out.columns - 1) + out.rows) * size_of(out.type), stream, true);
+    if (d.bias) use(d.bias, m * size_of(out.type), stream);
+    if (d.a_scale) use(d.a_scale, m * sizeof(float), stream);
+    if (d.b_scale) use(d.b_scale, n * sizeof(float), stream);
+    if (workspace) use(workspace, room, stream, true);
     multiply(m, n, k, {A, a.type, (size_t)a.pitch, ta}, {B, b.type, (size_t)b.pitch, tb}, [&](size_t i, size_t j, float sum) {
         sum *= *(const float *)alpha;
         if (e4m3s) sum *= d.a_scale[i] * d.b_scale[j];
@@ -244,16 +246,17 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t of, const v
 #endif
 
 #ifdef CURAND
-struct curandGenerator_st { std::mt19937_64 random; };
+struct curandGenerator_st { std::mt19937_64 random; const void *stream = nullptr; };
 curandStatus_t curandCreateGenerator(curandGenerator_t *made, curandRngType_t) { return *made = new curandGenerator_st, CURAND_STATUS_SUCCESS; }
 curandStatus_t curandDestroyGenerator(curandGenerator_t made) { return delete made, CURAND_STATUS_SUCCESS; }
 curandStatus_t curandSetPseudoRandomGeneratorSeed(curandGenerator_t made, unsigned long long seed) {
     return made->random.seed(seed), CURAND_STATUS_SUCCESS;
 }
-curandStatus_t curandSetStream(curandGenerator_t, cudaStream_t) { return CURAND_STATUS_SUCCESS; }
+curandStatus_t curandSetStream(curandGenerator_t made, cudaStream_t stream) { return made->stream = stream, CURAND_STATUS_SUCCESS; }
 #define FILL(name, T, Distribution, ...) \
     curandStatus_t name(curandGenerator_t made, T *to, size_t n __VA_OPT__(, T mean, T deviation)) { \
         std::Distribution<T> draw __VA_OPT__((mean, deviation)); \
+        use(to, n * sizeof(T), made->stream, true); \
         for (size_t i = 0; i < n; i++) to[i] = draw(made->random); \
         return CURAND_STATUS_SUCCESS; \
     }
