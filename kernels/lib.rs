@@ -21,8 +21,8 @@
 //!
 //! The model never asks which device it runs on: a faster kernel for one device replaces the inside of its function here. Kernels for
 //! CUDA are in `cuda/`, one file for each file of `ops/`; `launch.rs` runs them, and [`use_fused`] turns them on. None of them has run
-//! on a card yet: they have been compiled for cards and run, emulated, against the references above. [`choose_attention`] has cuDNN, where
-//! it is installed, in the place of our kernel for attention.
+//! on a card yet: they have been compiled for cards and run, emulated, against the references above. [`settle_attention`] has cuDNN
+//! in the place of our kernel for attention, where it is installed and faster.
 
 #[cfg(feature = "cuda")]
 mod blas;
@@ -35,8 +35,10 @@ mod launch;
 mod lt;
 mod memory;
 mod ops;
+mod settle;
+mod transfer;
 
-pub use card::{free_memory, open_cuda};
+pub use card::{arithmetic_rate, free_memory, open_cuda};
 pub use choices::{Keeper, keep_choices};
 pub use cudnn::{cudnn_status, has_cudnn};
 #[cfg(feature = "emulator")]
@@ -53,3 +55,5 @@ pub use ops::linear::{linear, linear_gelu};
 pub use ops::merge::{Addend, Delta, merge};
 pub use ops::norm::{add_gated, add_gated_then_norm, layer_norm, modulated_norm, rms_norm};
 pub use ops::rotary::rotate;
+pub use settle::settle_attention;
+pub use transfer::{to_device, upload, visit, visit_bytes};

@@ -342,6 +342,49 @@ fn products_with_bias_and_gelu() {
     assert!(linear_gelu(&x, &w, None).is_err() && linear(&x, &w, None).is_err());
 }
 
+/// What is sent to a card by way of page-locked buffers, for good or for one product, is what was in main memory.
+#[test]
+fn what_is_sent_arrives() {
+    let buffer = (16 << 20) / 2;
+    for (place, run) in places() {
+        // Small ones, one that ends with a buffer, and one that takes all buffers and comes back to the first.
+        for n in [3, 1 << 19, buffer, 5 * buffer + 1001] {
+            let x = Tensor::rand(-1f32, 1., n, &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
+            let there = kernels::to_device(&x, &place).unwrap();
+            let bytes: Vec<u8> = x.to_vec1::<half::bf16>().unwrap().iter().flat_map(|value| value.to_le_bytes()).collect();
+            let from_file = kernels::upload(&bytes, DType::BF16, &[n], &place).unwrap();
+            for got in [there, from_file] {
+                let apart = (to_f32(&got) - to_f32(&x)).unwrap().abs().unwrap().max_all().unwrap();
+                assert_eq!(apart.to_scalar::<f32>().unwrap(), 0.0, "{n} on {place:?}");
+            }
+        }
+        assert!(kernels::upload(&[0; 6], DType::BF16, &[4], &place).is_err());
+        // Weights of several sizes and types in turns, with nothing between them that waits for the card.
+        let weights: Vec<Tensor> = (0..9).map(|i| (random(&[8 + 8 * (i % 3), 64]) * 0.1).unwrap()).collect();
+        for (i, dtype) in [DType::F32, DType::BF16, DType::F32, DType::F32].into_iter().enumerate() {
+            // The last time on a device that was opened anew.
+            let place = if i < 3 {
+                place.clone()
+            } else {
+                places().into_iter().find(|(new, _)| new.is_cuda() == place.is_cuda()).unwrap().0
+            };
+            let of = |x: &Tensor| x.to_dtype(dtype).unwrap();
+            let x = of(&random(&[16, 64]));
+            let x_there = x.to_device(&place).unwrap();
+            let product = |w: &Tensor, x: &Tensor| run(&|| linear(x, w, None).unwrap());
+            let visits: Vec<Tensor> =
+                weights.iter().map(|w| kernels::visit(&of(w), &place, |w| Ok(product(&w, &x_there))).unwrap()).collect();
+            for (w, got) in weights.iter().zip(visits) {
+                let want = product(&of(w).to_device(&place).unwrap(), &x_there);
+                let apart = (to_f32(&got) - to_f32(&want)).unwrap().abs().unwrap().max_all().unwrap();
+                assert_eq!(apart.to_scalar::<f32>().unwrap(), 0.0, "{dtype:?} on {place:?}");
+            }
+            // What fails while it is there leaves the place to the next.
+            assert!(kernels::visit(&of(&weights[0]), &place, |w| w.matmul(&x_there)).is_err());
+        }
+    }
+}
+
 #[test]
 fn fp8_and_back() {
     // Rows of very different sizes, one of zeros; then all 256 bytes, subnormal numbers and NaN among them.

@@ -1,5 +1,6 @@
 //! The one linear layer: dense, fp8 or GGUF weights behind the same `forward`.
 
+use std::fmt;
 use std::sync::Arc;
 
 use candle_core::quantized::{QStorage, QTensor};
@@ -18,6 +19,40 @@ pub enum Weight {
     Fp8 { data: Tensor, scale: Option<Tensor>, products: bool },
     /// GGUF blocks.
     Quantised(Arc<QTensor>),
+    /// Of a model on a card: waits in its file.
+    Mapped(Mapped),
+}
+
+/// A matrix in a file that is mapped into memory, of which the system keeps as much there as it has room for.
+#[derive(Clone)]
+pub struct Mapped {
+    bytes: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    /// In the file, and computed with.
+    stored: DType,
+    dtype: DType,
+    shape: [usize; 2],
+}
+
+impl Mapped {
+    /// `bytes` are a matrix `(output, input)` of `stored` (f32, f16 or bf16), to be computed with in `dtype`.
+    pub(crate) fn new(bytes: Arc<dyn AsRef<[u8]> + Send + Sync>, stored: DType, dtype: DType, shape: [usize; 2]) -> Self {
+        Self { bytes, stored, dtype, shape }
+    }
+
+    /// In the dtype of computation, in main memory.
+    pub(crate) fn tensor(&self) -> Result<Tensor> {
+        self.on(&Device::Cpu)
+    }
+
+    fn on(&self, device: &Device) -> Result<Tensor> {
+        kernels::upload((*self.bytes).as_ref(), self.stored, &self.shape, device)?.to_dtype(self.dtype)
+    }
+}
+
+impl fmt::Debug for Mapped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Mapped({:?} of {:?})", self.shape, self.stored)
+    }
 }
 
 impl Weight {
@@ -27,7 +62,13 @@ impl Weight {
             Self::Dense(weight) => weight.to_dtype(dtype),
             Self::Fp8 { data, scale, .. } => kernels::widen_fp8(data, scale.as_ref(), dtype),
             Self::Quantised(blocks) => blocks.dequantize(&blocks.device())?.to_dtype(dtype),
+            Self::Mapped(mapped) => mapped.tensor()?.to_dtype(dtype),
         }
+    }
+
+    /// Whether it holds its values as they were stored, so that what is added to them is not swallowed by coarser steps.
+    pub(crate) fn is_dense(&self) -> bool {
+        matches!(self, Self::Dense(_) | Self::Mapped(_))
     }
 
     /// Where it is.
@@ -35,26 +76,46 @@ impl Weight {
         match self {
             Self::Dense(weight) | Self::Fp8 { data: weight, .. } => weight.device().clone(),
             Self::Quantised(blocks) => blocks.device(),
+            Self::Mapped(_) => Device::Cpu,
         }
     }
 
     /// The same on another device.
     pub(crate) fn to_device(&self, device: &Device) -> Result<Self> {
         if self.device().same_device(device) {
+            // What is mapped stays so.
             return Ok(self.clone());
         }
         Ok(match self {
-            Self::Dense(weight) => Self::Dense(weight.to_device(device)?),
+            Self::Dense(weight) => Self::Dense(kernels::to_device(weight, device)?),
             Self::Fp8 { data, scale, products } => Self::Fp8 {
                 products: *products,
-                data: data.to_device(device)?,
+                data: kernels::to_device(data, device)?,
                 scale: scale.as_ref().map(|scale| scale.to_device(device)).transpose()?,
             },
             Self::Quantised(blocks) => {
                 let moved = QStorage::from_data(blocks.data()?, device, blocks.dtype())?;
                 Self::Quantised(Arc::new(QTensor::new(moved, blocks.shape())?))
             }
+            Self::Mapped(mapped) => Self::Dense(mapped.on(device)?),
         })
+    }
+
+    /// Calls `work` with itself on `device`: what waits in main memory is sent there for this one product.
+    fn visit<R>(&self, device: &Device, work: impl FnOnce(&Self) -> Result<R>) -> Result<R> {
+        match self {
+            here if here.device().same_device(device) => work(here),
+            Self::Dense(weight) => kernels::visit(weight, device, |weight| work(&Self::Dense(weight))),
+            Self::Fp8 { data, scale, products } => {
+                let (products, scale) = (*products, scale.as_ref().map(|scale| scale.to_device(device)).transpose()?);
+                kernels::visit(data, device, |data| work(&Self::Fp8 { data, scale, products }))
+            }
+            Self::Quantised(_) => work(&self.to_device(device)?),
+            Self::Mapped(Mapped { bytes, stored, shape, dtype }) => {
+                let widened = |weight: Tensor| work(&Self::Dense(weight.to_dtype(*dtype)?));
+                kernels::visit_bytes((**bytes).as_ref(), *stored, shape, device, widened)
+            }
+        }
     }
 }
 
@@ -86,20 +147,18 @@ impl Linear {
 
     fn apply(&self, x: &Tensor, gelu: bool) -> Result<Tensor> {
         let (weight, branch) = self.weight.current()?;
-        // What stays in main memory is sent to the card for this product.
-        let weight = weight.to_device(x.device())?;
         let bias = self.bias.as_ref().map(Parameter::tensor).transpose()?;
         let mut shape = x.dims().to_vec();
         let x = x.reshape(((), x.dim(D::Minus1)?))?;
         // What a branch adds comes before GELU.
         let in_product = gelu && branch.is_empty();
-        let mut y = match &weight {
+        let mut y = weight.visit(x.device(), |weight| match weight {
             Weight::Fp8 { data, scale: Some(scale), products: true } => {
-                kernels::linear_fp8(&x, data, scale, bias.as_ref(), in_product)?
+                kernels::linear_fp8(&x, data, scale, bias.as_ref(), in_product)
             }
-            weight if in_product => kernels::linear_gelu(&x, &weight.dense(x.dtype())?, bias.as_ref())?,
-            weight => kernels::linear(&x, &weight.dense(x.dtype())?, bias.as_ref())?,
-        };
+            weight if in_product => kernels::linear_gelu(&x, &weight.dense(x.dtype())?, bias.as_ref()),
+            weight => kernels::linear(&x, &weight.dense(x.dtype())?, bias.as_ref()),
+        })?;
         for addend in branch.iter() {
             y = add_branch(y, &x, addend)?;
         }
@@ -121,4 +180,43 @@ fn add_branch(y: Tensor, x: &Tensor, addend: &Addend) -> Result<Tensor> {
     };
     let after = y.dim(1)? - addend.rows.end;
     y + update.pad_with_zeros(1, addend.rows.start, after)?
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::super::Home;
+    use super::*;
+
+    /// What waits in its file gives what a copy of it gives, also with a LoRA merged into it or beside it, and then again by itself.
+    #[test]
+    fn a_mapped_matrix_is_the_matrix() {
+        let random = |shape: &[usize]| Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap();
+        let stored = random(&[6, 4]).to_dtype(DType::F16).unwrap();
+        let bytes: Vec<u8> =
+            stored.flatten_all().unwrap().to_vec1::<f16>().unwrap().iter().flat_map(|value| value.to_le_bytes()).collect();
+        let mapped = Mapped::new(Arc::new(bytes), DType::F16, DType::F32, [6, 4]);
+        let parameter = |weight| Parameter::new(weight, &[6, 4], &Device::Cpu, None);
+        let (waits, here) = (parameter(Weight::Mapped(mapped)), parameter(Weight::Dense(stored.to_dtype(DType::F32).unwrap())));
+        let x = random(&[3, 4]);
+        let of = |parameter: &Parameter| {
+            Linear::new(parameter.clone(), None).forward(&x).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let pristine = of(&here);
+        assert_eq!(of(&waits), pristine);
+        let merged = random(&[6, 4]);
+        for home in [Home::Device, Home::Host, Home::File] {
+            waits.replace(Weight::Dense(merged.clone()), home).unwrap();
+            assert_eq!(of(&waits), of(&parameter(Weight::Dense(merged.clone()))));
+            waits.restore().unwrap();
+            assert!(matches!(waits.current().unwrap().0, Weight::Mapped(_)), "{home}: nothing is kept of it");
+            assert_eq!(of(&waits), pristine);
+        }
+        let low_rank = || Delta::LowRank { up: random(&[6, 1]), down: random(&[1, 4]) };
+        waits.branch(vec![Addend { rows: 0..6, delta: low_rank() }], DType::F32).unwrap();
+        assert_ne!(of(&waits), pristine);
+        waits.restore().unwrap();
+        assert_eq!(of(&waits), pristine);
+    }
 }

@@ -40,7 +40,7 @@ pub struct Parameter(Arc<RwLock<State>>);
 struct State {
     pristine: Pristine,
     /// In the pristine tensor's place.
-    merged: Option<Tensor>,
+    merged: Option<Weight>,
     /// Beside it, in the dtype of computation.
     branch: Arc<[Addend]>,
     reread: Option<Reread>,
@@ -92,7 +92,7 @@ impl Parameter {
     pub fn current(&self) -> Result<(Weight, Arc<[Addend]>)> {
         self.read(|state| {
             let weight = match (&state.merged, &state.pristine) {
-                (Some(merged), _) => Weight::Dense(merged.clone()),
+                (Some(merged), _) => merged.clone(),
                 (None, Pristine::Here(weight)) => weight.clone(),
                 // Only between a failed switch and the next one.
                 (None, _) => bail!("a weight was given up in a switch of LoRAs that failed; switch again or load the model anew"),
@@ -128,7 +128,7 @@ impl Parameter {
     }
 
     /// Puts `merged` in the pristine tensor's place, which moves to `home`. Errors if that fails, and then nothing has changed.
-    pub(crate) fn replace(&self, merged: Tensor, home: Home) -> Result<()> {
+    pub(crate) fn replace(&self, merged: Weight, home: Home) -> Result<()> {
         let keep = self.read(|state| match (&state.pristine, home) {
             (Pristine::Here(weight), Home::Host) => Some(weight.clone()),
             _ => None,
@@ -154,7 +154,7 @@ impl Parameter {
             (here, state.merged.clone())
         });
         let pristine = pristine.map(|weight| weight.to_device(&host)).transpose()?;
-        let merged = merged.map(|tensor| tensor.to_device(&host)).transpose()?;
+        let merged = merged.map(|weight| weight.to_device(&host)).transpose()?;
         self.write(|state| {
             if let Some(weight) = pristine {
                 state.pristine = Pristine::Here(weight);

@@ -61,7 +61,7 @@ impl Keep {
     }
 
     /// dense `(output, input)` as it is kept, on the same device.
-    pub(super) fn convert(self, dense: Tensor) -> Result<Weight> {
+    pub(crate) fn convert(self, dense: Tensor) -> Result<Weight> {
         let (output, input) = dense.dims2()?;
         Ok(match self.fitting(input) {
             Self::Stored => Weight::Dense(dense),
@@ -107,7 +107,7 @@ impl std::fmt::Display for Keep {
 
 /// Whether [`Keep`] is for this matrix: those of the blocks, which are most of a model. Embedders, the final layer and modulations,
 /// through which everything passes, keep their precision.
-pub(super) fn is_large(component: Component, path: &str) -> bool {
+pub(crate) fn is_large(component: Component, path: &str) -> bool {
     match component {
         Component::Transformer => path.contains("_blocks.") && !is_modulation(path),
         Component::T5 => path.starts_with("encoder.block."),

@@ -17,6 +17,7 @@ pub mod write;
 pub use checkpoint::{Checkpoint, Kind, Stored};
 pub use config::Config;
 pub use error::Error;
+pub(crate) use keep::is_large;
 pub use keep::{Keep, OnHost};
 pub use names::Component;
 pub use sniff::describe;

@@ -38,6 +38,23 @@ impl Rows {
     }
 }
 
+/// Rows that stay in their file.
+pub(super) struct InFile {
+    pub(super) checkpoint: Checkpoint,
+    pub(super) rows: Rows,
+}
+
+impl AsRef<[u8]> for InFile {
+    fn as_ref(&self) -> &[u8] {
+        self.rows.bytes(&self.checkpoint)
+    }
+}
+
+/// The type of computation that values are stored in, if it is one.
+pub(super) fn computed(stored: Dtype) -> Option<DType> {
+    [DType::F32, DType::F16, DType::BF16].into_iter().find(|dtype| plain(*dtype) == Kind::Plain(stored))
+}
+
 impl Checkpoint {
     /// One stored tensor in `dtype` (f32, bf16 or f16), on the host.
     pub fn tensor(&self, stored: &Stored, dtype: DType) -> Result<Tensor> {
@@ -53,25 +70,26 @@ pub(super) fn dense(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], dty
         && one.stored.kind == plain(dtype)
         && !device.is_cpu()
     {
-        return Tensor::from_raw_buffer(one.bytes(checkpoint), dtype, shape, device);
+        return kernels::upload(one.bytes(checkpoint), dtype, shape, device);
     }
     if rows.iter().any(|part| matches!(part.stored.kind, Kind::Gguf(_))) {
         return quantised(checkpoint, rows, shape, device)?.dequantize(device)?.to_dtype(dtype);
     }
-    match dtype {
-        DType::F32 => Tensor::from_vec(gather::<f32>(checkpoint, rows)?, shape, device),
-        DType::BF16 => Tensor::from_vec(gather::<bf16>(checkpoint, rows)?, shape, device),
-        DType::F16 => Tensor::from_vec(gather::<f16>(checkpoint, rows)?, shape, device),
+    let host = match dtype {
+        DType::F32 => Tensor::from_vec(gather::<f32>(checkpoint, rows)?, shape, &Device::Cpu),
+        DType::BF16 => Tensor::from_vec(gather::<bf16>(checkpoint, rows)?, shape, &Device::Cpu),
+        DType::F16 => Tensor::from_vec(gather::<f16>(checkpoint, rows)?, shape, &Device::Cpu),
         other => bail!("weights cannot be computed with in {other:?}"),
-    }
+    }?;
+    kernels::to_device(&host, device)
 }
 
 /// Weights stored as fp8 e4m3, kept so.
 pub(super) fn fp8(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], device: &Device) -> Result<Tensor> {
     if let [one] = rows {
-        return Tensor::from_raw_buffer(one.bytes(checkpoint), DType::F8E4M3, shape, device);
+        return kernels::upload(one.bytes(checkpoint), DType::F8E4M3, shape, device);
     }
-    Tensor::from_raw_buffer(&joined(checkpoint, rows), DType::F8E4M3, shape, device)
+    kernels::upload(&joined(checkpoint, rows), DType::F8E4M3, shape, device)
 }
 
 /// GGUF blocks, kept so. Rows are whole numbers of blocks, so parts are put together by their bytes.

@@ -10,7 +10,7 @@ use super::keep::{self, Keep, OnHost};
 use super::names::{self, Component, Part};
 use super::read::{self, Rows};
 use super::{Checkpoint, Error, Kind};
-use crate::nn::{Linear, Parameter, Reread, Weight};
+use crate::nn::{Linear, Mapped, Parameter, Reread, Weight};
 
 /// Keys that real files carry and no model uses.
 const IGNORED: &[&str] = &[
@@ -249,6 +249,15 @@ impl Source {
         if all(|kind| matches!(kind, Kind::Gguf(dtype) if dtype.block_size() > 1)) {
             let blocks = read::quantised(&self.checkpoint, &rows, shape.dims(), &device).map_err(failed)?;
             return Ok(Weight::Quantised(Arc::new(blocks)));
+        }
+        if let ([one], Kind::Plain(stored), Keep::Stored) = (&rows[..], rows[0].stored.kind, keep.fitting(input))
+            && let Some(stored) = read::computed(stored).filter(|stored| stored.size_in_bytes() <= self.dtype.size_in_bytes())
+            && device.is_cpu()
+            && !self.device.is_cpu()
+        {
+            // It waits for the card where it lies.
+            let bytes = read::InFile { checkpoint: self.checkpoint.clone(), rows: one.clone() };
+            return Ok(Weight::Mapped(Mapped::new(Arc::new(bytes), stored, self.dtype, [output, input])));
         }
         // GGUF blocks are made by the processor.
         let made = if matches!(keep, Keep::Gguf(_)) { Device::Cpu } else { device.clone() };

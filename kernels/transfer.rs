@@ -1,0 +1,250 @@
+//! From main memory to a card.
+//!
+//! What a program has in its memory a driver copies by itself first, on one core, before a card can read it. With our kernels on
+//! ([`crate::use_fused`]) all cores copy it, a piece at a time, into page-locked buffers, which the card reads on a stream of its own: beside
+//! its work, and beside the copying of the next piece. Without them, and on other devices, it is left to candle.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+/// A tensor of these bytes, little-endian as files have them, on `device`. Errors if they are not as many as `shape` has.
+pub fn upload(bytes: &[u8], dtype: DType, shape: &[usize], device: &Device) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(card) = cuda::link(device, dtype) {
+        return cuda::upload(card, bytes, dtype, shape);
+    }
+    Tensor::from_raw_buffer(bytes, dtype, shape, device)
+}
+
+/// x on `device`.
+pub fn to_device(x: &Tensor, device: &Device) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let (true, Some(card)) = (x.device().is_cpu(), cuda::link(device, x.dtype())) {
+        return cuda::with_bytes(x, |bytes| cuda::upload(card, bytes, x.dtype(), x.dims()));
+    }
+    x.to_device(device)
+}
+
+/// Calls `work` with x on `device`, where it stays no longer than that: for weights that wait in main memory.
+///
+/// On a card there are two places for them, in turns: while one is worked with, the next is on its way to the other. So `work` must not
+/// keep what it is given, nor a view of it.
+pub fn visit<R>(x: &Tensor, device: &Device, work: impl FnOnce(Tensor) -> Result<R>) -> Result<R> {
+    #[cfg(feature = "cuda")]
+    if let (true, Some(card)) = (x.device().is_cpu(), cuda::link(device, x.dtype())) {
+        return cuda::with_bytes(x, |bytes| cuda::visit(card, bytes, x.dtype(), x.dims(), work));
+    }
+    work(to_device(x, device)?)
+}
+
+/// As [`visit`], of a tensor of these bytes; see [`upload`].
+pub fn visit_bytes<R>(
+    bytes: &[u8],
+    dtype: DType,
+    shape: &[usize],
+    device: &Device,
+    work: impl FnOnce(Tensor) -> Result<R>,
+) -> Result<R> {
+    #[cfg(feature = "cuda")]
+    if let Some(card) = cuda::link(device, dtype) {
+        return cuda::visit(card, bytes, dtype, shape, work);
+    }
+    work(upload(bytes, dtype, shape, device)?)
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use std::collections::hash_map::Entry;
+    use std::collections::{HashMap, VecDeque};
+    use std::sync::{Arc, Mutex, PoisonError};
+
+    use candle_core::cuda_backend::WrapErr;
+    use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result};
+    use candle_core::{CpuStorage, CudaDevice, DType, Device, Result, Storage, Tensor, bail};
+    use rayon::prelude::*;
+
+    use crate::launch::{fused, output, suffix, with_addresses};
+
+    type Driven<T> = std::result::Result<T, DriverError>;
+
+    /// Bytes of a page-locked buffer, and how many there are: the card reads one while the next is filled.
+    const BUFFER: usize = 16 << 20;
+    const BUFFERS: usize = 4;
+
+    /// What one core copies at a time.
+    const PIECE: usize = 1 << 20;
+
+    /// Tensors of less than this are left to candle: starting costs more than copying.
+    const LEAST: usize = 1 << 20;
+
+    /// Places on a card for tensors that do not stay.
+    const PLACES: usize = 2;
+
+    /// The card, if tensors of this type are sent to it from here.
+    pub(super) fn link(device: &Device, dtype: DType) -> Option<&CudaDevice> {
+        match device {
+            Device::Cuda(card) if fused() && (suffix(dtype).is_some() || dtype == DType::F8E4M3) => Some(card),
+            _ => None,
+        }
+    }
+
+    /// The way to one card.
+    struct Link {
+        stream: Arc<CudaStream>,
+        /// The buffer that was filled longest ago comes first.
+        buffers: VecDeque<Buffer>,
+        places: VecDeque<Place>,
+    }
+
+    /// Page-locked memory, and until when the card reads from it.
+    struct Buffer {
+        memory: *mut u8,
+        read: CudaEvent,
+    }
+
+    // SAFETY: the memory is this buffer's alone, and any thread may use it.
+    #[expect(unsafe_code, reason = "see above")]
+    unsafe impl Send for Buffer {}
+
+    /// Memory of the card, one tensor of one dimension, and until when something is computed with what is there.
+    struct Place {
+        memory: Tensor,
+        used: CudaEvent,
+    }
+
+    impl Link {
+        fn new(context: &Arc<CudaContext>) -> Driven<Self> {
+            context.bind_to_thread()?;
+            let buffer = || {
+                let read = context.new_event(None)?;
+                // SAFETY: it is written before it is read.
+                #[expect(unsafe_code, reason = "a call of the driver")]
+                let memory = unsafe { result::malloc_host(BUFFER, 0) }?;
+                Ok(Buffer { memory: memory.cast(), read })
+            };
+            let buffers = (0..BUFFERS).map(|_| buffer()).collect::<Driven<_>>()?;
+            Ok(Self { stream: context.new_stream()?, buffers, places: VecDeque::new() })
+        }
+
+        /// Sends `bytes` to `to` on the card, once it has come to `ready`; the event is when they are all there.
+        fn send(&mut self, bytes: &[u8], to: u64, ready: &CudaEvent) -> Driven<CudaEvent> {
+            self.stream.wait(ready)?;
+            for (i, part) in bytes.chunks(BUFFER).enumerate() {
+                self.buffers.rotate_left(1);
+                let Buffer { memory, read } = &self.buffers[BUFFERS - 1];
+                read.synchronize()?;
+                // SAFETY: the buffer is this long, and the card has read what was in it.
+                #[expect(unsafe_code, reason = "memory of the driver's")]
+                let buffer = unsafe { std::slice::from_raw_parts_mut(*memory, part.len()) };
+                buffer.par_chunks_mut(PIECE).zip(part.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
+                // SAFETY: the destination is as long as `bytes`, and the buffer stays as it is until the card has read it.
+                #[expect(unsafe_code, reason = "a call of the driver")]
+                unsafe { result::memcpy_htod_async(to + (i * BUFFER) as u64, buffer, self.stream.cu_stream()) }?;
+                read.record(&self.stream)?;
+            }
+            self.stream.record_event(None)
+        }
+
+        /// A place for so many values: one that was used before, or a new one where those are too small, of another type, or of a model
+        /// that was there before.
+        fn place(&mut self, n: usize, dtype: DType, card: &CudaDevice) -> Result<Place> {
+            let device = Device::Cuda(card.clone());
+            let known = if self.places.len() < PLACES { None } else { self.places.pop_front() };
+            let fits = |place: &Place| {
+                let Place { memory, .. } = place;
+                memory.dtype() == dtype && memory.elem_count() >= n && memory.device().same_device(&device)
+            };
+            // What does not fit goes before the new one comes.
+            if let Some(place) = known.filter(fits) {
+                return Ok(place);
+            }
+            let memory = output(n, dtype, &device)?;
+            Ok(Place { memory, used: card.cuda_stream().record_event(None).w()? })
+        }
+    }
+
+    /// Calls `f` with the way to this card.
+    fn with_link<R>(card: &CudaDevice, f: impl FnOnce(&mut Link) -> Result<R>) -> Result<R> {
+        static LINKS: Mutex<Option<HashMap<usize, Link>>> = Mutex::new(None);
+        let context = card.cuda_stream().context().clone();
+        let mut links = LINKS.lock().unwrap_or_else(PoisonError::into_inner);
+        f(match links.get_or_insert_default().entry(context.ordinal()) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(Link::new(&context).w()?),
+        })
+    }
+
+    /// Sends `bytes` to `memory`, whose first bytes they become; what the card does after it waits for them.
+    fn send(link: &mut Link, card: &CudaDevice, bytes: &[u8], memory: &Tensor, ready: &CudaEvent) -> Result<()> {
+        with_addresses(card, &[Some(memory)], |at| {
+            let arrived = link.send(bytes, at[0], ready).w()?;
+            card.cuda_stream().wait(&arrived).w()
+        })
+    }
+
+    pub(super) fn upload(card: &CudaDevice, bytes: &[u8], dtype: DType, shape: &[usize]) -> Result<Tensor> {
+        let device = Device::Cuda(card.clone());
+        values(bytes, dtype, shape)?;
+        if bytes.len() < LEAST {
+            return Tensor::from_raw_buffer(bytes, dtype, shape, &device);
+        }
+        let tensor = output(shape, dtype, &device)?;
+        // Its memory may have been another tensor's, which the card still works with.
+        let ready = card.cuda_stream().record_event(None).w()?;
+        with_link(card, |link| send(link, card, bytes, &tensor, &ready))?;
+        Ok(tensor)
+    }
+
+    pub(super) fn visit<R>(
+        card: &CudaDevice,
+        bytes: &[u8],
+        dtype: DType,
+        shape: &[usize],
+        work: impl FnOnce(Tensor) -> Result<R>,
+    ) -> Result<R> {
+        let stream = card.cuda_stream();
+        let n = values(bytes, dtype, shape)?;
+        let place = with_link(card, |link| {
+            let place = link.place(n, dtype, card)?;
+            send(link, card, bytes, &place.memory, &place.used)?;
+            Ok(place)
+        })?;
+        let done = place.memory.narrow(0, 0, n).and_then(|x| work(x.reshape(shape)?));
+        // Whatever became of it, some of it may be in the stream.
+        place.used.record(&stream).w()?;
+        with_link(card, |link| {
+            if link.places.len() < PLACES {
+                link.places.push_back(place);
+            }
+            Ok(())
+        })?;
+        done
+    }
+
+    /// How many values of `dtype` these bytes are. An error unless a tensor of `shape` has as many.
+    fn values(bytes: &[u8], dtype: DType, shape: &[usize]) -> Result<usize> {
+        let n = shape.iter().product();
+        if bytes.len() != n * dtype.size_in_bytes() {
+            bail!("{} bytes for {shape:?} of {dtype:?}", bytes.len());
+        }
+        Ok(n)
+    }
+
+    /// Calls `f` with the bytes of a tensor in main memory.
+    pub(super) fn with_bytes<R>(x: &Tensor, f: impl FnOnce(&[u8]) -> Result<R>) -> Result<R> {
+        fn bytes<T: bytemuck::NoUninit>(values: &[T], (begin, end): (usize, usize)) -> &[u8] {
+            bytemuck::cast_slice(&values[begin..end])
+        }
+        let x = x.contiguous()?;
+        let (storage, layout) = x.storage_and_layout();
+        let (Storage::Cpu(storage), Some(range)) = (&*storage, layout.contiguous_offsets()) else {
+            bail!("a tensor that is not in one piece in main memory");
+        };
+        match storage {
+            CpuStorage::F32(values) => f(bytes(values, range)),
+            CpuStorage::F16(values) => f(bytes(values, range)),
+            CpuStorage::BF16(values) => f(bytes(values, range)),
+            CpuStorage::F8E4M3(values) => f(bytes(values, range)),
+            other => bail!("{:?} is not sent", candle_core::backend::BackendStorage::dtype(other)),
+        }
+    }
+}
