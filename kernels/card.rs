@@ -26,6 +26,56 @@ pub fn free_memory(_device: &Device) -> Option<u64> {
     None
 }
 
+/// Operations (multiplications and additions) on 16-bit matrices that a card of this capability makes in a cycle on each multiprocessor, as
+/// NVIDIA's documents have it; half of it on GeForce where sums are f32. `None` for cards that were not known when this was written.
+#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only cards have a capability"))]
+fn operations_a_cycle(capability: (i32, i32)) -> Option<u32> {
+    match capability {
+        (8, 0) => Some(2048),
+        (8, _) | (12, _) => Some(1024),
+        (9, 0) => Some(4096),
+        (10, _) => Some(8192),
+        _ => None,
+    }
+}
+
+/// Operations a second on 16-bit matrices that a card reaches at best, at the clock it says; `None` if it does not say.
+#[cfg(feature = "cuda")]
+#[must_use]
+pub fn arithmetic_rate(device: &Device) -> Option<f64> {
+    use driver::sys::CUdevice_attribute as Attribute;
+
+    let Device::Cuda(cuda) = device else { return None };
+    let stream = cuda.cuda_stream();
+    let context = stream.context();
+    let cycle = operations_a_cycle(context.compute_capability().ok()?)?;
+    let units = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).ok()?;
+    let kilohertz = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE).ok()?;
+    Some(f64::from(cycle) * f64::from(units) * f64::from(kilohertz) * 1e3)
+}
+
+/// Operations a second on 16-bit matrices that a card reaches at best, at the clock it says; `None` if it does not say.
+#[cfg(not(feature = "cuda"))]
+#[must_use]
+pub fn arithmetic_rate(_device: &Device) -> Option<f64> {
+    None
+}
+
+/// What choices that were timed hold for: the card by its name, and the driver.
+pub(crate) fn machine(device: &Device) -> candle_core::Result<String> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(cuda) = device {
+        use candle_core::cuda_backend::WrapErr;
+
+        let (name, mut version) = (cuda.cuda_stream().context().name().w()?, 0);
+        // SAFETY: it writes one number.
+        #[expect(unsafe_code, reason = "a call of the driver")]
+        unsafe { driver::sys::cuDriverGetVersion(&raw mut version) }.result().w()?;
+        return Ok(format!("{name}-driver-{version}"));
+    }
+    candle_core::bail!("{device:?} is no CUDA card")
+}
+
 /// Opens the CUDA card of this number; the error says what is missing.
 #[cfg(feature = "cuda")]
 pub fn open_cuda(ordinal: usize) -> Result<Device, String> {
@@ -106,6 +156,9 @@ mod tests {
         for fine in [(8, 0), (8, 9), (9, 0), (12, 0)] {
             assert_eq!(capable("a card", fine), Ok(()));
         }
+        // An H100 at 1.83 GHz: 989 TFLOP/s, as its data sheet says.
+        let h100 = f64::from(operations_a_cycle((9, 0)).unwrap()) * 132. * 1.83e9;
+        assert!((h100 / 989e12 - 1.).abs() < 0.01 && operations_a_cycle((7, 5)).is_none(), "{h100:e}");
         let refused = capable("Tesla T4", (7, 5)).unwrap_err();
         assert!(refused.contains("Tesla T4 has compute capability 7.5") && refused.contains("8.0"), "{refused}");
     }

@@ -41,8 +41,7 @@ pub(crate) struct Choices {
 
 impl Choices {
     pub(crate) fn of(machine: &str) -> Self {
-        let safe = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
-        let name = format!("gemm-{}.txt", machine.chars().map(safe).collect::<String>());
+        let name = file_name(&format!("gemm-{machine}"));
         Self { known: kept(&name), name }
     }
 
@@ -54,16 +53,30 @@ impl Choices {
     pub(crate) fn note(&mut self, shape: Shape, algorithm: Algorithm) -> Algorithm {
         self.known.extend(kept(&self.name));
         let holds = *self.known.entry(shape).or_insert(algorithm);
-        if let Some(keeper) = KEEPER.get() {
-            keeper.write(&self.name, &format(&self.known));
-        }
+        write(&self.name, &format(&self.known));
         holds
+    }
+}
+
+/// What a text about `subject` is kept as.
+pub(crate) fn file_name(subject: &str) -> String {
+    let safe = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
+    subject.chars().map(safe).collect::<String>() + ".txt"
+}
+
+pub(crate) fn read(name: &str) -> Option<String> {
+    KEEPER.get()?.read(name)
+}
+
+pub(crate) fn write(name: &str, text: &str) {
+    if let Some(keeper) = KEEPER.get() {
+        keeper.write(name, text);
     }
 }
 
 /// What is damaged is left out, and timed again.
 fn kept(name: &str) -> BTreeMap<Shape, Algorithm> {
-    KEEPER.get().and_then(|keeper| keeper.read(name)).map(|text| parse(&text)).unwrap_or_default()
+    read(name).map(|text| parse(&text)).unwrap_or_default()
 }
 
 fn parse(text: &str) -> BTreeMap<Shape, Algorithm> {

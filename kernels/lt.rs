@@ -102,16 +102,14 @@ fn run(device: &CudaDevice, product: &Product<'_>) -> Result<bool> {
 
 impl Library {
     fn open(device: &CudaDevice) -> Result<Self> {
-        let stream = device.cuda_stream();
-        let context = stream.context();
         // SAFETY: the library writes to it before it reads.
         #[expect(unsafe_code, reason = "memory that nothing has written")]
         let workspace = unsafe { device.alloc::<u8>(WORKSPACE) }?;
         // SAFETY: it takes nothing.
         #[expect(unsafe_code, reason = "a call of the library")]
         let version = unsafe { sys::cublasLtGetVersion() };
-        let name = context.name().w()?;
-        let choices = Choices::of(&format!("{name}-driver-{}-cublaslt-{version}", driver_version()));
+        let machine = crate::card::machine(&Device::Cuda(device.clone()))?;
+        let choices = Choices::of(&format!("{machine}-cublaslt-{version}"));
         Ok(Self { handle: result::create_handle().map_err(candle_core::Error::wrap)?, workspace, choices })
     }
 
@@ -260,14 +258,6 @@ fn fastest(stream: &CudaStream, candidates: &[Algorithm], call: &dyn Fn(&Algorit
         }
     }
     Ok(best.map(|(_, algorithm)| algorithm))
-}
-
-fn driver_version() -> i32 {
-    let mut version = 0;
-    // SAFETY: it writes one number.
-    #[expect(unsafe_code, reason = "a call of the driver")]
-    let _ = unsafe { candle_core::cuda_backend::cudarc::driver::sys::cuDriverGetVersion(&raw mut version) };
-    version
 }
 
 struct Layout(sys::cublasLtMatrixLayout_t);

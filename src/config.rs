@@ -6,6 +6,8 @@ use std::env;
 use std::fmt;
 use std::path::PathBuf;
 
+use kernels::Attention;
+
 /// What an object store is told of the environment.
 const STORE: &[&str] = &[
     "AWS_ACCESS_KEY_ID",
@@ -76,8 +78,8 @@ pub struct Config {
     pub lora_cache_bytes: u64,
     /// `DARKROOM_KERNELS=fused`: kernels of our own on CUDA instead of candle's operations.
     pub fused_kernels: bool,
-    /// `DARKROOM_ATTENTION=cudnn`: with them, cuDNN's attention where it is installed.
-    pub cudnn_attention: bool,
+    /// `DARKROOM_ATTENTION=own` or `cudnn`: with them, whose attention; if not set, the faster one, timed once on each card.
+    pub attention: Option<Attention>,
     /// Our own cache, which may be deleted at any time: `$XDG_CACHE_HOME/darkroom`. `None` where there is no home.
     pub cache: Option<PathBuf>,
     /// `RUST_LOG`, as `tracing-subscriber` reads it.
@@ -116,8 +118,11 @@ impl Config {
             private_urls: variable("DARKROOM_PRIVATE_URLS").is_some_and(|value| truthy(&value)),
             lora_cache_bytes: (gigabytes.unwrap_or(20.0) * 1e9) as u64,
             fused_kernels: variable("DARKROOM_KERNELS").is_some_and(|kernels| kernels.trim().eq_ignore_ascii_case("fused")),
-            cudnn_attention: variable("DARKROOM_ATTENTION")
-                .is_some_and(|attention| attention.trim().eq_ignore_ascii_case("cudnn")),
+            attention: variable("DARKROOM_ATTENTION").and_then(|name| match name.trim().to_ascii_lowercase().as_str() {
+                "own" => Some(Attention::Own),
+                "cudnn" => Some(Attention::Cudnn),
+                _ => None,
+            }),
             cache: caches.map(|caches| caches.join("darkroom")),
             log: variable("RUST_LOG"),
             log_json: variable("DARKROOM_LOG_FORMAT").is_some_and(|format| format.eq_ignore_ascii_case("json")),

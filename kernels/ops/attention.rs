@@ -1,6 +1,6 @@
 //! Attention without a mask, in chunks of queries so that the score matrix stays under a budget.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::{D, DType, Result, Tensor};
 
@@ -9,25 +9,24 @@ use crate::cudnn;
 use crate::launch::{Launch, Pointer, applies, in_eights, launch, output};
 
 /// Whose kernels attention on CUDA is made of, once [`use_fused`](crate::use_fused) is on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attention {
-    #[default]
     Own,
     /// cuDNN's, where it is installed and has a plan; ours elsewhere. [`cudnn_status`](crate::cudnn_status) tells.
     Cudnn,
 }
 
-static CUDNN: AtomicBool = AtomicBool::new(false);
+static CHOSEN: Mutex<Option<Attention>> = Mutex::new(None);
 
-/// Whose kernels are used from now on. [`Attention::Own`] at first: cuDNN's have not been timed beside them.
+/// Whose kernels are used from now on. Without a choice ours are, until [`settle_attention`](crate::settle_attention) has timed both.
 pub fn choose_attention(choice: Attention) {
-    CUDNN.store(choice == Attention::Cudnn, Ordering::Relaxed);
+    *CHOSEN.lock().unwrap_or_else(PoisonError::into_inner) = Some(choice);
 }
 
-/// What [`choose_attention`] said last.
+/// What was chosen last, if anything was.
 #[must_use]
-pub fn chosen_attention() -> Attention {
-    if CUDNN.load(Ordering::Relaxed) { Attention::Cudnn } else { Attention::Own }
+pub fn chosen_attention() -> Option<Attention> {
+    *CHOSEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Largest score matrix, in bytes, that is held at once.
@@ -47,7 +46,7 @@ impl Default for Budget {
 /// CPU, which gains nothing from 16-bit products, so is the second product. Errors if the shapes do not fit.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>, budget: Budget) -> Result<Tensor> {
     if bias.is_none() {
-        if chosen_attention() == Attention::Cudnn
+        if chosen_attention() == Some(Attention::Cudnn)
             && let Some(y) = cudnn::attention(q, k, v, scale)?
         {
             return Ok(y);

@@ -64,8 +64,8 @@ pub fn main() -> ExitCode {
     };
     log(&config, matches!(cli.verb, Verb::Serve(_)));
     kernels::use_fused(config.fused_kernels);
-    if config.cudnn_attention {
-        kernels::choose_attention(kernels::Attention::Cudnn);
+    if let Some(choice) = config.attention {
+        kernels::choose_attention(choice);
     }
     if let Some(cache) = &config.cache {
         kernels::keep_choices(Box::new(Kept::in_folder(cache)));
