@@ -10,7 +10,7 @@ use super::plan::{self, Name, Planned};
 use super::resident::Resident;
 use super::{Adapter, Error, Scales};
 use crate::nn::{Parameter, Weight};
-use crate::weights::Component;
+use crate::weights::{Component, Keep, is_large};
 
 pub use crate::nn::Home;
 
@@ -28,6 +28,9 @@ pub enum Mode {
     Merge,
     /// Beside every weight.
     Branch,
+    /// Merged, and then the dense matrices of the transformer's blocks become e4m3 for products in e4m3: also without adapters, and for
+    /// as long as this is the mode.
+    Fp8,
 }
 
 impl std::str::FromStr for Mode {
@@ -111,6 +114,15 @@ impl Patches {
         self.mode
     }
 
+    /// Whether [`Mode::Fp8`] is to be had: there are dense matrices of blocks, and pristine ones stay beside what becomes of them.
+    #[must_use]
+    pub fn can_be_fp8(&self) -> bool {
+        let dense = |(name, parameter): (&Name, &Parameter)| {
+            quantised(name, Mode::Fp8) && parameter.pristine().is_ok_and(|weight| weight.is_dense())
+        };
+        self.home == Home::Device && self.parameters.iter().find(|(name, _)| quantised(name, Mode::Fp8)).is_some_and(dense)
+    }
+
     /// The parameter of that name.
     #[must_use]
     pub fn parameter(&self, component: Component, name: &str) -> Option<&Parameter> {
@@ -152,12 +164,12 @@ impl Patches {
         self.plan(set, &mut switch.notes)?;
         let near = self.near(set)?;
         let plan = self.plan(&near, &mut Vec::new())?;
-        let mut before = self.touched.clone();
-        before.extend(plan.keys().cloned());
-        let next: BTreeSet<Name> = plan.keys().cloned().collect();
-        let done = before.iter().try_for_each(|name| match plan.get(name) {
-            Some(planned) => self.change(name, planned, mode).map(|()| switch.changed += 1),
-            None => self.parameters[name].restore().map(|()| switch.restored += 1).map_err(Error::from),
+        let next: BTreeSet<Name> =
+            self.parameters.keys().filter(|name| plan.contains_key(name) || quantised(name, mode)).cloned().collect();
+        let before: BTreeSet<Name> = self.touched.union(&next).cloned().collect();
+        let done = before.iter().try_for_each(|name| {
+            let counted = if next.contains(name) { &mut switch.changed } else { &mut switch.restored };
+            self.change(name, plan.get(name), mode).map(|()| *counted += 1)
         });
         if let Err(error) = done {
             // The device may be full: what the set has there goes first.
@@ -187,12 +199,18 @@ impl Patches {
         plan::plan(set, &|name| self.parameters.get(name).map(Parameter::shape), notes)
     }
 
-    fn change(&self, name: &Name, planned: &[Planned<'_>], mode: Mode) -> Result<(), Error> {
+    /// Makes a tensor what it is under `mode` with what is planned for it: with nothing, the pristine one or its e4m3.
+    fn change(&self, name: &Name, planned: Option<&Vec<Planned<'_>>>, mode: Mode) -> Result<(), Error> {
         let parameter = &self.parameters[name];
+        let planned = match planned {
+            Some(planned) => planned.as_slice(),
+            None if quantised(name, mode) => &[],
+            None => return Ok(parameter.restore()?),
+        };
         let pristine = parameter.pristine()?;
         let vector = parameter.shape().len() == 1;
         let merge = match mode {
-            Mode::Auto => matches!(pristine, Weight::Dense(_)),
+            Mode::Auto | Mode::Fp8 => pristine.is_dense(),
             Mode::Merge => true,
             Mode::Branch => vector,
         };
@@ -203,9 +221,12 @@ impl Patches {
         let addends = plan::addends(planned, &pristine, &parameter.device())?;
         let dense = match pristine {
             Weight::Dense(dense) => dense,
+            Weight::Mapped(mapped) => mapped.tensor()?,
             other => other.dense(self.dtype)?,
         };
-        Ok(parameter.replace(plan::merged(&dense, &addends)?, self.home)?)
+        let merged = if addends.is_empty() { dense } else { plan::merged(&dense, &addends)? };
+        let weight = if quantised(name, mode) { Keep::Fp8Products.convert(merged)? } else { Weight::Dense(merged) };
+        Ok(parameter.replace(weight, self.home)?)
     }
 
     /// Makes the live set anew on every tensor that may have changed. If that fails too, the next switch makes all of them anew,
@@ -215,17 +236,16 @@ impl Patches {
         let failed = match self.plan(&live, &mut Vec::new()) {
             Err(_) => true,
             // All of them are tried, whatever becomes of one.
-            Ok(plan) => changed.iter().fold(false, |failed, name| {
-                let done = match plan.get(name) {
-                    Some(planned) => self.change(name, planned, self.mode),
-                    None => self.parameters[name].restore().map_err(Error::from),
-                };
-                done.is_err() || failed
-            }),
+            Ok(plan) => changed.iter().filter(|name| self.change(name, plan.get(*name), self.mode).is_err()).count() > 0,
         };
         self.broken = failed;
         self.touched.extend(changed.iter().cloned());
         // A set that is not on the weights any more must not look as if it were.
         self.live = if failed { Vec::new() } else { live };
     }
+}
+
+/// Whether the mode makes e4m3 of this matrix.
+fn quantised((component, name): &Name, mode: Mode) -> bool {
+    mode == Mode::Fp8 && *component == Component::Transformer && is_large(*component, name) && name.ends_with(".weight")
 }

@@ -79,6 +79,8 @@ pub struct Options {
     pub keep: Keep,
     /// Unless a request says otherwise: the base model's picture instead of a failure when a LoRA cannot be used.
     pub without_lora: bool,
+    /// Heed `go_fast` of requests.
+    pub go_fast: bool,
     /// Of the workers.
     pub loras: Option<CacheView>,
 }
@@ -98,6 +100,7 @@ pub struct Server {
     https: bool,
     keep: Keep,
     without_lora: bool,
+    go_fast: bool,
     loras: Option<CacheView>,
     gate: Gate,
     waiters: Waiters,
@@ -114,7 +117,7 @@ pub struct Server {
 impl Server {
     #[must_use]
     pub fn new(store: Store, blobs: Blobs, secret: Secret, web: Web, units: Vec<Arc<Unit>>, options: Options) -> Self {
-        let Options { data, public_url, files, local, https, creates, keep, without_lora, loras } = options;
+        let Options { data, public_url, files, local, https, creates, keep, without_lora, go_fast, loras } = options;
         Self {
             store,
             blobs,
@@ -127,6 +130,7 @@ impl Server {
             https,
             keep,
             without_lora,
+            go_fast,
             loras,
             gate: Gate::new(local, creates),
             waiters: Waiters::default(),

@@ -85,6 +85,9 @@ pub(super) struct Args {
     /// When a LoRA cannot be used: fail, or base (the base model's picture with a warning); requests may say otherwise
     #[arg(long, value_name = "WHAT", value_parser = ["fail", "base"], default_value = "fail")]
     on_lora_error: String,
+    /// Heed go_fast of requests: fp8 products, with LoRAs merged before the weights are rounded, where bf16 weights stay on the card
+    #[arg(long)]
+    go_fast: bool,
     /// A worker that shows no sign of life for so long in a job hangs and is replaced; fifteen times that on a CPU
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "120s")]
     hang_after: Duration,
@@ -241,6 +244,7 @@ fn serve(
         creates: NonZeroU32::new(args.creates_per_minute),
         keep: Keep { pictures: args.keep_pictures, jobs: args.keep_jobs },
         without_lora: args.on_lora_error == "base",
+        go_fast: args.go_fast,
         loras: config.cache.as_ref().and_then(|cache| CacheView::open(cache.join("loras"), config.lora_cache_bytes).ok()),
     };
     let scheme = if tls.is_some() { "https" } else { "http" };

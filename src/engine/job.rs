@@ -107,4 +107,6 @@ pub struct Finished {
     pub timings: Timings,
     pub truncated: Vec<Truncation>,
     pub switch: Switch,
+    /// What the transformer's large matrices were, as `--dtype` calls it.
+    pub dtype: String,
 }

@@ -22,7 +22,7 @@ use serde_json::Value;
 use super::encoded::{Encoded, Text};
 use super::plan::Plan;
 use super::preview::Preview;
-use super::{Error, Event, Finished, Job, Start, Timings, Truncation};
+use super::{Error, Event, Finished, Job, LoraMode, Start, Timings, Truncation};
 use super::{device, pixels};
 
 /// Told while a model is loaded.
@@ -43,6 +43,9 @@ pub struct Traits {
 
 /// T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained with.
 const TEXT_TOKENS: [usize; 2] = [512, 256];
+
+/// Tokens of a picture of 1024 x 1024 and its prompt, which attention is timed with.
+const TIMED_TOKENS: usize = 64 * 64 + 512;
 
 /// Steps that are prepared at once: 2 MB each for FLUX.1 in 16 bits.
 const PREPARED: usize = 64;
@@ -138,10 +141,11 @@ impl Pipeline {
             Some(Home::Host) if !device::host_holds(weights as u64) => Home::File,
             Some(home) => home,
         };
-        let kernels = match (device.is_cuda() && kernels::fused(), kernels::chosen_attention()) {
-            (false, _) => "plain".to_owned(),
-            (true, kernels::Attention::Own) => "fused".to_owned(),
-            (true, kernels::Attention::Cudnn) => format!("fused; {}", kernels::cudnn_status()),
+        let kernels = if device.is_cuda() && kernels::fused() {
+            let (heads, width) = (flux.config().heads, flux.config().hidden / flux.config().heads);
+            format!("fused; attention: {}", kernels::settle_attention(device, heads, TIMED_TOKENS, width, dtype)?)
+        } else {
+            "plain".to_owned()
         };
         tracing::info!(kernels, ?dtype, device = ?device.location(), %plan, "computed with");
         tracing::info!(home = %patches.home, bytes = weights, "pristine weights while LoRAs are on them");
@@ -240,7 +244,10 @@ impl Pipeline {
         let (mut latents, mut pictures) = (Vec::new(), Vec::new());
 
         let mut patches = self.patches();
-        let switch = self.timed(&mut timings.switch, || Ok(patches.apply(&job.loras, job.lora_mode)?))?;
+        // Where it is not to be had, the job is what it would be without.
+        let fp8 = job.lora_mode == LoraMode::Fp8 && patches.can_be_fp8();
+        let mode = if job.lora_mode == LoraMode::Fp8 && !fp8 { LoraMode::Auto } else { job.lora_mode };
+        let switch = self.timed(&mut timings.switch, || Ok(patches.apply(&job.loras, mode)?))?;
         let switch = switched.get_or_insert(switch).clone();
         tell(told, Event::Encoding)?;
         let prompts = self.timed(&mut timings.encode, || self.encode(job, &patches, &mut truncated))?;
@@ -270,7 +277,8 @@ impl Pipeline {
             pictures.push(self.timed(&mut timings.decode, || self.decode(&unpacked))?);
             latents.push(unpacked.to_device(&Device::Cpu)?);
         }
-        Ok(Finished { pictures, latents: Tensor::cat(&latents, 0)?, timings, truncated, switch })
+        let dtype = if fp8 { Keep::Fp8Products.to_string() } else { self.plan.name() };
+        Ok(Finished { pictures, latents: Tensor::cat(&latents, 0)?, timings, truncated, switch, dtype })
     }
 
     /// One step of `job` with the weights as they are; its adapters are not looked at. An error if no numbers come of it.

@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
-use darkroom::engine::{Error, Event, Job, Pipeline, Plan, Scales, Selected, Sizes};
+use darkroom::engine::{Error, Event, Job, LoraMode, Pipeline, Plan, Scales, Selected, Sizes};
 use models::bundle::Bundle;
 use models::flux;
 use models::lora::Adapter;
-use models::nn::Weight;
+use models::nn::{Home, Weight};
 use models::pocket::people;
 use models::pocket::probe::{ATTRIBUTES, Probe};
 use models::weights::{Component, Keep, OnHost};
@@ -82,6 +82,42 @@ fn a_weak_lora_moves_a_quantised_base_as_far_as_a_dense_one() {
     }
 }
 
+/// A job may ask for e4m3 products of a model that is kept dense: LoRAs are merged first, and nothing of it stays.
+#[test]
+fn a_job_in_fp8_is_what_an_fp8_model_draws_and_leaves_nothing() {
+    let (dense, fp8) = (load(&tiny(), DType::F32), load(&tiny(), kept(Keep::Fp8Products)));
+    let set = |scale| vec![Selected { adapter: adapter(), scales: Scales::uniform(scale) }];
+    let plain = |loras| job(64, 2, loras);
+    let fast = |loras| Job { lora_mode: LoraMode::Fp8, ..job(64, 2, loras) };
+    let run = |pipeline: &Pipeline, job: &Job| pipeline.run(job, &mut |_| ControlFlow::Continue(())).unwrap();
+    let (base, with) = (latents(&dense, &plain(vec![])), latents(&dense, &plain(set(0.9))));
+    let at_once = run(&dense, &fast(vec![]));
+    assert_eq!((at_once.dtype.as_str(), run(&dense, &plain(vec![])).dtype.as_str()), ("fp8-products", "f32"));
+    assert_eq!(relative_l2(&at_once.latents, &latents(&fp8, &plain(vec![]))), 0.0, "the same weights as those of a load in fp8");
+    let error = relative_l2(&at_once.latents, &base);
+    assert!(error > 1e-4 && error < 0.1, "{error}");
+    // The LoRA moves it as far, and as a branch beside fp8 weights would within what rounding the weights costs.
+    let merged = latents(&dense, &fast(set(0.9)));
+    let (moved, exact) = (relative_l2(&merged, &at_once.latents), relative_l2(&with, &base));
+    let branch = relative_l2(&merged, &latents(&fp8, &plain(set(0.9))));
+    println!("moved {moved:.3}, dense {exact:.3}; {branch:.3} from the branch, {error:.3} for fp8 itself");
+    assert!((0.9..1.1).contains(&(moved / exact)) && branch < 2. * error, "{moved} of {exact}, {branch} from the branch");
+    // From one to the other and back in any order, bit for bit; an fp8 model is not made fp8 once more.
+    for (job, want) in
+        [(plain(set(0.9)), &with), (fast(set(0.9)), &merged), (fast(vec![]), &at_once.latents), (plain(vec![]), &base)]
+    {
+        assert_eq!(relative_l2(&latents(&dense, &job), want), 0.0, "{:?}", job.lora_mode);
+    }
+    assert_eq!(run(&fp8, &fast(vec![])).dtype, "fp8-products");
+    let pristine = latents(&fp8, &plain(vec![]));
+    assert_eq!(relative_l2(&latents(&fp8, &fast(set(0.9))), &latents(&fp8, &plain(set(0.9)))), 0.0);
+    assert_eq!(relative_l2(&latents(&fp8, &plain(vec![])), &pristine), 0.0);
+    // Where pristine weights do not stay beside changed ones, it would cost more than it saves.
+    let sparing = load(&tiny(), Plan { home: Some(Home::Host), ..DType::F32.into() });
+    let finished = run(&sparing, &fast(vec![]));
+    assert_eq!((finished.dtype.as_str(), relative_l2(&finished.latents, &base)), ("f32", 0.0));
+}
+
 /// Bytes that a component's weights take, by where they are.
 fn bytes(pipeline: &Pipeline, of: Component, on_host: OnHost) -> [u64; 2] {
     let patches = pipeline.patches();
@@ -91,6 +127,7 @@ fn bytes(pipeline: &Pipeline, of: Component, on_host: OnHost) -> [u64; 2] {
             Weight::Dense(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
             Weight::Fp8 { data, scale, .. } => data.elem_count() + scale.map_or(0, |scale| 4 * scale.elem_count()),
             Weight::Quantised(blocks) => blocks.storage_size_in_bytes(),
+            Weight::Mapped(_) => unreachable!("only for cards"),
         };
         bytes[usize::from(on_host.has(component, name))] += size as u64;
     }

@@ -41,6 +41,30 @@ fn png(side: u32) -> Vec<u8> {
 }
 
 #[test]
+fn go_fast_is_heeded_where_the_operator_allows_it() {
+    let input = |fast: bool| json!({ "prompt": "a person", "seed": 7, "num_inference_steps": 2, "output_format": "png", "go_fast": fast });
+    let drawn = |service: &Service, fast| {
+        let made = service.picture(&input(fast));
+        (made["metrics"]["dtype"].as_str().unwrap().to_owned(), bytes(&made["output"][0]))
+    };
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    let (dtype, base) = drawn(&service, true);
+    assert_eq!((dtype.as_str(), drawn(&service, false).0.as_str()), ("f32", "f32"));
+    drop(service);
+    let service = Service::start(&Place::new(), &["--go-fast"]);
+    let (dtype, fast) = drawn(&service, true);
+    assert_eq!(dtype, "fp8-products");
+    let (dtype, slow) = drawn(&service, false);
+    assert_eq!(dtype, "f32");
+    let pixels = |png: &[u8]| image::load_from_memory(png).unwrap().into_rgb8().into_raw();
+    assert!(pixels(&slow) == pixels(&base) && pixels(&fast) != pixels(&base));
+    let apart =
+        pixels(&fast).iter().zip(pixels(&base)).map(|(a, b)| f64::from(a.abs_diff(b))).sum::<f64>() / pixels(&base).len() as f64;
+    assert!(apart < 4.0, "{apart} of 255");
+}
+
+#[test]
 fn openais_images() {
     let place = Place::new();
     let service = Service::start(&place, &[]);

@@ -175,6 +175,7 @@ impl Request {
             format: if self.format == "jpeg" { "jpg".into() } else { self.format.clone() },
             quality: whole(body, "output_compression", 0, 100)?.unwrap_or(100) as usize,
             without_lora,
+            fast: false,
             loras,
             prompt_strength: if image.is_some() { Some(number("prompt_strength", 1e-6, 1.0)?.unwrap_or(0.8)) } else { None },
             image: image.as_ref().map(|sent| sent.origin.clone()),

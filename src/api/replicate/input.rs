@@ -122,6 +122,7 @@ pub(in crate::api) fn order(
         format: text("output_format").unwrap_or("webp").into(),
         quality: whole("output_quality").unwrap_or(80),
         without_lora: text("on_lora_error").map_or(server.without_lora, |policy| policy == "base"),
+        fast: server.go_fast && values.get("go_fast").and_then(Value::as_bool).unwrap_or_default(),
         loras,
         image: image.cloned(),
         mask: None,

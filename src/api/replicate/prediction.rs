@@ -69,7 +69,7 @@ fn metrics(job: &Job) -> Value {
     };
     if let Some(result) = &job.result {
         metrics["image_count"] = json!(result["files"].as_array().map_or(0, Vec::len));
-        for name in ["timings", "base", "loras", "lora_used", "lora_error", "seed", "prompt"] {
+        for name in ["timings", "base", "loras", "lora_used", "lora_error", "seed", "prompt", "dtype"] {
             if !result[name].is_null() {
                 metrics[name] = result[name].clone();
             }

@@ -139,7 +139,7 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage<'_>) -> Co
     let digest = digest.and_then(|thread| thread.join().ok().flatten());
     let begun = Instant::now();
     let device = device_name(&device);
-    let setting = Setting { model: &model.name, digest: digest.as_deref(), device: &device, dtype: &pipeline.plan().name() };
+    let setting = Setting { model: &model.name, digest: digest.as_deref(), device: &device, dtype: &finished.dtype };
     let files = write(&targets, &job, &finished, order.output.metadata.then_some(setting))?;
     let latents = targets.write_latents(|| latents(&finished))?;
     let timings = seconds(load, &finished, begun.elapsed());
@@ -158,7 +158,7 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage<'_>) -> Co
         noise: settings::noise(job.noise),
         model: ModelReport { name: model.name, sha256: digest },
         device,
-        dtype: pipeline.plan().name(),
+        dtype: finished.dtype.clone(),
         timings,
         truncated: finished.truncated.into_iter().map(cut).collect(),
         latents,

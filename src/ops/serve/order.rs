@@ -1,6 +1,6 @@
 //! What a worker is told of a job: complete, so that running it again gives the same picture.
 
-use models::lora::Scales;
+use models::lora::{Mode, Scales};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -48,6 +48,9 @@ pub struct Order {
     /// Make the base model's picture if a LoRA cannot be used, and say so.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub without_lora: bool,
+    /// In fp8 products, where the model's weights allow it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fast: bool,
     /// Show what is to come.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub previews: bool,
@@ -111,6 +114,7 @@ impl Order {
             image,
             mask,
             loras: self.loras(),
+            lora_mode: if self.fast { Mode::Fp8 } else { Mode::default() },
             previews: self.previews.then_some(std::time::Duration::from_millis(500)),
             ..Request::default()
         })
@@ -147,13 +151,15 @@ impl Order {
         self.format.parse().map_err(|()| Error::invalid("output_format", &self.format, "webp, jpg or png"))
     }
 
-    /// Names the adapters and their scales: jobs that agree in it follow each other without a switch. Empty for none.
+    /// Names what is made of the weights, the adapters and their scales: jobs that agree in it follow each other without a switch. Empty
+    /// for the weights as they are.
     #[must_use]
     pub fn affinity(&self) -> String {
-        if self.loras.is_empty() {
+        if self.loras.is_empty() && !self.fast {
             return String::new();
         }
         let mut hasher = Sha256::new();
+        hasher.update([u8::from(self.fast)]);
         for lora in &self.loras {
             hasher.update(lora.reference.as_bytes());
             hasher.update(lora.scale.to_le_bytes());
@@ -220,6 +226,7 @@ mod tests {
             mask: None,
             prompt_strength: None,
             without_lora: false,
+            fast: false,
             previews: false,
             tokens: None,
         };

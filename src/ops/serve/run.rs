@@ -103,8 +103,7 @@ impl Runner<'_> {
         news.at(json!({ "stage": "writing" }));
         let writing = Instant::now();
         let name = generate::device_name(self.device);
-        let dtype = self.pipeline.plan().name();
-        let setting = Setting { model: &self.model.name, digest: self.digest, device: &name, dtype: &dtype };
+        let setting = Setting { model: &self.model.name, digest: self.digest, device: &name, dtype: &finished.dtype };
         let quality = u8::try_from(order.quality.min(100)).unwrap_or(100);
         let encoded = generate::encode(&job, &finished, (format, quality), Some(setting))?;
         let names: Vec<String> = (0..encoded.len()).map(|i| format!("out-{i}.{}", order.format)).collect();
@@ -134,7 +133,7 @@ impl Runner<'_> {
             "base": { "name": self.model.name, "sha256": self.digest },
             "device": name,
             "device_free_bytes": kernels::free_memory(self.device),
-            "dtype": dtype,
+            "dtype": finished.dtype,
             "loras": used_loras.collect::<Vec<_>>(),
             "lora_used": if order.loras.is_empty() { Value::Null } else { json!(used > 0 && lora_error.is_none()) },
             "lora_error": lora_error.as_ref().map(|error| json!({ "code": error.code(), "message": error.told() })),

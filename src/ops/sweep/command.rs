@@ -52,7 +52,8 @@ pub fn shell(words: &[String]) -> String {
 
 pub(super) fn mode(mode: LoraMode) -> Option<&'static str> {
     match mode {
-        LoraMode::Auto => None,
+        // Fp8 is not for sweeps.
+        LoraMode::Auto | LoraMode::Fp8 => None,
         LoraMode::Merge => Some("merge"),
         LoraMode::Branch => Some("branch"),
     }
