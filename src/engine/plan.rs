@@ -27,6 +27,15 @@ const TABLES: [&str; 3] = ["shared.weight", "encoder.embed_tokens.weight", "toke
 /// One part in so many of the weights is lost between them.
 const FRAGMENTS: u64 = 20;
 
+/// The rank, on every matrix of the blocks, that plans leave room for where LoRAs are branches.
+const RANK: u64 = 32;
+
+/// Places on the card for matrices that are sent to it, in turns.
+const PLACES: u64 = 2;
+
+/// T5's largest matrix is one part in so many of it.
+const T5_MATRICES: u64 = 110;
+
 /// What the driver and its libraries take of a card before the first tensor.
 pub const CONTEXT: u64 = 600 << 20;
 
@@ -54,6 +63,8 @@ pub struct Plan {
     pub home: Option<Home>,
     /// What the card must hold, if it was reckoned: weights, pristine weights and work, in bytes.
     pub need: Option<Need>,
+    /// Operations a second on 16-bit values that the card reaches at best, if it is known.
+    pub rate: Option<f64>,
 }
 
 /// Bytes on the card.
@@ -62,10 +73,12 @@ pub struct Need {
     pub transformer: u64,
     pub text: u64,
     pub vae: u64,
-    /// Pristine weights beside changed ones, and the LoRAs that were used lately.
-    pub pristine: u64,
-    /// Activations of a picture of 1024 x 1024.
+    /// LoRAs: pristine weights beside changed ones and what was used lately, or branches.
+    pub loras: u64,
+    /// Activations of a picture of 1024 x 1024, and places for what is sent.
     pub work: u64,
+    /// Operations of a step of such a picture.
+    pub operations: u64,
     /// Sent to the card for every step, every picture and every new prompt.
     pub sent: [u64; 3],
     /// What there is, without the driver's part.
@@ -75,7 +88,7 @@ pub struct Need {
 impl Need {
     #[must_use]
     pub fn all(&self) -> u64 {
-        let weights = self.transformer + self.text + self.vae + self.pristine;
+        let weights = self.transformer + self.text + self.vae + self.loras;
         weights + weights / FRAGMENTS + self.work
     }
 }
@@ -83,7 +96,7 @@ impl Need {
 impl From<DType> for Plan {
     /// Everything on the device, as stored.
     fn from(dtype: DType) -> Self {
-        Self { dtype, transformer: Keep::Stored, on_host: OnHost::default(), home: None, need: None }
+        Self { dtype, transformer: Keep::Stored, on_host: OnHost::default(), home: None, need: None, rate: None }
     }
 }
 
@@ -140,12 +153,29 @@ impl Sizes {
         d * d * (12 * config.double_blocks as u64 + 3 * config.single_blocks as u64)
     }
 
+    /// Values of a LoRA of this rank on every large matrix of the blocks, with q, k, v and the MLP of fused ones apart, as most are.
+    fn factors(&self, rank: u64) -> u64 {
+        let config = &self.transformer;
+        let (d, mlp) = (config.hidden as u64, config.mlp as u64);
+        let [double, single] = [2 * (10 * d + 2 * mlp), 9 * d + 2 * mlp];
+        rank * (double * config.double_blocks as u64 + single * config.single_blocks as u64)
+    }
+
     /// Values of what is outside the blocks.
     fn ends(&self) -> u64 {
         let config = &self.transformer;
         let (d, embedders) = (config.hidden as u64, 1 + u64::from(config.guidance));
         let inputs = (2 * config.channels + config.text_width + config.pooled_width) as u64 + 3 * d;
         d * inputs + embedders * (256 * d + d * d)
+    }
+
+    /// Operations of a step of a picture: each value of a single block's matrices is used for every token, of a double block's for those of its
+    /// stream, which are half of it; and attention's two products.
+    fn operations(&self) -> u64 {
+        let config = &self.transformer;
+        let ([double, single], d) = (self.blocks(), config.hidden as u64);
+        let (doubles, singles) = (config.double_blocks as u64, config.single_blocks as u64);
+        TOKENS * (doubles * double + 2 * singles * single) + 4 * TOKENS * TOKENS * d * (doubles + singles)
     }
 
     /// Activations of a picture: what a single block has at once, the scores, a widened matrix (through f32).
@@ -222,7 +252,7 @@ impl Plan {
                 (None, Some(asked)) => asked,
                 (None, None) => transformer,
             };
-            let mut plan = Self { dtype, transformer, on_host, home: Some(home), need: None };
+            let mut plan = Self { dtype, transformer, on_host, home: Some(home), need: None, rate: None };
             plan.need = Some(plan.reckon(sizes, have));
             let same =
                 |known: &Self| (known.transformer, known.on_host, known.home) == (plan.transformer, plan.on_host, plan.home);
@@ -268,10 +298,16 @@ impl Plan {
         let beside = if dense_blocks { transformer + text } else { transformer - blocks + text };
         let [double_blocks, single_blocks] = [config.double_blocks as u64 * double, config.single_blocks as u64 * single];
         let values = double_blocks + single_blocks + sizes.modulations() + sizes.ends() + sizes.t5 + sizes.clip;
-        let pristine = if self.home == Some(Home::Device) { beside + dense(values) / RESIDENT } else { 0 };
+        let kept_twice = if self.home == Some(Home::Device) { beside + dense(values) / RESIDENT } else { 0 };
+        let loras = kept_twice + if dense_blocks { 0 } else { dense(sizes.factors(RANK)) };
         let sent = |bytes: u64, away: bool| if away { bytes } else { 0 };
         let sent = [all_blocks - blocks, sent(modulations, self.on_host.modulations), sent(t5, self.on_host.text)];
-        Need { transformer, text, vae: dense(sizes.vae), pristine, work: sizes.work(dense(1)), sent, have }
+        let (d, mlp) = (config.hidden as u64, config.mlp as u64);
+        // The largest matrix of what is sent in every step, once a picture, and for each new prompt.
+        let largest = [of_block(d * (3 * d + mlp)), dense(6 * d * d), t5 / T5_MATRICES];
+        let places = PLACES * sent.iter().zip(largest).map(|(sent, bytes)| bytes.min(*sent)).max().unwrap_or(0);
+        let (vae, work, operations) = (dense(sizes.vae), sizes.work(dense(1)) + places, sizes.operations());
+        Need { transformer, text, vae, loras, work, operations, sent, have }
     }
 }
 
@@ -302,12 +338,17 @@ impl fmt::Display for Plan {
         }
         write!(f, ", CLIP: {}; autoencoder {}; work {}", gigabytes(need.text), gigabytes(need.vae), gigabytes(need.work))?;
         match self.home {
-            _ if self.transformer != Keep::Stored => write!(f, "; LoRAs as branches of the blocks")?,
-            Some(Home::Device) => write!(f, "; LoRAs and pristine weights beside them {}", gigabytes(need.pristine))?,
+            _ if self.transformer != Keep::Stored => write!(f, "; LoRAs as branches of the blocks {}", gigabytes(need.loras))?,
+            Some(Home::Device) => write!(f, "; LoRAs and pristine weights beside them {}", gigabytes(need.loras))?,
             Some(home) => write!(f, "; pristine weights beside LoRAs: {home}")?,
             None => {}
         }
-        write!(f, ": {} of {}", gigabytes(need.all()), gigabytes(need.have))
+        write!(f, ": {} of {}", gigabytes(need.all()), gigabytes(need.have))?;
+        let Some(rate) = self.rate else { return Ok(()) };
+        let rate = if self.transformer == Keep::Fp8Products { 2. * rate } else { rate };
+        let (arithmetic, sending) = (need.operations as f64 / rate, step as f64 / BYTES_PER_SECOND);
+        let bound = if sending > arithmetic { "sending blocks" } else { "arithmetic" };
+        write!(f, "; a step of 1024 x 1024 takes {:.2} s at the least, bound by {bound}", arithmetic.max(sending))
     }
 }
 
@@ -369,6 +410,23 @@ mod tests {
     }
 
     #[test]
+    fn a_step_takes_at_least_its_arithmetic_or_what_is_sent() {
+        // By hand, of hidden width d: 24 d² values of a double block and 12 d² of a single one.
+        let d2 = 3072. * 3072.;
+        let by_hand = 4608. * d2 * (19. * 24. + 2. * 38. * 12.) + 57. * 4. * 4608. * 4608. * 3072.;
+        let plan = |gigabytes, asked| Plan { rate: Some(989e12), ..fitting(gigabytes, asked).unwrap() };
+        let operations = plan(80., None).need.unwrap().operations as f64;
+        assert!((operations / by_hand - 1.).abs() < 1e-9 && (74e12..75e12).contains(&operations), "{operations:e}");
+        let said = |plan: Plan| plan.to_string().rsplit_once("; ").unwrap().1.to_owned();
+        assert_eq!(said(plan(80., None)), "a step of 1024 x 1024 takes 0.08 s at the least, bound by arithmetic");
+        assert_eq!(
+            said(plan(80., Some(Keep::Fp8Products))),
+            "a step of 1024 x 1024 takes 0.04 s at the least, bound by arithmetic"
+        );
+        assert!(said(plan(4., None)).ends_with("s at the least, bound by sending blocks"), "{}", plan(4., None));
+    }
+
+    #[test]
     fn what_is_asked_for_and_what_a_file_is_are_kept() {
         let plan = fitting(24., Some(Keep::Fp8)).unwrap();
         assert_eq!((plan.transformer, plan.on_host.blocks_from), (Keep::Fp8, [usize::MAX; 2]), "{plan}");
@@ -382,6 +440,6 @@ mod tests {
         let plan = Plan::fitting(DType::BF16, &sizes, 16_000_000_000 - CONTEXT, None).unwrap();
         assert_eq!((plan.transformer, plan.on_host, plan.home), (Keep::Stored, OnHost::default(), Some(Home::Host)), "{plan}");
         let need = plan.need.unwrap();
-        assert!((need.transformer as f64 / 6.7e9 - 1.).abs() < 0.03 && need.pristine == 0, "{need:?}");
+        assert!((need.transformer as f64 / 6.7e9 - 1.).abs() < 0.03 && need.loras == 261_488_640, "{need:?}");
     }
 }
