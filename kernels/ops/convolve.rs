@@ -1,12 +1,15 @@
-//! Two-dimensional convolution without ever holding all columns of the input at once.
+//! Two-dimensional convolution of pixels whose channels lie side by side.
 //!
-//! candle unfolds the whole input on GPUs: nine times 1 GB for 256 channels of 1024 x 1024 in f32. Here strips of rows are
-//! unfolded in turn. On the CPU candle unfolds element by element; here rows are copied as they lie.
+//! The kernel for cards unfolds nothing. Elsewhere a part of the input at a time is unfolded and multiplied: all of it would be nine
+//! times 1 GB for 256 channels of 1024 x 1024 in f32.
 
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
-/// How a picture is bordered with zeros and stepped through, alike in both directions.
+use super::cpu;
+use crate::launch::{Launch, Pointer, applies, in_eights, launch, output};
+
+/// How a picture is enlarged, bordered with zeros and stepped through, alike in both directions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     pub stride: usize,
@@ -14,197 +17,255 @@ pub struct Window {
     pub before: usize,
     /// Zeros below and to the right.
     pub after: usize,
+    /// Each pixel of the input stands for so many by so many, before the border is added.
+    pub enlarge: usize,
 }
 
 impl Window {
     /// A 3 x 3 kernel that keeps the size.
-    pub const SAME: Self = Self { stride: 1, before: 1, after: 1 };
+    pub const SAME: Self = Self { stride: 1, before: 1, after: 1, enlarge: 1 };
     /// A 3 x 3 kernel that halves an even size; zeros only below and to the right.
-    pub const HALVE: Self = Self { stride: 2, before: 0, after: 1 };
+    pub const HALVE: Self = Self { stride: 2, before: 0, after: 1, enlarge: 1 };
+    /// A 3 x 3 kernel that keeps the size of the input doubled.
+    pub const DOUBLE: Self = Self { stride: 1, before: 1, after: 1, enlarge: 2 };
 
     /// The size that comes out of `size` with a kernel of `side`, if any.
     fn output(self, size: usize, side: usize) -> Option<usize> {
-        Some((size + self.before + self.after).checked_sub(side)? / self.stride + 1)
+        Some((size * self.enlarge + self.before + self.after).checked_sub(side)?.checked_div(self.stride)? + 1)
+    }
+
+    /// Where the pixel under place `tap` of the kernel comes from, for pixel `at` of the output; `None` in the border.
+    fn source(self, at: usize, tap: usize, size: usize) -> Option<usize> {
+        let source = (at * self.stride + tap).checked_sub(self.before)? / self.enlarge;
+        (source < size).then_some(source)
     }
 }
 
 /// Largest unfolded input, in bytes, that is held at once off the CPU.
 const COLUMNS_BYTES: usize = 512 << 20;
 
-/// x `(b, c, y, x)`, weight `(o, c, s, s)`, bias `(o)` -> `(b, o, y', x')` in x's dtype. Errors if the shapes do not fit.
-pub fn convolve(x: &Tensor, weight: &Tensor, bias: &Tensor, window: Window) -> Result<Tensor> {
-    let (o, c, side, other) = weight.dims4()?;
-    let (_, channels, height, width) = x.dims4()?;
+/// x `(b, y, x, c)`, weight `(o, s, s, c)`, bias `(o)` -> `(b, y', x', o)` in x's dtype, added to `residual` of that shape if there is
+/// one. Errors if the shapes do not fit.
+pub fn convolve(x: &Tensor, weight: &Tensor, bias: &Tensor, window: Window, residual: Option<&Tensor>) -> Result<Tensor> {
+    let (o, side, other, c) = weight.dims4()?;
+    let (b, height, width, channels) = x.dims4()?;
     let (Some(rows), Some(columns)) = (window.output(height, side), window.output(width, side)) else {
         bail!("a kernel of {side} does not fit into {:?}", x.shape());
     };
-    if channels != c || side != other || bias.dims() != [o] {
-        bail!("convolution of {:?} with weight {:?} and bias {:?}", x.shape(), weight.shape(), bias.shape());
+    let fits = channels == c && side == other && bias.dims() == [o] && window.enlarge > 0;
+    if !fits || residual.is_some_and(|residual| residual.dims() != [b, rows, columns, o]) {
+        bail!("convolution of {:?} with weight {:?}, bias {:?} and {residual:?}", x.shape(), weight.shape(), bias.shape());
     }
-    if !x.device().is_cpu() {
-        return strips(x, weight, bias, window, COLUMNS_BYTES);
+    let convolution = Convolution { x, weight, bias, residual, window, shape: [b, rows, columns, o] };
+    if let Some(y) = convolution.by_kernel()? {
+        return Ok(y);
     }
-    let dtype = x.dtype();
-    // CPUs multiply in f32.
-    let wide = |x: &Tensor| x.to_dtype(DType::F32)?.contiguous();
-    let op = Unfold { window, side, rows, columns };
-    wide(x)?.apply_op3_no_bwd(&wide(weight)?, &wide(bias)?, &op)?.to_dtype(dtype)
+    if x.device().is_cpu() { convolution.on_cpu() } else { convolution.in_strips(COLUMNS_BYTES) }
 }
 
-/// By candle's convolution, so many rows at a time that the unfolded input stays under `budget` bytes.
-fn strips(x: &Tensor, weight: &Tensor, bias: &Tensor, window: Window, budget: usize) -> Result<Tensor> {
-    let (b, c, height, width) = x.dims4()?;
-    let side = weight.dim(2)?;
-    let rows = (height + window.before + window.after - side) / window.stride + 1;
-    let columns = (width + window.before + window.after - side) / window.stride + 1;
-    let row_bytes = b * columns * c * side * side * x.dtype().size_in_bytes();
-    let at_once = (budget / row_bytes.max(1)).clamp(1, rows);
-    let bias = bias.reshape((1, (), 1, 1))?;
-    if at_once == rows && window.before == window.after {
-        return x.conv2d(weight, window.before, window.stride, 1, 1)?.broadcast_add(&bias);
-    }
-    let x = x.pad_with_zeros(2, window.before, window.after)?.pad_with_zeros(3, window.before, window.after)?;
-    let strip = |first: usize| {
-        let n = at_once.min(rows - first);
-        let x = x.narrow(2, first * window.stride, (n - 1) * window.stride + side)?.contiguous()?;
-        x.conv2d(weight, 0, window.stride, 1, 1)?.broadcast_add(&bias)
-    };
-    let strips = (0..rows).step_by(at_once).map(strip).collect::<Result<Vec<_>>>()?;
-    Tensor::cat(&strips, 2)
-}
-
-/// The CPU kernel: stretches of output pixels in parallel, each an unfolded stretch of input times the weight.
-struct Unfold {
+/// What [`convolve`] was given.
+#[derive(Clone, Copy)]
+struct Convolution<'a> {
+    x: &'a Tensor,
+    weight: &'a Tensor,
+    bias: &'a Tensor,
+    residual: Option<&'a Tensor>,
     window: Window,
-    side: usize,
-    /// Size of the output.
-    rows: usize,
-    columns: usize,
+    /// Of the output.
+    shape: [usize; 4],
 }
 
-/// One picture `(c, y, x)`.
-struct Picture<'a> {
-    pixels: &'a [f32],
-    height: usize,
-    width: usize,
+/// As `ConvolveArguments` in cuda/convolve.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Arguments {
+    x: Pointer,
+    weight: Pointer,
+    bias: Pointer,
+    residual: Pointer,
+    y: Pointer,
+    c: u32,
+    o: u32,
+    height: u32,
+    width: u32,
+    rows: u32,
+    columns: u32,
+    before: u32,
+    doubled: u32,
 }
 
-impl Unfold {
-    /// Fills `unfolded` `(c s s, n)` with what lies under output pixels `first .. first + n` of a picture.
-    fn unfold(&self, picture: &Picture, first: usize, n: usize, unfolded: &mut [f32]) {
-        let (side, area) = (self.side, picture.height * picture.width);
-        for (row, out) in unfolded.chunks_mut(n).enumerate() {
-            let (channel, ky, kx) = (row / (side * side), row / side % side, row % side);
-            let channel = &picture.pixels[channel * area..][..area];
-            let mut done = 0;
-            while done < n {
-                let (y, x) = ((first + done) / self.columns, (first + done) % self.columns);
-                let stretch = (self.columns - x).min(n - done);
-                let out = &mut out[done..done + stretch];
-                match (y * self.window.stride + ky).checked_sub(self.window.before).filter(|y| *y < picture.height) {
-                    Some(y) => self.copy(&channel[y * picture.width..][..picture.width], x, kx, out),
-                    None => out.fill(0.0),
+/// Threads and output pixels of a block, channels at a time, and taps of weights, as in cuda/convolve.cu.
+const THREADS: usize = 128;
+const TILE: [usize; 2] = [8, 16];
+const CHUNK: usize = 32;
+const RING: usize = 3;
+
+impl Convolution<'_> {
+    /// By our kernel: 3 x 3, 16-bit values, strides of one and two; `None` if it does not apply.
+    fn by_kernel(self) -> Result<Option<Tensor>> {
+        let Self { x, weight, bias, residual, window, shape } = self;
+        let [b, rows, columns, o] = shape;
+        let (dtype, (_, height, width, c)) = (x.dtype(), x.dims4()?);
+        let (kernel, outputs) = match window.stride {
+            // Fewer channels of the output in a block where there are few.
+            1 if o <= 32 => ("convolve_few", 32),
+            1 => ("convolve", 128),
+            2 => ("convolve_halve", 128),
+            _ => return Ok(None),
+        };
+        let halves = matches!(dtype, DType::F16 | DType::BF16)
+            && [Some(weight), Some(bias), residual].into_iter().flatten().all(|x| x.dtype() == dtype);
+        if !(applies(x) && halves && weight.dim(1)? == 3 && window.enlarge <= 2 && b * o > 0) {
+            return Ok(None);
+        }
+        // The kernel reads eight channels at a time: the few tensors that have others (pictures) get some of zeros.
+        let in_eights_or_padded = |x: &Tensor| x.pad_with_zeros(3, 0, c.next_multiple_of(8) - c)?.contiguous();
+        let (x, weight, bias) = (in_eights_or_padded(x)?, in_eights_or_padded(weight)?, bias.contiguous()?);
+        let residual = residual.map(Tensor::contiguous).transpose()?;
+        let aligned = |residual: &Tensor| !o.is_multiple_of(8) || in_eights(residual);
+        if !(in_eights(&x) && in_eights(&weight) && residual.as_ref().is_none_or(aligned)) {
+            return Ok(None);
+        }
+        let y = output(&shape, dtype, x.device())?;
+        let [halo_rows, halo_columns] = TILE.map(|n| (n - 1) * window.stride + 3);
+        launch([&x, &weight, &bias, residual.as_ref().unwrap_or(&x)], [&y], |[at_x, weight, bias, beside], [y]| Launch {
+            kernel,
+            values: dtype,
+            grid: [rows.div_ceil(TILE[0]) * columns.div_ceil(TILE[1]) * o.div_ceil(outputs), 1, b],
+            threads: THREADS,
+            shared: (2 * halo_rows * halo_columns + RING * outputs) * CHUNK * dtype.size_in_bytes(),
+            arguments: Arguments {
+                x: at_x,
+                weight,
+                bias,
+                residual: if residual.is_some() { beside } else { Pointer::NULL },
+                y,
+                c: c.next_multiple_of(8) as u32,
+                o: o as u32,
+                height: height as u32,
+                width: width as u32,
+                rows: rows as u32,
+                columns: columns as u32,
+                before: window.before as u32,
+                doubled: u32::from(window.enlarge == 2),
+            },
+        })?;
+        Ok(Some(y))
+    }
+
+    /// By candle's convolution, which wants planes and unfolds them: so many rows at a time that the unfolded input stays under `budget`
+    /// bytes.
+    fn in_strips(self, budget: usize) -> Result<Tensor> {
+        let Self { x, weight, bias, residual, window, shape: [b, rows, columns, _] } = self;
+        let Window { stride, before, after, enlarge } = window;
+        let ((_, height, width, c), side) = (x.dims4()?, weight.dim(1)?);
+        let weight = weight.permute((0, 3, 1, 2))?.contiguous()?;
+        let row_bytes = b * columns * c * side * side * x.dtype().size_in_bytes();
+        let at_once = (budget / row_bytes.max(1)).clamp(1, rows);
+        let strip = |first: usize| {
+            let n = at_once.min(rows - first);
+            // Rows under the strip, counted from the border's first and enlarged; those that are there, and where they come from.
+            let (begin, end) = (first * stride, (first + n - 1) * stride + side);
+            let clip = |row: usize| row.clamp(before, before + height * enlarge) - before;
+            let (inside, from) = (clip(begin)..clip(end), clip(begin) / enlarge);
+            let x = x.narrow(1, from, inside.end.div_ceil(enlarge) - from)?.permute((0, 3, 1, 2))?.contiguous()?;
+            let x = if enlarge > 1 { x.upsample_nearest2d(x.dim(2)? * enlarge, width * enlarge)? } else { x };
+            let x = x.narrow(2, inside.start - from * enlarge, inside.len())?;
+            let above = before.saturating_sub(begin).min(end - begin);
+            let x = x.pad_with_zeros(2, above, end - begin - inside.len() - above)?.pad_with_zeros(3, before, after)?;
+            let y = x.contiguous()?.conv2d(&weight, 0, stride, 1, 1)?.permute((0, 2, 3, 1))?.broadcast_add(bias)?;
+            match residual {
+                None => Ok(y),
+                Some(residual) => y + residual.narrow(1, first, n)?,
+            }
+        };
+        let strips = (0..rows).step_by(at_once).map(strip).collect::<Result<Vec<_>>>()?;
+        Tensor::cat(&strips, 1)
+    }
+
+    /// In f32, which CPUs multiply in: stretches of output pixels in parallel, each an unfolded stretch of input times the weight.
+    fn on_cpu(self) -> Result<Tensor> {
+        let Self { x, weight, bias, residual, shape: [_, _, _, o], .. } = self;
+        let mut y = match residual {
+            Some(residual) => cpu::read(residual, <[f32]>::to_vec)?,
+            None => crate::zeros(self.shape.iter().product()),
+        };
+        let depth = weight.elem_count() / o.max(1);
+        // A stretch stays in the second-level cache, and is long enough to pay for packing the weight.
+        let stretch = ((1 << 18) / depth.max(1)).clamp(256, 4096);
+        cpu::read(x, |x| {
+            cpu::read(weight, |weight| {
+                cpu::read(bias, |bias| {
+                    let tasks = y.par_chunks_mut((stretch * o).max(1)).enumerate();
+                    tasks.for_each_init(Vec::new, |unfolded, (i, y)| {
+                        y.chunks_exact_mut(o).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias));
+                        unfolded.resize(y.len() / o * depth, 0.0);
+                        self.unfold(x, i * stretch, unfolded);
+                        add_product(unfolded, weight, y, [y.len() / o, o, depth]);
+                    });
+                })
+            })
+        })???;
+        cpu::from_f32(y, &self.shape, self.x.dtype())
+    }
+
+    /// Fills `unfolded` `(n, s s c)` with what lies under output pixels `first .. first + n` of all pictures.
+    fn unfold(&self, x: &[f32], first: usize, unfolded: &mut [f32]) {
+        let (dims, side, window) = (self.x.dims(), self.weight.dims()[1], self.window);
+        let [_, rows, columns, _] = self.shape;
+        let (height, width, c) = (dims[1], dims[2], dims[3]);
+        for (i, taps) in unfolded.chunks_exact_mut(side * side * c).enumerate() {
+            let (row, column) = ((first + i) / columns, (first + i) % columns);
+            let picture = &x[row / rows * height * width * c..];
+            let begin = (column * window.stride).checked_sub(window.before).filter(|x| x + side <= width && window.enlarge == 1);
+            for (tap, taps) in taps.chunks_exact_mut(side * c).enumerate() {
+                let Some(y) = window.source(row % rows, tap, height) else {
+                    taps.fill(0.0);
+                    continue;
+                };
+                let row = &picture[y * width * c..][..width * c];
+                if let Some(begin) = begin {
+                    taps.copy_from_slice(&row[begin * c..(begin + side) * c]);
+                    continue;
                 }
-                done += stretch;
+                for (tap, pixel) in taps.chunks_exact_mut(c).enumerate() {
+                    match window.source(column, tap, width) {
+                        Some(x) => pixel.copy_from_slice(&row[x * c..][..c]),
+                        None => pixel.fill(0.0),
+                    }
+                }
             }
-        }
-    }
-
-    /// The pixels of one row of the input under output pixels `x ..` at place `kx` of the kernel; zeros beyond its ends.
-    fn copy(&self, row: &[f32], x: usize, kx: usize, out: &mut [f32]) {
-        let Window { stride, before, .. } = self.window;
-        let at = |i: usize| ((x + i) * stride + kx).checked_sub(before);
-        // The output pixels whose input lies inside the row.
-        let from = before.saturating_sub(x * stride + kx).div_ceil(stride).min(out.len());
-        let inside = (row.len() + before).saturating_sub(x * stride + kx).div_ceil(stride).clamp(from, out.len());
-        out[..from].fill(0.0);
-        out[inside..].fill(0.0);
-        let Some(start) = at(from) else { return };
-        let out = &mut out[from..inside];
-        if stride == 1 {
-            out.copy_from_slice(&row[start..start + out.len()]);
-        } else {
-            out.iter_mut().zip(row[start.min(row.len())..].iter().step_by(stride)).for_each(|(out, pixel)| *out = *pixel);
         }
     }
 }
 
-/// Output that tasks write to side by side.
-struct Shared(*mut f32);
-
-#[expect(unsafe_code, reason = "tasks write to disjoint columns of the output, which slices cannot express")]
-// SAFETY: see `Unfold::cpu_fwd`: no two tasks touch the same element.
-unsafe impl Sync for Shared {}
-
-impl CustomOp3 for Unfold {
-    fn name(&self) -> &'static str {
-        "convolve"
-    }
-
-    #[expect(unsafe_code, reason = "gemm takes pointers, and writes into columns of the output")]
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (x, weight, bias) = (plain(x, x_layout)?, plain(weight, weight_layout)?, plain(bias, bias_layout)?);
-        let (b, c, height, width) = x_layout.shape().dims4()?;
-        let (o, area, depth) = (bias.len(), self.rows * self.columns, c * self.side * self.side);
-        let mut y = vec![0f32; b * o * area];
-        y.par_chunks_mut(area.max(1)).enumerate().for_each(|(i, y)| y.fill(bias[i % o]));
-
-        // A stretch's columns stay in the second-level cache, and are many enough to pay for packing the weight.
-        let stretch = ((1 << 18) / depth).clamp(256, 4096).min(area);
-        let stretches = area.div_ceil(stretch);
-        let shared = Shared(y.as_mut_ptr());
-        (0..b * stretches).into_par_iter().for_each_init(Vec::new, |unfolded, task| {
-            let (item, first) = (task / stretches, task % stretches * stretch);
-            let n = stretch.min(area - first);
-            let picture = Picture { pixels: &x[item * c * height * width..][..c * height * width], height, width };
-            unfolded.resize(depth * n, 0.0);
-            self.unfold(&picture, first, n, unfolded);
-            let shared = &shared;
-            // SAFETY: the matrices lie within `weight`, `unfolded` and `y`; this task alone writes to columns
-            // `first .. first + n` of picture `item`, and `y` outlives the loop.
-            unsafe {
-                let out = shared.0.add(item * o * area + first);
-                let (lhs, rhs) = (weight.as_ptr(), unfolded.as_ptr());
-                let (one_row, one_column) = (depth as isize, n as isize);
-                gemm::gemm(
-                    o,
-                    n,
-                    depth,
-                    out,
-                    1,
-                    area as isize,
-                    true,
-                    lhs,
-                    1,
-                    one_row,
-                    rhs,
-                    1,
-                    one_column,
-                    1.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    gemm::Parallelism::None,
-                );
-            }
-        });
-        Ok((CpuStorage::F32(y), Shape::from((b, o, self.rows, self.columns))))
-    }
-}
-
-fn plain<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    match (storage, layout.contiguous_offsets()) {
-        (CpuStorage::F32(values), Some((start, end))) => Ok(&values[start..end]),
-        _ => bail!("convolve needs contiguous f32"),
+/// y `(n, o)` += x `(n, depth)` weight `(o, depth)` transposed.
+#[expect(unsafe_code, reason = "gemm takes pointers")]
+fn add_product(x: &[f32], weight: &[f32], y: &mut [f32], [n, o, depth]: [usize; 3]) {
+    assert!(x.len() == n * depth && weight.len() == o * depth && y.len() == n * o);
+    // SAFETY: all three are row-major and, as asserted, as long as their shapes say.
+    unsafe {
+        gemm::gemm(
+            n,
+            o,
+            depth,
+            y.as_mut_ptr(),
+            1,
+            o as isize,
+            true,
+            x.as_ptr(),
+            1,
+            depth as isize,
+            weight.as_ptr(),
+            depth as isize,
+            1,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
     }
 }
 
@@ -223,30 +284,41 @@ mod tests {
         Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
     }
 
-    /// candle's convolution of an explicitly bordered picture.
+    /// candle's convolution of an explicitly enlarged and bordered picture.
     fn reference(x: &Tensor, weight: &Tensor, bias: &Tensor, window: Window) -> Tensor {
-        let (before, after) = (window.before, window.after);
+        let planes = |x: &Tensor| x.permute((0, 3, 1, 2)).unwrap().contiguous().unwrap();
+        let (Window { stride, before, after, enlarge }, x) = (window, planes(x));
+        let x = x.upsample_nearest2d(x.dim(2).unwrap() * enlarge, x.dim(3).unwrap() * enlarge).unwrap();
         let x = x.pad_with_zeros(2, before, after).unwrap().pad_with_zeros(3, before, after).unwrap();
-        x.conv2d(weight, 0, window.stride, 1, 1).unwrap().broadcast_add(&bias.reshape((1, (), 1, 1)).unwrap()).unwrap()
+        let y = x.conv2d(&planes(weight), 0, stride, 1, 1).unwrap().permute((0, 2, 3, 1)).unwrap();
+        y.broadcast_add(bias).unwrap()
     }
 
     #[test]
     fn every_window_equals_candle() {
-        let plain = Window { stride: 1, before: 0, after: 0 };
-        let odd = Window { stride: 3, before: 2, after: 1 };
+        let plain = Window { stride: 1, before: 0, after: 0, enlarge: 1 };
+        let odd = Window { stride: 3, before: 2, after: 1, enlarge: 3 };
         for (shape, o, side) in
-            [([2, 3, 5, 7], 4, 3), ([1, 1, 3, 3], 1, 3), ([1, 20, 64, 40], 6, 3), ([2, 5, 4, 6], 7, 1), ([1, 2, 9, 9], 3, 5)]
+            [([2, 5, 7, 3], 4, 3), ([1, 3, 3, 1], 1, 3), ([1, 64, 40, 20], 6, 3), ([2, 4, 6, 5], 7, 1), ([1, 9, 9, 2], 3, 5)]
         {
-            let (x, weight, bias) = (random(&shape), random(&[o, shape[1], side, side]), random(&[o]));
-            for window in [Window::SAME, Window::HALVE, plain, odd] {
-                let Some(rows) = window.output(shape[2], side) else { continue };
-                let expected = reference(&x, &weight, &bias, window);
-                let got = convolve(&x, &weight, &bias, window).unwrap();
-                assert!(apart(&got, &expected) < 1e-4, "{shape:?} {window:?}");
-                for at_once in [1, 2, rows] {
-                    let budget = at_once * expected.dim(3).unwrap() * shape[0] * shape[1] * side * side * 4;
-                    let got = strips(&x, &weight, &bias, window, budget).unwrap();
-                    assert!(apart(&got, &expected) < 1e-4, "{shape:?} {window:?} {at_once} rows at once");
+            let (x, weight, bias) = (random(&shape), random(&[o, side, side, shape[3]]), random(&[o]));
+            for window in [Window::SAME, Window::HALVE, Window::DOUBLE, plain, odd] {
+                if window.before >= side {
+                    continue;
+                }
+                let plain = reference(&x, &weight, &bias, window);
+                let other = random(plain.dims());
+                for residual in [None, Some(&other)] {
+                    let expected = residual.map_or(plain.clone(), |residual| (&plain + residual).unwrap());
+                    let got = convolve(&x, &weight, &bias, window, residual).unwrap();
+                    assert!(apart(&got, &expected) < 1e-4, "{shape:?} {window:?}");
+                    let shape: [usize; 4] = plain.dims().try_into().unwrap();
+                    let convolution = Convolution { x: &x, weight: &weight, bias: &bias, residual, window, shape };
+                    for at_once in [1, 2, shape[1]] {
+                        let budget = at_once * shape[2] * x.dim(0).unwrap() * x.dim(3).unwrap() * side * side * 4;
+                        let got = convolution.in_strips(budget).unwrap();
+                        assert!(apart(&got, &expected) < 1e-4, "{shape:?} {window:?} {at_once} rows at once");
+                    }
                 }
             }
         }
@@ -254,18 +326,23 @@ mod tests {
 
     #[test]
     fn halves_stay_halves() {
-        let (x, weight, bias) = (random(&[1, 4, 8, 8]), random(&[4, 4, 3, 3]), random(&[4]));
+        let (x, weight, bias) = (random(&[1, 8, 8, 4]), random(&[4, 3, 3, 4]), random(&[4]));
         let half = |x: &Tensor| x.to_dtype(DType::BF16).unwrap();
-        let got = convolve(&half(&x), &half(&weight), &half(&bias), Window::SAME).unwrap();
+        let got = convolve(&half(&x), &half(&weight), &half(&bias), Window::SAME, None).unwrap();
         assert_eq!(got.dtype(), DType::BF16);
         assert!(apart(&got.to_dtype(DType::F32).unwrap(), &reference(&x, &weight, &bias, Window::SAME)) < 0.2);
     }
 
     #[test]
     fn shapes_that_do_not_fit_are_errors() {
-        let (x, weight, bias) = (random(&[1, 4, 8, 8]), random(&[4, 3, 3, 3]), random(&[4]));
-        assert!(convolve(&x, &weight, &bias, Window::SAME).is_err());
-        let tiny = random(&[1, 3, 1, 1]);
-        assert!(convolve(&tiny, &weight, &bias, Window { stride: 1, before: 0, after: 0 }).is_err());
+        let (x, weight, bias) = (random(&[1, 8, 8, 4]), random(&[4, 3, 3, 4]), random(&[4]));
+        let plain = Window { stride: 1, before: 0, after: 0, enlarge: 1 };
+        let of = |x: &Tensor, weight: &Tensor, window| convolve(x, weight, &bias, window, None);
+        assert!(of(&x, &weight, plain).is_ok());
+        assert!(of(&x, &random(&[4, 3, 3, 3]), plain).is_err());
+        assert!(of(&random(&[1, 1, 1, 4]), &weight, plain).is_err());
+        assert!(of(&x, &weight, Window { stride: 0, ..plain }).is_err());
+        assert!(of(&x, &weight, Window { enlarge: 0, ..Window::SAME }).is_err());
+        assert!(convolve(&x, &weight, &bias, plain, Some(&x)).is_err());
     }
 }

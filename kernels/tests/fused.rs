@@ -5,8 +5,9 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
-    Addend, After, Budget, Delta, Projection, add_gated, add_gated_then_norm, attention, emulated, gelu, gelu_beside, group_norm,
-    joint_heads, launches, linear, linear_gelu, merge, modulated_norm, quantise_fp8, rms_norm, widen_fp8,
+    Addend, After, Budget, Delta, Projection, Window, add_gated, add_gated_then_norm, attention, convolve, emulated, gelu,
+    gelu_beside, group_norm, joint_heads, launches, linear, linear_gelu, merge, modulated_norm, quantise_fp8, rms_norm,
+    widen_fp8,
 };
 
 fn random(shape: &[usize]) -> Tensor {
@@ -245,13 +246,15 @@ fn attention_by_cudnn() {
 
 #[test]
 fn group_norms() {
-    for (b, c, groups, height, width) in [(1, 8, 4, 2, 4), (2, 6, 2, 20, 24), (1, 32, 32, 9, 16), (1, 4, 2, 190, 200)] {
+    for (b, height, width, c, groups) in
+        [(1, 2, 4, 8, 4), (2, 20, 23, 24, 2), (1, 9, 16, 32, 32), (1, 95, 100, 16, 2), (2, 1, 1, 8, 2), (1, 3, 7, 2048, 32)]
+    {
         let (weight, bias) = (random(&[c]), random(&[c]));
         // A mean far from 0, as activations of an autoencoder have it.
-        let x = (random(&[b, c, height, width]) + 30.).unwrap();
+        let x = (random(&[b, height, width, c]) + 30.).unwrap();
         for after in [After::Nothing, After::Silu] {
-            let name = format!("group_norm {c} {height} {width} {after:?}");
-            check(&name, &HALF, std::slice::from_ref(&x), 2, |x| {
+            let name = format!("group_norm {height} {width} {c} {after:?}");
+            check(&name, &HALF, std::slice::from_ref(&x), 3, |x| {
                 let at = |t: &Tensor| t.to_device(x[0].device()).unwrap();
                 group_norm(&x[0], groups, &at(&weight), &at(&bias), 1e-6, after)
             });
@@ -259,6 +262,46 @@ fn group_norms() {
         let op = || group_norm(&x, groups, &weight, &bias, 1e-6, After::Silu).unwrap();
         assert!(relative(&emulated(op), &op()) < 2e-5, "in f32, whose mean of 30 costs both five bits");
     }
+    let x = random(&[1, 5, 7, 12]);
+    let one = Tensor::ones(12, DType::F32, &Device::Cpu).unwrap();
+    check("12 channels", &HALF, &[x], 0, |x| {
+        let one = one.to_device(x[0].device())?;
+        group_norm(&x[0], 3, &one, &one, 1e-6, After::Silu)
+    });
+}
+
+#[test]
+fn convolutions() {
+    let wide = Window { stride: 1, before: 2, after: 1, enlarge: 1 };
+    let narrow = Window { stride: 2, before: 0, after: 0, enlarge: 2 };
+    let cases = [
+        // A pixel; more than a tile; several chunks and, but for the last, all outputs of a tile; what is filled up with zeros.
+        ([1, 1, 1, 8], 8, vec![Window::SAME, Window::DOUBLE, wide]),
+        ([2, 9, 19, 16], 40, vec![Window::SAME, Window::HALVE, Window::DOUBLE, wide, narrow]),
+        ([1, 11, 5, 72], 136, vec![Window::SAME, Window::HALVE, Window::DOUBLE]),
+        ([1, 10, 18, 3], 3, vec![Window::SAME, Window::HALVE, Window::DOUBLE, narrow]),
+        ([2, 6, 8, 33], 21, vec![Window::SAME, Window::HALVE]),
+        ([1, 7, 9, 8], 5, vec![wide]),
+        ([1, 8, 17, 64], 64, vec![Window::DOUBLE]),
+    ];
+    for (shape, o, windows) in cases {
+        let (weight, bias) = ((random(&[o, 3, 3, shape[3]]) * 0.2).unwrap(), random(&[o]));
+        for window in windows {
+            let x = random(&shape);
+            let residual = random(convolve(&x, &weight, &bias, window, None).unwrap().dims());
+            let name = format!("convolve {shape:?} to {o} {window:?}");
+            let inputs = [x, weight.clone(), bias.clone(), residual];
+            check(&name, &HALF, &inputs[..3], 1, |x| convolve(&x[0], &x[1], &x[2], window, None));
+            check(&format!("{name}, residual"), &HALF, &inputs, 1, |x| convolve(&x[0], &x[1], &x[2], window, Some(&x[3])));
+        }
+    }
+    let plain = Window { stride: 3, ..Window::SAME };
+    let inputs = [random(&[1, 7, 6, 8]), random(&[4, 3, 3, 8]), random(&[4])];
+    check("stride of 3", &HALF, &inputs, 0, |x| convolve(&x[0], &x[1], &x[2], plain, None));
+    check("in f32", &[DType::F32], &inputs, 0, |x| convolve(&x[0], &x[1], &x[2], Window::SAME, None));
+    let (x, weight) = (random(&[1, 7, 6, 8]), random(&[4, 1, 1, 8]));
+    let point = Window { before: 0, after: 0, ..Window::SAME };
+    check("1 x 1", &HALF, &[x, weight, random(&[4])], 0, |x| convolve(&x[0], &x[1], &x[2], point, None));
 }
 
 #[test]

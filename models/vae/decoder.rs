@@ -36,7 +36,7 @@ impl Decoder {
             let block = |j: usize| {
                 Residual::load(&source.at(format_args!("block.{j}")), if j == 0 { input } else { output }, output, *groups)
             };
-            let upsample = || Conv::load(&source, "upsample.conv", output, output, Window::SAME);
+            let upsample = || Conv::load(&source, "upsample.conv", output, output, Window::DOUBLE);
             Ok(Level {
                 // One block more than on the way down.
                 blocks: (0..=sizes.blocks).map(block).collect::<Result<_, _>>()?,
@@ -54,16 +54,17 @@ impl Decoder {
 
     /// z `(b, c, y, x)` -> `(b, 3, 8 y, 8 x)`.
     pub(super) fn forward(&self, z: &Tensor) -> Result<Tensor> {
-        let mut x = self.mid.forward(&self.conv_in.forward(z)?)?;
+        let x = self.conv_in.forward(&z.permute((0, 2, 3, 1))?.contiguous()?, None)?;
+        let mut x = self.mid.forward(&x)?;
         for level in self.up.iter().rev() {
             for block in &level.blocks {
                 x = block.forward(&x)?;
             }
             if let Some(upsample) = &level.upsample {
-                let (_, _, height, width) = x.dims4()?;
-                x = upsample.forward(&x.upsample_nearest2d(2 * height, 2 * width)?)?;
+                x = upsample.forward(&x, None)?;
             }
         }
-        self.conv_out.forward(&self.norm_out.forward(&x, After::Silu)?)
+        x = self.norm_out.forward(&x, After::Silu)?;
+        self.conv_out.forward(&x, None)?.permute((0, 3, 1, 2))?.contiguous()
     }
 }

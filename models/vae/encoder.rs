@@ -52,16 +52,16 @@ impl Encoder {
 
     /// x `(b, 3, 8 y, 8 x)` -> mean and logarithm of the variance `(b, 2 c, y, x)`.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = self.conv_in.forward(x)?;
+        let mut x = self.conv_in.forward(&x.permute((0, 2, 3, 1))?.contiguous()?, None)?;
         for level in &self.down {
             for block in &level.blocks {
                 x = block.forward(&x)?;
             }
             if let Some(downsample) = &level.downsample {
-                x = downsample.forward(&x)?;
+                x = downsample.forward(&x, None)?;
             }
         }
-        let x = self.mid.forward(&x)?;
-        self.conv_out.forward(&self.norm_out.forward(&x, After::Silu)?)
+        x = self.norm_out.forward(&self.mid.forward(&x)?, After::Silu)?;
+        self.conv_out.forward(&x, None)?.permute((0, 3, 1, 2))?.contiguous()
     }
 }

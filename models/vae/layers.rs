@@ -1,7 +1,7 @@
-//! What the autoencoder is made of: convolutions, group norms, residual blocks, one attention.
+//! What the autoencoder is made of: convolutions, group norms, residual blocks, one attention. Activations are `(b, y, x, c)`.
 
 use candle_core::Tensor;
-use kernels::{After, Window, convolve, group_norm};
+use kernels::{After, Window, convolve, group_norm, linear};
 
 use crate::Result;
 use crate::nn::{Budget, Linear, attention};
@@ -13,6 +13,7 @@ const NORM_EPS: f32 = 1e-6;
 /// A 3 x 3 convolution.
 #[derive(Debug)]
 pub(super) struct Conv {
+    /// `(o, 3, 3, c)`; in files it is `(o, c, 3, 3)`.
     weight: Tensor,
     bias: Tensor,
     window: Window,
@@ -21,12 +22,13 @@ pub(super) struct Conv {
 impl Conv {
     pub(super) fn load(source: &Source, name: &str, input: usize, output: usize, window: Window) -> Result<Self, Error> {
         let layer = source.at(name);
-        Ok(Self { weight: layer.tensor("weight", (output, input, 3, 3))?, bias: layer.tensor("bias", output)?, window })
+        let weight = layer.tensor("weight", (output, input, 3, 3))?.permute((0, 2, 3, 1))?.contiguous()?;
+        Ok(Self { weight, bias: layer.tensor("bias", output)?, window })
     }
 
-    /// x `(b, c, y, x)` -> `(b, o, y, x)`, or half of y and x if the window says so.
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        convolve(x, &self.weight, &self.bias, self.window)
+    /// x `(b, y, x, c)` -> `(b, y', x', o)`, whose sizes the window says, added to `residual` if there is one.
+    pub(super) fn forward(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        convolve(x, &self.weight, &self.bias, self.window, residual)
     }
 }
 
@@ -43,7 +45,7 @@ impl GroupNorm {
         Ok(Self { weight: layer.tensor("weight", c)?, bias: layer.tensor("bias", c)?, groups })
     }
 
-    /// x `(b, c, y, x)` -> the same shape and dtype.
+    /// x `(b, y, x, c)` -> the same shape and dtype.
     pub(super) fn forward(&self, x: &Tensor, after: After) -> Result<Tensor> {
         group_norm(x, self.groups, &self.weight, &self.bias, NORM_EPS, after)
     }
@@ -56,16 +58,14 @@ pub(super) struct Residual {
     conv1: Conv,
     norm2: GroupNorm,
     conv2: Conv,
-    /// A 1 x 1 convolution where the channels change: weight `(o, c)`, bias `(o, 1)`.
+    /// A 1 x 1 convolution where the channels change: weight `(o, c)`, bias `(o)`.
     shortcut: Option<(Tensor, Tensor)>,
 }
 
 impl Residual {
     pub(super) fn load(source: &Source, input: usize, output: usize, groups: usize) -> Result<Self, Error> {
         let shortcut = source.at("nin_shortcut");
-        let shortcut = || {
-            Ok::<_, Error>((shortcut.tensor("weight", (output, input))?, shortcut.tensor("bias", output)?.reshape((output, 1))?))
-        };
+        let shortcut = || Ok::<_, Error>((shortcut.tensor("weight", (output, input))?, shortcut.tensor("bias", output)?));
         Ok(Self {
             norm1: GroupNorm::load(source, "norm1", input, groups)?,
             conv1: Conv::load(source, "conv1", input, output, Window::SAME)?,
@@ -75,17 +75,15 @@ impl Residual {
         })
     }
 
-    /// x `(b, c, y, x)` -> `(b, o, y, x)`.
+    /// x `(b, y, x, c)` -> `(b, y, x, o)`.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let inner = self.conv1.forward(&self.norm1.forward(x, After::Silu)?)?;
-        let inner = self.conv2.forward(&self.norm2.forward(&inner, After::Silu)?)?;
-        match &self.shortcut {
-            None => x + inner,
-            Some((weight, bias)) => {
-                let pixels = x.flatten_from(2)?.contiguous()?; // (b, c, y x)
-                weight.broadcast_matmul(&pixels)?.broadcast_add(bias)?.reshape(inner.shape())? + inner
-            }
-        }
+        // Assigned, so that what is done with is freed: these are the largest tensors there are.
+        let mut inner = self.norm1.forward(x, After::Silu)?;
+        inner = self.conv1.forward(&inner, None)?;
+        inner = self.norm2.forward(&inner, After::Silu)?;
+        let Some((weight, bias)) = &self.shortcut else { return self.conv2.forward(&inner, Some(x)) };
+        let shortcut = linear(&x.flatten_to(2)?, weight, Some(bias))?.reshape(inner.shape())?;
+        self.conv2.forward(&inner, Some(&shortcut))
     }
 }
 
@@ -110,13 +108,13 @@ impl Attention {
         })
     }
 
-    /// x `(b, c, y, x)` -> the same shape.
+    /// x `(b, y, x, c)` -> the same shape.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let pixels = self.norm.forward(x, After::Nothing)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?; // (b, y x, c)
-        let head = |layer: &Linear| layer.forward(&pixels)?.unsqueeze(1); // (b, 1, y x, c)
-        let scale = (x.dim(1)? as f64).powf(-0.5);
-        let attended = attention(&head(&self.q)?, &head(&self.k)?, &head(&self.v)?, scale, None, Budget::default())?;
-        x + self.out.forward(&attended.squeeze(1)?)?.transpose(1, 2)?.reshape(x.shape())?
+        let (b, height, width, c) = x.dims4()?;
+        let pixels = self.norm.forward(x, After::Nothing)?.reshape((b, 1, height * width, c))?;
+        let (q, k, v) = (self.q.forward(&pixels)?, self.k.forward(&pixels)?, self.v.forward(&pixels)?);
+        let attended = attention(&q, &k, &v, (c as f64).powf(-0.5), None, Budget::default())?;
+        x + self.out.forward(&attended)?.reshape(x.shape())?
     }
 }
 
@@ -137,7 +135,7 @@ impl Middle {
         })
     }
 
-    /// x `(b, c, y, x)` -> the same shape.
+    /// x `(b, y, x, c)` -> the same shape.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.block_2.forward(&self.attention.forward(&self.block_1.forward(x)?)?)
     }

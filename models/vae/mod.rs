@@ -2,6 +2,9 @@
 //!
 //! Follows diffusers 0.42.1, `models/autoencoders/autoencoder_kl.py` and `vae.py`. Names are BFL's; every size is read from the
 //! weights, except the groups of the norms, which config.json gives.
+//!
+//! Latents and pictures are `(b, c, y, x)`, as everywhere; all between them is `(b, y, x, c)`, on every device, so that convolutions, norms,
+//! short cuts and attention read and write whole pixels and nothing is ever transposed.
 
 mod decoder;
 mod encoder;
@@ -23,7 +26,7 @@ const GROUPS: usize = 32;
 
 /// Smallest side of a tile in latents (256 pixels): smaller ones cost more in overlap than they save and show their statistics.
 const MIN_TILE: usize = 32;
-/// Bytes held beside the activations: slices of norms, unfolded strips of convolutions, attention scores.
+/// Bytes held beside the activations without our kernels: slices of norms, unfolded strips of convolutions.
 const WORKSPACE_BYTES: usize = 1 << 30;
 
 /// Sizes of both halves.
@@ -131,12 +134,16 @@ impl Autoencoder {
 
     /// About how many bytes decoding `(b, c, height, width)` latents takes at its peak, weights not counted, with activations of
     /// `element_bytes`: the input of the finest resolution's first block, its normalised copy and what its convolution makes of it.
+    /// Without our kernels the last is put together from strips, and there is what they were unfolded in.
     #[must_use]
     pub fn decode_bytes(&self, b: usize, height: usize, width: usize, element_bytes: usize) -> usize {
         let channels = &self.sizes.channels;
         let finest = channels[0];
         let before = channels.get(1).copied().unwrap_or(finest);
         let pixels = b * height * width * self.sizes.zoom().pow(2);
+        if kernels::fused() && element_bytes == 2 {
+            return pixels * (2 * before + finest) * element_bytes;
+        }
         pixels * (2 * before + 2 * finest) * element_bytes + WORKSPACE_BYTES.min(pixels * 9 * before * element_bytes)
     }
 
