@@ -5,7 +5,7 @@
 //! | [`add_gated`] | x + gate * update in one pass | composed candle ops, in tests |
 //! | [`add_gated_then_norm`] | that and the modulated norm of it in one pass | the two, in tests |
 //! | [`attention`] | softmax(q kᵀ / √e) v in chunks of queries | the same in one piece, in tests |
-//! | [`convolve`] | convolution, unfolding a part of the input at a time | candle's `conv2d`, in tests |
+//! | [`convolve`] | convolution, with doubling before it and a residual after it | candle's `conv2d`, in tests |
 //! | [`gelu`] | the tanh form | candle's, in tests |
 //! | [`gelu_beside`] | \[attended, gelu\] without a concatenation | composed candle ops, in tests |
 //! | [`group_norm`] | group norm, affine, SiLU in one pass | composed candle ops, in tests |

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
-    Addend, After, Attention, Budget, Delta, Projection, add_gated_then_norm, attention, choose_attention, gelu_beside,
-    group_norm, joint_heads, linear, linear_gelu, merge, modulated_norm,
+    Addend, After, Attention, Budget, Delta, Projection, Window, add_gated_then_norm, attention, choose_attention, convolve,
+    gelu_beside, group_norm, joint_heads, linear, linear_gelu, merge, modulated_norm,
 };
 use serde_json::{Value, json};
 
@@ -48,7 +48,7 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
     let (cos, sin) = (angles.cos()?, angles.sin()?);
     let head = |l| random(&[1, heads, l, e], dtype);
     let (q, k, v) = (head(l)?, head(l)?, head(l)?);
-    let picture = random(&[1, 128, side, side], dtype)?;
+    let picture = random(&[1, side, side, 128], dtype)?;
     let (weight, bias) = (random(&[128], DType::F32)?, random(&[128], DType::F32)?);
 
     let rows = (l * d) as f64 * value;
@@ -128,6 +128,32 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
             bytes: (tokens * (input + output) + output * input) as f64 * value,
             flops: 2. * (tokens * output * input) as f64,
             run: Box::new(move || (if through_gelu { linear_gelu } else { linear })(&x, &w, Some(&bias))),
+        });
+    }
+    // (name, side, channels in and out, window, residual) of the autoencoder's convolutions, the decoder's first and an encoder's last.
+    let convolutions = [
+        ("16 to 512", side / 8, 16, 512, Window::SAME, false),
+        ("512, residual", side / 8, 512, 512, Window::SAME, true),
+        ("512, doubled", side / 8, 512, 512, Window::DOUBLE, false),
+        ("512 to 256", side / 2, 512, 256, Window::SAME, false),
+        ("256, doubled", side / 2, 256, 256, Window::DOUBLE, false),
+        ("256 to 128", side, 256, 128, Window::SAME, false),
+        ("128, residual", side, 128, 128, Window::SAME, true),
+        ("128 to 3", side, 128, 3, Window::SAME, false),
+        ("3 to 128", side, 3, 128, Window::SAME, false),
+        ("128, halved", side, 128, 128, Window::HALVE, false),
+    ];
+    for (name, side, input, output, window, beside) in convolutions {
+        let out = side * window.enlarge / window.stride;
+        let (x, w, bias) =
+            (random(&[1, side, side, input], dtype)?, small(&[output, 3, 3, input], dtype)?, small(&[output], dtype)?);
+        let residual = beside.then(|| random(&[1, out, out, output], dtype)).transpose()?;
+        let written = out * out * output * (1 + usize::from(beside));
+        cases.push(Case {
+            name: format!("convolution {name}: {side} x {side}"),
+            bytes: (side * side * input + written + w.elem_count()) as f64 * value,
+            flops: 18. * (out * out * input * output) as f64,
+            run: Box::new(move || convolve(&x, &w, &bias, window, residual.as_ref())),
         });
     }
     for (output, input) in [(3 * d, d), (d, d + mlp), (3 * d + mlp, d)] {

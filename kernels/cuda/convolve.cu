@@ -1,17 +1,17 @@
-// A 3 x 3 convolution of pixels whose channels lie side by side, as a matrix product that is never written down ("implicit GEMM"): rows are
-// pixels of the output, columns its channels, and the sum runs over nine taps of every channel. A block has 8 x 16 pixels and up to 128
-// channels of the output, a warp 64 x 64 of these. What the block reads of 32 channels, its tile's border included, is copied to shared
-// memory once and serves all nine taps; the weights of one tap and 32 channels pass by in a ring of three. Both come while the ones before
-// are multiplied. Two blocks of 48 KB and 255 registers a thread fit a multiprocessor of any card since 8.0, so that one multiplies while
-// the other begins or ends.
+// A 3 x 3 convolution of pixels whose channels lie side by side, as a matrix product whose left side is never written down ("implicit GEMM"):
+// its rows are pixels of the output, its columns the output's channels, and it sums over nine taps of every channel. A block has 8 x 16
+// pixels and up to 128 channels of the output, a warp 64 x 64 of these. What the block reads of 32 channels, its tile's border included,
+// is copied to shared memory once and serves all nine taps; the weights of one tap and 32 channels pass by in a ring of three. Both come
+// while the ones before are multiplied. A block has 47 KB and 128 threads of at most 255 registers, so that two fit a multiprocessor of any
+// card since 8.0 and one multiplies while the other begins or ends. (With a stride of two the tile's input is larger: 94 KB.)
 //
-// The window's zeros are never stored, a picture that is doubled (each pixel standing for 2 x 2) is not either, and bias and residual are
-// added before the only rounding.
+// Borders are never stored, nor is a picture that is doubled first (each pixel standing for 2 x 2); bias and residual are added before the
+// only rounding. For matrix units of compute capability 8.0 and newer.
 //
 // Bytes of global memory for each value of the output, 16 bits, as many channels in as out, counted: unfolding reads one value, writes and
-// reads nine (38), writes the product and turns it over into planes (6), and passes again for bias (4), residual (6), and doubling (2.5); here the
-// input is read 1.4 times and the output written once: 5, and 2 for a residual. Multiplications are the same, but for channels that fill
-// a chunk of 32 or a tile of 128 (32 where there are no more). Time on a card: not measured yet.
+// reads nine (38), writes the product and turns it over into planes (6), and passes again for bias (4), residual (6) and doubling (2.5);
+// here the input is read 1.4 times and the output written once: 5, and 2 for a residual. There are as many multiplications, and those with
+// the zeros that fill a chunk of 32 channels or a tile of 128 outputs (32 where there are few). Time on a card: not measured yet.
 #include "common.cuh"
 
 struct ConvolveArguments {
