@@ -52,7 +52,8 @@ fn go_fast_is_heeded_where_the_operator_allows_it() {
     let (dtype, base) = drawn(&service, true);
     assert_eq!((dtype.as_str(), drawn(&service, false).0.as_str()), ("f32", "f32"));
     drop(service);
-    let service = Service::start(&Place::new(), &["--go-fast"]);
+    let place = Place::new();
+    let service = Service::start(&place, &["--go-fast"]);
     let (dtype, fast) = drawn(&service, true);
     assert_eq!(dtype, "fp8-products");
     let (dtype, slow) = drawn(&service, false);
