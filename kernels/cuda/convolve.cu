@@ -65,7 +65,8 @@ template <typename T, int STRIDE, int OUTPUTS> __device__ __forceinline__ void c
     int window_y = top * STRIDE - (int)a.before, window_x = left * STRIDE - (int)a.before;
     int from_y = window_y >> a.doubled, from_x = window_x >> a.doubled;
     int half_y = window_y & a.doubled, half_x = window_x & a.doubled;
-    int last_row = ((TILE_ROWS - 1) * STRIDE + 2 + half_y) >> a.doubled, last_column = ((TILE_COLUMNS - 1) * STRIDE + 2 + half_x) >> a.doubled;
+    int last_row = ((TILE_ROWS - 1) * STRIDE + 2 + half_y) >> a.doubled;
+    int last_column = ((TILE_COLUMNS - 1) * STRIDE + 2 + half_x) >> a.doubled;
 
     auto fetch_input = [&](int chunk) {
         T *halo = halos + chunk % 2 * Input::VALUES;
@@ -74,7 +75,8 @@ template <typename T, int STRIDE, int OUTPUTS> __device__ __forceinline__ void c
             if (row > last_row || column > last_column) continue;
             uint32_t at_y = from_y + row, at_x = from_x + column, channel = chunk * CHUNK + 8 * piece;
             bool inside = at_y < a.height && at_x < a.width && channel < a.c;
-            copy_async(halo + Input::place(row, column, piece), x + (inside ? ((uint64_t)at_y * a.width + at_x) * a.c + channel : 0), inside);
+            uint64_t at = inside ? ((uint64_t)at_y * a.width + at_x) * a.c + channel : 0;
+            copy_async(halo + Input::place(row, column, piece), x + at, inside);
         }
     };
     auto fetch_weights = [&](int step) {
@@ -83,7 +85,8 @@ template <typename T, int STRIDE, int OUTPUTS> __device__ __forceinline__ void c
             int piece = i % PIECES, row = i / PIECES;
             uint32_t output = first_output + row, channel = step / 9 * CHUNK + 8 * piece;
             bool inside = output < a.o && channel < a.c;
-            copy_async(weights + weight_place(row, piece), (const T *)a.weight + (inside ? ((uint64_t)output * 9 + step % 9) * a.c + channel : 0), inside);
+            uint64_t at = inside ? ((uint64_t)output * 9 + step % 9) * a.c + channel : 0;
+            copy_async(weights + weight_place(row, piece), (const T *)a.weight + at, inside);
         }
     };
 
