@@ -61,6 +61,22 @@ pub fn arithmetic_rate(_device: &Device) -> Option<f64> {
     None
 }
 
+/// Lowest compute capability with units for e4m3 that take a scale for each row: the units came with 8.9, the scales with 9.0.
+#[cfg(feature = "cuda")]
+const FP8: (i32, i32) = (9, 0);
+
+/// Whether products in e4m3 are worth their rounding there: on cards with units for them. The processor computes the same the long way, for
+/// trying it out.
+#[must_use]
+pub fn has_fp8_products(device: &Device) -> bool {
+    match device {
+        Device::Cpu => true,
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => cuda.cuda_stream().context().compute_capability().is_ok_and(|capability| capability >= FP8),
+        _ => false,
+    }
+}
+
 /// What choices that were timed hold for: the card by its name, and the driver.
 pub(crate) fn machine(device: &Device) -> candle_core::Result<String> {
     #[cfg(feature = "cuda")]

@@ -38,7 +38,7 @@ mod ops;
 mod settle;
 mod transfer;
 
-pub use card::{arithmetic_rate, free_memory, open_cuda};
+pub use card::{arithmetic_rate, free_memory, has_fp8_products, open_cuda};
 pub use choices::{Keeper, keep_choices};
 pub use cudnn::{cudnn_status, has_cudnn};
 #[cfg(feature = "emulator")]
@@ -56,4 +56,4 @@ pub use ops::merge::{Addend, Delta, merge};
 pub use ops::norm::{add_gated, add_gated_then_norm, layer_norm, modulated_norm, rms_norm};
 pub use ops::rotary::rotate;
 pub use settle::settle_attention;
-pub use transfer::{to_device, upload, visit, visit_bytes};
+pub use transfer::{forget_places, to_device, upload, visit, visit_bytes};

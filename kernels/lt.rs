@@ -61,8 +61,7 @@ pub(crate) fn linear_fp8(
     dtype: DType,
 ) -> Result<Option<Tensor>> {
     let Device::Cuda(device) = x.device() else { return Ok(None) };
-    // The units came with 8.9, a scale for each row with 9.0.
-    let capable = device.cuda_stream().context().compute_capability().w()? >= (9, 0);
+    let capable = crate::card::has_fp8_products(x.device());
     let sixteens = |m: &Tensor| m.is_contiguous() && m.dims().iter().all(|d| d.is_multiple_of(16)) && m.elem_count() > 0;
     let bias_fits = bias.is_none_or(|bias| bias.dtype() == dtype && bias.is_contiguous() && in_eights(bias));
     let fits = sixteens(weight) && x.is_contiguous() && x.dim(1)?.is_multiple_of(16) && matches!(dtype, DType::F16 | DType::BF16);

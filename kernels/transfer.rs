@@ -51,9 +51,18 @@ pub fn visit_bytes<R>(
     work(upload(bytes, dtype, shape, device)?)
 }
 
+/// Gives the memory of the places for [`visit`] back.
+pub fn forget_places(device: &Device) {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(card) = device {
+        cuda::forget_places(card);
+    }
+    #[cfg(not(feature = "cuda"))]
+    let _ = device;
+}
+
 #[cfg(feature = "cuda")]
 mod cuda {
-    use std::collections::hash_map::Entry;
     use std::collections::{HashMap, VecDeque};
     use std::sync::{Arc, Mutex, PoisonError};
 
@@ -82,9 +91,21 @@ mod cuda {
     /// The card, if tensors of this type are sent to it from here.
     pub(super) fn link(device: &Device, dtype: DType) -> Option<&CudaDevice> {
         match device {
-            Device::Cuda(card) if fused() && (suffix(dtype).is_some() || dtype == DType::F8E4M3) => Some(card),
+            Device::Cuda(card) if fused() && (suffix(dtype).is_some() || dtype == DType::F8E4M3) => {
+                // Where there is no page-locked memory, it is left to candle, too.
+                with_link(card, |link| Ok(link.is_some())).is_ok_and(|there| there).then_some(card)
+            }
             _ => None,
         }
+    }
+
+    pub(super) fn forget_places(card: &CudaDevice) {
+        let _ = with_link(card, |link| {
+            if let Some(link) = link {
+                link.places.clear();
+            }
+            Ok(())
+        });
     }
 
     /// The way to one card.
@@ -99,6 +120,14 @@ mod cuda {
     struct Buffer {
         memory: *mut u8,
         read: CudaEvent,
+    }
+
+    impl Drop for Buffer {
+        fn drop(&mut self) {
+            // SAFETY: it is the driver's memory, and goes with the last buffer of a link that could not be made.
+            #[expect(unsafe_code, reason = "a call of the driver")]
+            let _ = unsafe { result::free_host(self.memory.cast()) };
+        }
     }
 
     // SAFETY: the memory is this buffer's alone, and any thread may use it.
@@ -162,22 +191,31 @@ mod cuda {
         }
     }
 
-    /// Calls `f` with the way to this card.
-    fn with_link<R>(card: &CudaDevice, f: impl FnOnce(&mut Link) -> Result<R>) -> Result<R> {
-        static LINKS: Mutex<Option<HashMap<usize, Link>>> = Mutex::new(None);
+    /// Calls `f` with the way to this card, or nothing if it could not be made.
+    fn with_link<R>(card: &CudaDevice, f: impl FnOnce(Option<&mut Link>) -> Result<R>) -> Result<R> {
+        static LINKS: Mutex<Option<HashMap<usize, Option<Link>>>> = Mutex::new(None);
         let context = card.cuda_stream().context().clone();
         let mut links = LINKS.lock().unwrap_or_else(PoisonError::into_inner);
-        f(match links.get_or_insert_default().entry(context.ordinal()) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(Link::new(&context).w()?),
+        f(links.get_or_insert_default().entry(context.ordinal()).or_insert_with(|| Link::new(&context).ok()).as_mut())
+    }
+
+    /// The same where [`link`] said that there is one.
+    fn with_known_link<R>(card: &CudaDevice, f: impl FnOnce(&mut Link) -> Result<R>) -> Result<R> {
+        with_link(card, |link| match link {
+            Some(link) => f(link),
+            None => bail!("no page-locked memory"),
         })
     }
 
     /// Sends `bytes` to `memory`, whose first bytes they become; what the card does after it waits for them.
     fn send(link: &mut Link, card: &CudaDevice, bytes: &[u8], memory: &Tensor, ready: &CudaEvent) -> Result<()> {
         with_addresses(card, &[Some(memory)], |at| {
-            let arrived = link.send(bytes, at[0], ready).w()?;
-            card.cuda_stream().wait(&arrived).w()
+            let arrived = link.send(bytes, at[0], ready).and_then(|arrived| card.cuda_stream().wait(&arrived));
+            if arrived.is_err() {
+                // What is under way still reads and writes memory that others are about to get.
+                let _ = link.stream.synchronize();
+            }
+            arrived.w()
         })
     }
 
@@ -190,7 +228,7 @@ mod cuda {
         let tensor = output(shape, dtype, &device)?;
         // Its memory may have been another tensor's, which the card still works with.
         let ready = card.cuda_stream().record_event(None).w()?;
-        with_link(card, |link| send(link, card, bytes, &tensor, &ready))?;
+        with_known_link(card, |link| send(link, card, bytes, &tensor, &ready))?;
         Ok(tensor)
     }
 
@@ -203,7 +241,7 @@ mod cuda {
     ) -> Result<R> {
         let stream = card.cuda_stream();
         let n = values(bytes, dtype, shape)?;
-        let place = with_link(card, |link| {
+        let place = with_known_link(card, |link| {
             let place = link.place(n, dtype, card)?;
             send(link, card, bytes, &place.memory, &place.used)?;
             Ok(place)
@@ -211,7 +249,7 @@ mod cuda {
         let done = place.memory.narrow(0, 0, n).and_then(|x| work(x.reshape(shape)?));
         // Whatever became of it, some of it may be in the stream.
         place.used.record(&stream).w()?;
-        with_link(card, |link| {
+        with_known_link(card, |link| {
             if link.places.len() < PLACES {
                 link.places.push_back(place);
             }

@@ -114,13 +114,13 @@ impl Patches {
         self.mode
     }
 
-    /// Whether [`Mode::Fp8`] is to be had: there are dense matrices of blocks, and pristine ones stay beside what becomes of them.
+    /// Whether [`Mode::Fp8`] is to be had: all matrices of blocks are dense, pristine ones stay beside what becomes of them, and the device
+    /// has products for it.
     #[must_use]
     pub fn can_be_fp8(&self) -> bool {
-        let dense = |(name, parameter): (&Name, &Parameter)| {
-            quantised(name, Mode::Fp8) && parameter.pristine().is_ok_and(|weight| weight.is_dense())
-        };
-        self.home == Home::Device && self.parameters.iter().find(|(name, _)| quantised(name, Mode::Fp8)).is_some_and(dense)
+        let mut large = self.parameters.iter().filter(|(name, _)| quantised(name, Mode::Fp8));
+        let dense = |parameter: &Parameter| parameter.pristine().is_ok_and(|weight| weight.is_dense());
+        self.home == Home::Device && kernels::has_fp8_products(&self.device) && large.all(|(_, parameter)| dense(parameter))
     }
 
     /// The parameter of that name.

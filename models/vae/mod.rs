@@ -66,6 +66,7 @@ pub struct Autoencoder {
     sizes: Sizes,
     encoder: Encoder,
     decoder: Decoder,
+    on_card: bool,
     /// The transformer's latents are `(z - shift) * scale`.
     pub scale: f64,
     pub shift: f64,
@@ -80,6 +81,7 @@ impl Autoencoder {
             encoder: Encoder::load(&source.at("encoder"), &sizes)?,
             decoder: Decoder::load(&source.at("decoder"), &sizes)?,
             sizes,
+            on_card: source.device().is_cuda(),
             scale: config.number("scaling_factor", SCALE)?,
             shift: config.number("shift_factor", SHIFT)?,
         })
@@ -141,7 +143,7 @@ impl Autoencoder {
         let finest = channels[0];
         let before = channels.get(1).copied().unwrap_or(finest);
         let pixels = b * height * width * self.sizes.zoom().pow(2);
-        if kernels::fused() && element_bytes == 2 {
+        if self.on_card && kernels::fused() && element_bytes == 2 {
             return pixels * (2 * before + finest) * element_bytes;
         }
         pixels * (2 * before + 2 * finest) * element_bytes + WORKSPACE_BYTES.min(pixels * 9 * before * element_bytes)

@@ -39,7 +39,9 @@ impl Encoded {
     pub(super) fn of(&self, prompt: &str, patches: &Patches, read: impl FnOnce() -> Result<Text, Error>) -> Result<Text, Error> {
         let reaching = patches.live().iter().filter(|selected| !selected.adapter.report.text_encoders.is_empty());
         let adapters = reaching.map(|selected| (selected.adapter.identity().to_owned(), selected.scales.text)).collect();
-        let key = Key { prompt: prompt.into(), adapters, mode: patches.mode() };
+        // Of the text encoders' weights e4m3 makes nothing.
+        let mode = if patches.mode() == Mode::Fp8 { Mode::Auto } else { patches.mode() };
+        let key = Key { prompt: prompt.into(), adapters, mode };
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(i) = kept.iter().position(|(has, _)| *has == key) {
             let found = kept.remove(i);

@@ -210,8 +210,14 @@ impl Pipeline {
     /// when they are used.
     fn save_memory(&self) -> Result<(), Error> {
         self.encoded.forget();
+        kernels::forget_places(&self.device);
         let away = OnHost { text: true, modulations: true, ..self.plan.on_host };
-        self.patches().send_to_host(&|component, name| away.has(component, name))?;
+        let mut patches = self.patches();
+        if patches.mode() == LoraMode::Fp8 {
+            // Its pristine weights are on the device; what became of them goes, rather than they.
+            patches.apply(&[], LoraMode::Auto)?;
+        }
+        patches.send_to_host(&|component, name| away.has(component, name))?;
         Ok(())
     }
 

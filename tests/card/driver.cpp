@@ -281,8 +281,7 @@ CUresult cuStreamCreate(CUstream *stream, unsigned int) {
 }
 CUresult cuStreamDestroy_v2(CUstream stream) {
     ON_STREAM(stream)
-    card().streams.erase(stream);
-    delete stream;
+    card().streams.erase(stream); // not freed: another one at its address would pass for it
     return CUDA_SUCCESS;
 }
 CUresult cuStreamSynchronize(CUstream stream) {

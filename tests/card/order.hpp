@@ -1,6 +1,7 @@
 // Which work on the card is known to come after which. Streams run beside each other: two uses of the same memory, one of them a write, are
 // in order only on one stream, through an event that was waited for, or because the program waited for the one before it asked for the
-// other. Here what is not in order is an error each time; on a card it is wrong now and then.
+// other. Here what is not in order is an error each time; on a card it is wrong now and then. The program's threads count as one: what one of
+// them waited for all are taken to know.
 #pragma once
 
 #include <algorithm>

@@ -116,10 +116,11 @@ fn people_leave_nothing_behind() {
 #[test]
 #[ignore = "needs the card made of software: tests/card/run"]
 fn what_is_sent_for_each_product_draws_the_same() {
-    for kernels in ["plain", "fused"] {
+    // The files are bf16, which is widened on the card for f16.
+    for (kernels, dtype) in [("plain", "bf16"), ("fused", "bf16"), ("fused", "f16")] {
         let place = place(&[("DARKROOM_KERNELS", kernels)]);
         let draw = |file: &str, limit: &[&str]| {
-            let all = ["generate", PROMPT, "--device", "cuda", "--dtype", "bf16", "--seed", "3", "--steps", "2", "-o", file];
+            let all = ["generate", PROMPT, "--device", "cuda", "--dtype", dtype, "--seed", "3", "--steps", "2", "-o", file];
             place.run(&[&all, limit].concat()).succeeds();
             (pixels(&place.path(file)), log(&place)["sent_bytes"].as_u64().unwrap())
         };
