@@ -370,6 +370,8 @@ impl Pipeline {
             if step % PREPARED == 0 {
                 let negative = prompts.negative.as_ref().map(|negative| prepare(step, negative)).transpose()?;
                 prepared = Some((prepare(step, &prompts.positive)?, negative));
+                // Of the encoders' and the modulations' matrices; blocks are smaller.
+                kernels::forget_places(&self.device);
             }
             let Some((positive, negative)) = &prepared else { unreachable!("prepared at the first step") };
             let img = x.to_dtype(self.dtype)?;

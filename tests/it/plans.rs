@@ -232,7 +232,7 @@ fn limits_and_formats_on_the_command_line() {
             "16GB",
             ["darkroom models pull", "would have transformer fp8 (8.7 GB), its modulations sent once a picture"],
         ),
-        ("flux1-dev", "2GB", ["darkroom models pull", "needs at least 3."]),
+        ("flux1-dev", "2GB", ["darkroom models pull", "GB of a card that has 1.4 GB for it"]),
     ] {
         let findings = place.run(&[&asked[..], &[limit, "--model", model]].concat()).json();
         let found = findings.as_array().unwrap().iter().find(|finding| finding["item"] == "model").unwrap();
