@@ -56,4 +56,4 @@ pub use ops::merge::{Addend, Delta, merge};
 pub use ops::norm::{add_gated, add_gated_then_norm, layer_norm, modulated_norm, rms_norm};
 pub use ops::rotary::rotate;
 pub use settle::settle_attention;
-pub use transfer::{forget_places, to_device, upload, visit, visit_bytes};
+pub use transfer::{PLACES, forget_places, to_device, upload, visit, visit_bytes};

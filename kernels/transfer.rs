@@ -6,6 +6,9 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
+/// Places on a card for tensors that do not stay there, see [`visit`].
+pub const PLACES: usize = 2;
+
 /// A tensor of these bytes, little-endian as files have them, on `device`. Errors if they are not as many as `shape` has.
 pub fn upload(bytes: &[u8], dtype: DType, shape: &[usize], device: &Device) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
@@ -26,7 +29,7 @@ pub fn to_device(x: &Tensor, device: &Device) -> Result<Tensor> {
 
 /// Calls `work` with x on `device`, where it stays no longer than that: for weights that wait in main memory.
 ///
-/// On a card there are two places for them, in turns: while one is worked with, the next is on its way to the other. So `work` must not
+/// On a card there are [`PLACES`] for them, in turns: while one is worked with, the next is on its way to the other. So `work` must not
 /// keep what it is given, nor a view of it.
 pub fn visit<R>(x: &Tensor, device: &Device, work: impl FnOnce(Tensor) -> Result<R>) -> Result<R> {
     #[cfg(feature = "cuda")]
@@ -71,6 +74,7 @@ mod cuda {
     use candle_core::{CpuStorage, CudaDevice, DType, Device, Result, Storage, Tensor, bail};
     use rayon::prelude::*;
 
+    use super::PLACES;
     use crate::launch::{fused, output, suffix, with_addresses};
 
     type Driven<T> = std::result::Result<T, DriverError>;
@@ -84,9 +88,6 @@ mod cuda {
 
     /// Tensors of less than this are left to candle: starting costs more than copying.
     const LEAST: usize = 1 << 20;
-
-    /// Places on a card for tensors that do not stay.
-    const PLACES: usize = 2;
 
     /// The card, if tensors of this type are sent to it from here.
     pub(super) fn link(device: &Device, dtype: DType) -> Option<&CudaDevice> {

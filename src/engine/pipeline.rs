@@ -20,7 +20,7 @@ use models::weights::{Component, Keep, OnHost, Source};
 use serde_json::Value;
 
 use super::encoded::{Encoded, Text};
-use super::plan::Plan;
+use super::plan::{Plan, TOKENS};
 use super::preview::Preview;
 use super::{Error, Event, Finished, Job, LoraMode, Start, Timings, Truncation};
 use super::{device, pixels};
@@ -43,9 +43,6 @@ pub struct Traits {
 
 /// T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained with.
 const TEXT_TOKENS: [usize; 2] = [512, 256];
-
-/// Tokens of a picture of 1024 x 1024 and its prompt, which attention is timed with.
-const TIMED_TOKENS: usize = 64 * 64 + 512;
 
 /// Steps that are prepared at once: 2 MB each for FLUX.1 in 16 bits.
 const PREPARED: usize = 64;
@@ -143,7 +140,7 @@ impl Pipeline {
         };
         let kernels = if device.is_cuda() && kernels::fused() {
             let (heads, width) = (flux.config().heads, flux.config().hidden / flux.config().heads);
-            format!("fused; attention: {}", kernels::settle_attention(device, heads, TIMED_TOKENS, width, dtype)?)
+            format!("fused; attention: {}", kernels::settle_attention(device, heads, TOKENS as usize, width, dtype)?)
         } else {
             "plain".to_owned()
         };

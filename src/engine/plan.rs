@@ -16,7 +16,7 @@ use super::Error;
 const BYTES_PER_SECOND: f64 = 10e9;
 
 /// The picture that plans leave room for, in tokens of latents and of text.
-const TOKENS: u64 = 64 * 64 + 512;
+pub(super) const TOKENS: u64 = 64 * 64 + 512;
 
 /// Scores of attention that are alive at once: in f32, their softmax, and in 16 bits.
 const SCORES: u64 = 3 * (256 << 20);
@@ -29,9 +29,6 @@ const FRAGMENTS: u64 = 20;
 
 /// The rank, on every matrix of the blocks, that plans leave room for where LoRAs are branches.
 const RANK: u64 = 16;
-
-/// Places on the card for matrices that are sent to it in every step, in turns.
-const PLACES: u64 = 2;
 
 /// What the driver and its libraries take of a card before the first tensor.
 pub const CONTEXT: u64 = 600 << 20;
@@ -301,7 +298,7 @@ impl Plan {
         let sent = [all_blocks - blocks, sent(modulations, self.on_host.modulations), sent(t5, self.on_host.text)];
         let (d, mlp) = (config.hidden as u64, config.mlp as u64);
         // What is sent before the steps goes where they work later.
-        let places = if sent[0] > 0 { PLACES * of_block(d * (3 * d + mlp)) } else { 0 };
+        let places = if sent[0] > 0 { kernels::PLACES as u64 * of_block(d * (3 * d + mlp)) } else { 0 };
         let (vae, work, operations) = (dense(sizes.vae), sizes.work(dense(1)) + places, sizes.operations());
         Need { transformer, text, vae, loras, work, operations, sent, have }
     }

@@ -47,6 +47,13 @@ class Card:
     def send(self, memory: ctypes.c_void_p, source: ctypes.c_void_p, stream: ctypes.c_void_p) -> int:
         return self.driver.cuMemcpyHtoDAsync_v2(memory, source, ctypes.c_size_t(BYTES), stream)
 
+    def written(self) -> ctypes.c_void_p:
+        """Memory of one stream's that the other, in order, has written last."""
+        memory = self.memory()
+        self.order(self.one, self.other)
+        assert self.set(memory, self.other) == 0
+        return memory
+
     def fetch(self, memory: ctypes.c_void_p, stream: ctypes.c_void_p) -> int:
         return self.driver.cuMemcpyDtoHAsync_v2(ctypes.create_string_buffer(BYTES), memory, ctypes.c_size_t(BYTES), stream)
 
@@ -59,18 +66,14 @@ def fresh_memory(card: Card, ordered: bool) -> int:
 
 
 def written_then_read(card: Card, ordered: bool) -> int:
-    memory = card.memory()
-    card.order(card.one, card.other)
-    assert card.set(memory, card.other) == 0
+    memory = card.written()
     if ordered:
         card.order(card.other, card.one)
     return card.fetch(memory, card.one)
 
 
 def freed_while_used(card: Card, ordered: bool) -> int:
-    memory = card.memory()
-    card.order(card.one, card.other)
-    assert card.set(memory, card.other) == 0
+    memory = card.written()
     if ordered:
         assert card.driver.cuStreamSynchronize(card.other) == 0
     return card.driver.cuMemFreeAsync(memory, card.one)
