@@ -77,8 +77,8 @@ pub fn has_fp8_products(device: &Device) -> bool {
     }
 }
 
-/// What choices that were timed hold for: the card by its name, and the driver.
-pub(crate) fn machine(device: &Device) -> candle_core::Result<String> {
+/// What times hold for: the card by its name, and the driver. Errors where there is no CUDA card.
+pub fn machine(device: &Device) -> candle_core::Result<String> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(cuda) = device {
         use candle_core::cuda_backend::WrapErr;

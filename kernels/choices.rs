@@ -59,16 +59,27 @@ impl Choices {
 }
 
 /// What a text about `subject` is kept as.
-pub(crate) fn file_name(subject: &str) -> String {
+fn file_name(subject: &str) -> String {
     let safe = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
     subject.chars().map(safe).collect::<String>() + ".txt"
 }
 
-pub(crate) fn read(name: &str) -> Option<String> {
+/// What was learned about `subject` and kept, see [`keep_choices`].
+#[must_use]
+pub fn recall(subject: &str) -> Option<String> {
+    read(&file_name(subject))
+}
+
+/// Keeps what was learned about `subject`, in the place of what was there.
+pub fn remember(subject: &str, text: &str) {
+    write(&file_name(subject), text);
+}
+
+fn read(name: &str) -> Option<String> {
     KEEPER.get()?.read(name)
 }
 
-pub(crate) fn write(name: &str, text: &str) {
+fn write(name: &str, text: &str) {
     if let Some(keeper) = KEEPER.get() {
         keeper.write(name, text);
     }

@@ -49,7 +49,12 @@ pub(crate) fn count() {
 
 /// Whether kernels of ours run where x is.
 pub(crate) fn applies(x: &Tensor) -> bool {
-    match x.device() {
+    applies_on(x.device())
+}
+
+/// The same of a device.
+pub(crate) fn applies_on(device: &Device) -> bool {
+    match device {
         Device::Cpu => EMULATED.get(),
         Device::Cuda(_) => fused(),
         Device::Metal(_) => false,
@@ -68,6 +73,12 @@ pub(crate) struct Pointer(u64);
 
 impl Pointer {
     pub(crate) const NULL: Self = Self(0);
+
+    /// To memory that no tensor holds; the caller does.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn to(at: *const u8) -> Self {
+        Self(at as u64)
+    }
 }
 
 /// One launch. `A` is `repr(C)` and equals the kernel's struct of arguments.
@@ -302,6 +313,7 @@ mod emulator {
             CpuStorage::F16(values) => (values.as_ptr() as u64, size_of_val(&values[..]), 2),
             CpuStorage::BF16(values) => (values.as_ptr() as u64, size_of_val(&values[..]), 2),
             CpuStorage::F8E4M3(values) => (values.as_ptr() as u64, size_of_val(&values[..]), 1),
+            CpuStorage::U8(values) => (values.as_ptr() as u64, size_of_val(&values[..]), 1),
             other => bail!("no kernel for {:?}", candle_core::backend::BackendStorage::dtype(other)),
         })
     }

@@ -11,11 +11,13 @@
 //! | [`group_norm`] | group norm, affine, SiLU in one pass | composed candle ops, in tests |
 //! | [`linear_fp8`] | x Wᵀ + b with both in e4m3, a scale for each row; cuBLASLt's on CUDA | its module |
 //! | [`quantise_fp8`], [`widen_fp8`] | to e4m3 and back, in one pass | composed candle ops, in tests |
+//! | [`modulated_norm_fp8`], [`add_gated_then_norm_fp8`], [`gelu_beside_fp8`] | these to e4m3 in the same pass | one after the other, in tests |
 //! | [`joint_heads`] | q, k, v of all streams from their projections: split, norm, rotate, join | composed ops, in its module |
 //! | [`layer_norm`] | layer norm without weights, f32 statistics | composed candle ops, in tests |
 //! | [`linear`], [`linear_gelu`] | x Wᵀ + b, added onto the bias on the CPU; cuBLASLt's epilogues on CUDA | composed candle ops, in tests |
 //! | [`merge`] | W + Σ B A, one pass over W | composed ops, in its module |
 //! | [`modulated_norm`] | layer norm, scale and shift in one pass | composed candle ops, in tests |
+//! | [`widen_blocks`] | GGUF's blocks to the type of computation in one pass | candle's, in tests |
 //! | [`rms_norm`] | root-mean-square norm with scale, f32 statistics | composed candle ops, in tests |
 //! | [`rotate`] | rotary embedding of interleaved pairs | composed candle ops, in tests |
 //!
@@ -27,7 +29,7 @@
 #[cfg(feature = "cuda")]
 mod blas;
 mod card;
-#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only cuBLASLt asks"))]
+#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only cuBLASLt has algorithms"))]
 mod choices;
 mod cudnn;
 mod launch;
@@ -38,22 +40,25 @@ mod ops;
 mod settle;
 mod transfer;
 
-pub use card::{arithmetic_rate, free_memory, has_fp8_products, open_cuda};
-pub use choices::{Keeper, keep_choices};
+pub use card::{arithmetic_rate, free_memory, has_fp8_products, machine, open_cuda};
+pub use choices::{Keeper, keep_choices, recall, remember};
 pub use cudnn::{cudnn_status, has_cudnn};
 #[cfg(feature = "emulator")]
 pub use launch::emulated;
 pub use launch::{fused, launches, use_fused};
 pub use memory::zeros;
-pub use ops::activation::{gelu, gelu_beside};
+pub use ops::activation::{gelu, gelu_beside, gelu_beside_fp8};
 pub use ops::attention::{Attention, Budget, attention, choose_attention, chosen_attention};
+pub use ops::blocks::{visit_blocks, widen_blocks};
 pub use ops::convolve::{Window, convolve};
-pub use ops::fp8::{linear_fp8, quantise_fp8, widen_fp8};
+pub use ops::fp8::{Fp8Rows, linear_fp8, quantise_fp8, widen_fp8};
 pub use ops::group_norm::{After, group_norm};
 pub use ops::heads::{Heads, Projection, joint_heads};
 pub use ops::linear::{linear, linear_gelu};
 pub use ops::merge::{Addend, Delta, merge};
-pub use ops::norm::{add_gated, add_gated_then_norm, layer_norm, modulated_norm, rms_norm};
+pub use ops::norm::{
+    add_gated, add_gated_then_norm, add_gated_then_norm_fp8, layer_norm, modulated_norm, modulated_norm_fp8, rms_norm,
+};
 pub use ops::rotary::rotate;
 pub use settle::settle_attention;
 pub use transfer::{PLACES, forget_places, to_device, upload, visit, visit_bytes};

@@ -12,6 +12,7 @@ use candle_core::{CudaDevice, DType, Device, Result, Tensor};
 
 use crate::choices::{Algorithm, Choices, Shape};
 use crate::launch::{applies, count, in_eights, output, with_addresses};
+use crate::ops::fp8::Fp8Rows;
 
 /// What Hopper's fastest algorithms may use.
 const WORKSPACE: usize = 32 << 20;
@@ -51,11 +52,10 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, gelu: b
     run(device, &Product { x, weight, scales: None, bias, gelu, y: &y }).map(|done| done.then_some(y))
 }
 
-/// x `(n, input)` and weight `(output, input)`, each e4m3 with a scale for each row `(rows, 1)` f32 -> as [`linear`], in `dtype`. `None`
-/// also where the card has no units for it.
+/// x `(n, input)` and weight `(output, input)` -> as [`linear`], in `dtype`. `None` also where the card has no units for it.
 pub(crate) fn linear_fp8(
-    [x, x_scale]: [&Tensor; 2],
-    [weight, scale]: [&Tensor; 2],
+    Fp8Rows { data: x, scale: x_scale }: &Fp8Rows,
+    Fp8Rows { data: weight, scale }: &Fp8Rows,
     bias: Option<&Tensor>,
     gelu: bool,
     dtype: DType,

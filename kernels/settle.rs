@@ -26,13 +26,12 @@ pub fn settle_attention(device: &Device, heads: usize, tokens: usize, width: usi
         None => {
             let sizes = format!("{heads}-{tokens}-{width}-{}", dtype.as_str());
             let name = format!("attention-{}-{}-{sizes}", crate::card::machine(device)?, cudnn::cudnn_status());
-            let name = choices::file_name(&name);
-            let kept = || choices::read(&name).and_then(|kept| parse(&kept));
+            let kept = || choices::recall(&name).and_then(|kept| parse(&kept));
             let timed = || -> Result<(Attention, String)> {
                 Ok(match faster([heads, tokens, width], dtype, device)? {
                     // Another process may have made its own in the meantime, which holds.
                     Timed::Both(choice, why) => kept().unwrap_or_else(|| {
-                        choices::write(&name, &format!("{} {why}\n", word(choice)));
+                        choices::remember(&name, &format!("{} {why}\n", word(choice)));
                         (choice, why)
                     }),
                     Timed::NotTheirs(why) => (Attention::Own, format!("ours; {why}")),

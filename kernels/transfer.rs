@@ -92,7 +92,7 @@ mod cuda {
     /// The card, if tensors of this type are sent to it from here.
     pub(super) fn link(device: &Device, dtype: DType) -> Option<&CudaDevice> {
         match device {
-            Device::Cuda(card) if fused() && (suffix(dtype).is_some() || dtype == DType::F8E4M3) => {
+            Device::Cuda(card) if fused() && (suffix(dtype).is_some() || matches!(dtype, DType::F8E4M3 | DType::U8)) => {
                 // Where there is no page-locked memory, it is left to candle, too.
                 with_link(card, |link| Ok(link.is_some())).is_ok_and(|there| there).then_some(card)
             }

@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
     Addend, After, Attention, Budget, Delta, Projection, Window, add_gated_then_norm, attention, choose_attention, convolve,
-    gelu_beside, group_norm, joint_heads, linear, linear_gelu, merge, modulated_norm,
+    gelu_beside, group_norm, joint_heads, linear, linear_gelu, merge, modulated_norm, widen_blocks,
 };
 use serde_json::{Value, json};
 
@@ -167,6 +168,16 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
             run: Box::new(move || merge(&w, &addends)),
         });
     }
+    for kind in [GgmlDType::Q8_0, GgmlDType::Q6K, GgmlDType::Q5K, GgmlDType::Q4K, GgmlDType::Q4_0] {
+        let (output, input) = (3 * d + mlp, d);
+        let blocks = blocks(kind, output, input, device)?;
+        cases.push(Case {
+            name: format!("{kind:?} widened: {output} x {input}"),
+            bytes: blocks.storage_size_in_bytes() as f64 + (output * input) as f64 * value,
+            flops: 0.,
+            run: Box::new(move || widen_blocks(&blocks, dtype)),
+        });
+    }
 
     let copy = copy_rate(device, full)?;
     println!("\noperations in {dtype:?}, medians of {rounds}; a copy on the device: {:.0} GB/s", copy / 1e9);
@@ -198,6 +209,15 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
     // Where it has no plan, its case above is our kernel's.
     println!("{}", kernels::cudnn_status());
     Ok(json!({"copy_bytes_per_second": copy, "cudnn": kernels::cudnn_status(), "operations": report}))
+}
+
+/// A matrix as GGUF has it: the same rows over and over, because the processor, which makes them, takes its time.
+fn blocks(kind: GgmlDType, output: usize, input: usize, device: &Device) -> Result<QTensor> {
+    const ROWS: usize = 64;
+    let rows = QTensor::quantize(&Tensor::randn(0f32, 0.02, (ROWS, input), &Device::Cpu)?, kind)?;
+    let all = rows.data()?.repeat(output.div_ceil(ROWS));
+    let size = output * input / kind.block_size() * kind.type_size();
+    QTensor::new(QStorage::from_data(all[..size].into(), device, kind)?, (output, input))
 }
 
 /// How far the results of both kinds of kernels are apart, relative to their length.

@@ -3,6 +3,7 @@
 
 #include "activation.cu"
 #include "attention.cu"
+#include "blocks.cu"
 #include "convolve.cu"
 #include "fp8.cu"
 #include "group_norm.cu"

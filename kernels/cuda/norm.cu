@@ -1,8 +1,9 @@
-// Rows of tokens: x + gate * update, layer norm, scale and shift, in one pass.
+// Rows of tokens: x + gate * update, layer norm, scale and shift, and for a product in e4m3 its rows, in one pass.
 //
 // Bytes per value (16 bits): composed of candle's operations, the gate takes 10 (two reads and a write, a read and a write) and the
-// norm about 60 (f32 copies in between); here 4 for the norm, 6 for the gate, 8 for both. Time on a card: not measured yet.
-#include "common.cuh"
+// norm about 60 (f32 copies in between); here 4 for the norm, 6 for the gate, 8 for both; to e4m3
+// 3 instead of 7. Time on a card: not measured yet.
+#include "e4m3.cuh"
 
 struct NormArguments {
     const void *x;      // (b, l, d)
@@ -11,7 +12,8 @@ struct NormArguments {
     const void *scale;  // (b, 1, d), or null: the sum only
     const void *shift;  // (b, 1, d)
     void *sum;          // (b, l, d): x + gate * update, rounded; null without an update
-    void *y;            // (b, l, d), null without a scale
+    void *y;            // (b, l, d), null without a scale; e4m3 if there is a row_scale
+    float *row_scale;   // (b, l), or null
     // In values: from one item of x to the next, from one token to the next, and from one item's gate, scale and shift to the next.
     uint64_t x_item, x_token, gate_item, scale_item, shift_item;
     uint32_t l, d;
@@ -52,7 +54,7 @@ template <typename T> __device__ __forceinline__ void norm(const NormArguments &
         if (8 * (n * blockDim.x + threadIdx.x) >= a.d) continue;
         for (int j = 0; j < 8; j++) squares += (v[n][j] - mean) * (v[n][j] - mean);
     }
-    float factor = 1.0f / sqrtf(block_sum(squares, sums) / a.d + a.eps);
+    float factor = 1.0f / sqrtf(block_sum(squares, sums) / a.d + a.eps), most = 0;
 #pragma unroll
     for (int n = 0; n < NORM_VECTORS; n++) {
         uint32_t i = 8 * (n * blockDim.x + threadIdx.x);
@@ -61,7 +63,20 @@ template <typename T> __device__ __forceinline__ void norm(const NormArguments &
         load8((const T *)a.scale + item * a.scale_item + i, scale);
         load8((const T *)a.shift + item * a.shift_item + i, shift);
         for (int j = 0; j < 8; j++) v[n][j] = (v[n][j] - mean) * factor * (1.0f + scale[j]) + shift[j];
-        store8((T *)a.y + place + i, v[n]);
+        if (!a.row_scale) {
+            store8((T *)a.y + place + i, v[n]);
+            continue;
+        }
+        // e4m3 of what the norm is without it.
+        for (int j = 0; j < 8; j++) v[n][j] = rounded<T>(v[n][j]);
+        most = largest8(v[n], most);
+    }
+    if (!a.row_scale) return;
+    float scale = row_scale(most, sums, a.row_scale + row);
+#pragma unroll
+    for (int n = 0; n < NORM_VECTORS; n++) {
+        uint32_t i = 8 * (n * blockDim.x + threadIdx.x);
+        if (i < a.d) store8_e4m3((uint8_t *)a.y + place + i, v[n], scale);
     }
 }
 KERNELS(norm, NormArguments, NORM_THREADS)

@@ -3,12 +3,13 @@
 use candle_core::{D, Result, Tensor};
 
 use super::cpu;
+use super::fp8::{Fp8Rows, quantise_fp8};
 use crate::launch::{Launch, Pointer, applies, in_eights, launch, output, suffix};
 
 /// The tanh form of gelu, x of any shape -> the same shape and dtype.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    if let Some(y) = by_kernel(None, x)? {
-        return Ok(y);
+    if let Some(sides) = Sides::of(None, x) {
+        return sides.values();
     }
     if x.device().is_cpu() {
         cpu::rows(
@@ -23,9 +24,17 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 
 /// attended `(b, l, d)`, x `(b, l, m)` -> `[attended, gelu(x)]` `(b, l, d + m)`, in x's dtype. Both may be views.
 pub fn gelu_beside(attended: &Tensor, x: &Tensor) -> Result<Tensor> {
-    match by_kernel(Some(attended), x)? {
-        Some(y) => Ok(y),
+    match Sides::of(Some(attended), x) {
+        Some(sides) => sides.values(),
         None => Tensor::cat(&[attended, &gelu(x)?], D::Minus1),
+    }
+}
+
+/// [`quantise_fp8`] of [`gelu_beside`].
+pub fn gelu_beside_fp8(attended: &Tensor, x: &Tensor) -> Result<Fp8Rows> {
+    match Sides::of(Some(attended), x) {
+        Some(sides) if sides.width() <= OF_A_THREAD * MOST_THREADS => sides.fp8(),
+        _ => quantise_fp8(&gelu_beside(attended, x)?),
     }
 }
 
@@ -42,44 +51,101 @@ struct Arguments {
     d: u32,
 }
 
+/// As `GeluRowsArguments` there.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct RowsArguments {
+    to: Arguments,
+    scale: Pointer,
+}
+
 /// Threads of a block, for eight values each.
 const THREADS: usize = 256;
 
-/// `None` if the kernel does not apply.
-fn by_kernel(beside: Option<&Tensor>, x: &Tensor) -> Result<Option<Tensor>> {
-    let (Some((d, outer)), true) = (x.dims().split_last(), applies(x) && suffix(x.dtype()).is_some()) else { return Ok(None) };
-    let fits = |x: &Tensor| in_eights(x) && one_stride(x).is_some();
-    let beside_fits =
-        |other: &Tensor| fits(other) && other.dtype() == x.dtype() && other.rank() == x.rank() && other.dims().starts_with(outer);
-    if x.elem_count() == 0 || !fits(x) || !beside.is_none_or(beside_fits) {
-        return Ok(None);
+/// Where a block has a row, values of a thread, and threads at most.
+const OF_A_THREAD: usize = 32;
+const MOST_THREADS: usize = 1024;
+
+/// What the kernels are given: x `(.., d)`, and what its GELU comes beside.
+struct Sides<'a> {
+    beside: Option<&'a Tensor>,
+    x: &'a Tensor,
+    /// Of both together.
+    shape: Vec<usize>,
+    d: usize,
+}
+
+impl<'a> Sides<'a> {
+    /// `None` if the kernels do not apply.
+    fn of(beside: Option<&'a Tensor>, x: &'a Tensor) -> Option<Self> {
+        let (d, outer) = x.dims().split_last()?;
+        let fits = |x: &Tensor| in_eights(x) && one_stride(x).is_some();
+        let beside_fits = |other: &Tensor| {
+            fits(other) && other.dtype() == x.dtype() && other.rank() == x.rank() && other.dims().starts_with(outer)
+        };
+        let applicable = applies(x) && suffix(x.dtype()).is_some() && x.elem_count() > 0;
+        if !(applicable && fits(x) && beside.is_none_or(beside_fits)) {
+            return None;
+        }
+        let mut shape = outer.to_vec();
+        shape.push(beside.map_or(0, |other| other.dims()[outer.len()]) + d);
+        Some(Self { beside, x, shape, d: *d })
     }
-    let (rows, width) = (outer.iter().product(), beside.map_or(0, |other| other.dims()[outer.len()]));
-    let all = width + d;
-    let mut shape = outer.to_vec();
-    shape.push(all);
-    let y = output(shape, x.dtype(), x.device())?;
-    launch([beside.unwrap_or(x), x], [&y], |[beside_at, x_at], [y]| Launch {
-        kernel: "gelu_beside",
-        values: x.dtype(),
-        grid: [rows, all.div_ceil(8 * THREADS), 1],
-        threads: THREADS,
-        shared: 0,
-        arguments: Arguments {
-            beside: if beside.is_some() { beside_at } else { Pointer::NULL },
-            x: x_at,
+
+    fn width(&self) -> usize {
+        self.shape[self.shape.len() - 1]
+    }
+
+    fn rows(&self) -> usize {
+        self.shape[..self.shape.len() - 1].iter().product()
+    }
+
+    fn inputs(&self) -> [&'a Tensor; 2] {
+        [self.beside.unwrap_or(self.x), self.x]
+    }
+
+    fn arguments(&self, [beside, x]: [Pointer; 2], y: Pointer) -> Arguments {
+        Arguments {
+            beside: if self.beside.is_some() { beside } else { Pointer::NULL },
+            x,
             y,
-            beside_row: beside.and_then(one_stride).unwrap_or(0) as u64,
-            x_row: one_stride(x).unwrap_or(0) as u64,
-            width: width as u32,
-            d: *d as u32,
-        },
-    })?;
-    Ok(Some(y))
+            beside_row: self.beside.and_then(one_stride).unwrap_or(0) as u64,
+            x_row: one_stride(self.x).unwrap_or(0) as u64,
+            width: (self.width() - self.d) as u32,
+            d: self.d as u32,
+        }
+    }
+
+    fn values(&self) -> Result<Tensor> {
+        let y = output(self.shape.as_slice(), self.x.dtype(), self.x.device())?;
+        launch(self.inputs(), [&y], |inputs, [y]| Launch {
+            kernel: "gelu_beside",
+            values: self.x.dtype(),
+            grid: [self.rows(), self.width().div_ceil(8 * THREADS), 1],
+            threads: THREADS,
+            shared: 0,
+            arguments: self.arguments(inputs, y),
+        })?;
+        Ok(y)
+    }
+
+    /// Rows of at most as many values as a block has room for.
+    fn fp8(&self) -> Result<Fp8Rows> {
+        let made = Fp8Rows::new(&self.shape, self.x.device())?;
+        launch(self.inputs(), [&made.data, &made.scale], |inputs, [y, scale]| Launch {
+            kernel: "gelu_beside_fp8",
+            values: self.x.dtype(),
+            grid: [self.rows(), 1, 1],
+            threads: self.width().div_ceil(OF_A_THREAD).next_multiple_of(32),
+            shared: 128,
+            arguments: RowsArguments { to: self.arguments(inputs, y), scale },
+        })?;
+        Ok(made)
+    }
 }
 
 /// From one row to the next, if that is the same over all outer dimensions.
-fn one_stride(x: &Tensor) -> Option<usize> {
+pub(super) fn one_stride(x: &Tensor) -> Option<usize> {
     let outer = x.rank() - 1;
     let mut dims = x.dims()[..outer].iter().zip(&x.stride()[..outer]).rev().filter(|(n, _)| **n > 1);
     let Some((n, row)) = dims.next() else { return Some(0) };

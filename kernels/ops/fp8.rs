@@ -3,9 +3,9 @@
 //! On CUDA by our kernels whether or not they are asked for: candle names its own conversions of e4m3 otherwise than it compiles them
 //! (0.11.1), so they cannot be found.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{D, DType, Device, Result, Tensor, bail};
 
-use super::activation::gelu;
+use super::activation::{gelu, one_stride};
 use super::linear::linear;
 use crate::launch::{Launch, Pointer, in_eights, launch, output, reachable, suffix};
 
@@ -24,35 +24,55 @@ pub fn widen_fp8(data: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Result<
     }
 }
 
-/// x `(n, d)` -> e4m3 `(n, d)` and scale `(n, 1)` f32, of which the product is nearest to x.
-pub fn quantise_fp8(x: &Tensor) -> Result<(Tensor, Tensor)> {
-    if let Some(both) = quantise_by_kernel(x)? {
-        return Ok(both);
+/// Rows of e4m3 `(.., d)` with a scale `(.., 1)` f32 for each.
+#[derive(Debug, Clone)]
+pub struct Fp8Rows {
+    pub data: Tensor,
+    pub scale: Tensor,
+}
+
+impl Fp8Rows {
+    /// With nothing in them yet, for what is of this shape.
+    pub(crate) fn new(shape: &[usize], device: &Device) -> Result<Self> {
+        let of_rows = [&shape[..shape.len() - 1], &[1]].concat();
+        Ok(Self { data: output(shape, DType::F8E4M3, device)?, scale: output(of_rows, DType::F32, device)? })
+    }
+
+    /// The values, in `dtype`.
+    pub fn widen(&self, dtype: DType) -> Result<Tensor> {
+        let (data, scale) = (self.data.flatten_to(D::Minus2)?, self.scale.flatten_to(D::Minus2)?);
+        widen_fp8(&data, Some(&scale), dtype)?.reshape(self.data.shape())
+    }
+}
+
+/// x `(.., d)` -> rows of which the products with their scales are nearest to x.
+pub fn quantise_fp8(x: &Tensor) -> Result<Fp8Rows> {
+    if let Some(rows) = quantise_by_kernel(x)? {
+        return Ok(rows);
     }
     let wide = x.to_dtype(DType::F32)?;
     // A row of zeros has any scale but 0.
-    let scale = (wide.abs()?.max_keepdim(1)? / LARGEST)?.maximum(f32::MIN_POSITIVE)?;
+    let scale = (wide.abs()?.max_keepdim(D::Minus1)? / LARGEST)?.maximum(f32::MIN_POSITIVE)?;
     let data = wide.broadcast_div(&scale)?.clamp(-LARGEST, LARGEST)?.to_dtype(DType::F8E4M3)?;
-    Ok((data, scale))
+    Ok(Fp8Rows { data, scale })
 }
 
-/// x `(n, input)`, weight `(output, input)` e4m3 with scale `(output, 1)` -> `x Wᵀ + b`, through GELU if asked, in x's dtype, with x
-/// quantised row by row. On cards that have them by fp8 units (cuBLASLt), elsewhere by the same arithmetic in f32.
-pub fn linear_fp8(x: &Tensor, weight: &Tensor, scale: &Tensor, bias: Option<&Tensor>, through_gelu: bool) -> Result<Tensor> {
-    let ((_, input), (outputs, width)) = (x.dims2()?, weight.dims2()?);
-    if width != input || scale.dims() != [outputs, 1] || bias.is_some_and(|bias| bias.dims() != [outputs]) {
-        bail!("an fp8 layer of weight {:?} and scale {:?} was given {:?}", weight.shape(), scale.shape(), x.shape());
+/// x `(n, input)`, weight `(output, input)` -> `x Wᵀ + b`, through GELU if asked, in `dtype`. On cards that have them by fp8 units
+/// (cuBLASLt), elsewhere by the same arithmetic in f32.
+pub fn linear_fp8(x: &Fp8Rows, weight: &Fp8Rows, bias: Option<&Tensor>, through_gelu: bool, dtype: DType) -> Result<Tensor> {
+    let ((_, input), (outputs, width)) = (x.data.dims2()?, weight.data.dims2()?);
+    if width != input || weight.scale.dims() != [outputs, 1] || bias.is_some_and(|bias| bias.dims() != [outputs]) {
+        let (weight, scale) = (weight.data.shape(), weight.scale.shape());
+        bail!("an fp8 layer of weight {weight:?} and scale {scale:?} was given {:?}", x.data.shape());
     }
-    let (data, x_scale) = quantise_fp8(x)?;
     #[cfg(feature = "cuda")]
-    if let Some(y) = crate::lt::linear_fp8([&data, &x_scale], [weight, scale], bias, through_gelu, x.dtype())? {
+    if let Some(y) = crate::lt::linear_fp8(x, weight, bias, through_gelu, dtype)? {
         return Ok(y);
     }
     // Sums are f32 on the units too.
-    let (x_wide, w_wide) = (widen_fp8(&data, Some(&x_scale), DType::F32)?, widen_fp8(weight, Some(scale), DType::F32)?);
     let bias = bias.map(|bias| bias.to_dtype(DType::F32)).transpose()?;
-    let y = linear(&x_wide, &w_wide, bias.as_ref())?;
-    if through_gelu { gelu(&y)? } else { y }.to_dtype(x.dtype())
+    let y = linear(&x.widen(DType::F32)?, &weight.widen(DType::F32)?, bias.as_ref())?;
+    if through_gelu { gelu(&y)? } else { y }.to_dtype(dtype)
 }
 
 /// As `WidenArguments` in cuda/fp8.cu.
@@ -107,21 +127,22 @@ fn widen_by_kernel(data: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Resul
     Ok(Some(y))
 }
 
-fn quantise_by_kernel(x: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
-    let (n, d) = x.dims2()?;
-    if !(reachable(x) && suffix(x.dtype()).is_some() && in_eights(x) && n > 0 && d > 0) {
+fn quantise_by_kernel(x: &Tensor) -> Result<Option<Fp8Rows>> {
+    let (Some((&d, outer)), Some(row)) = (x.dims().split_last(), one_stride(x)) else { return Ok(None) };
+    if !(reachable(x) && suffix(x.dtype()).is_some() && in_eights(x) && x.elem_count() > 0) {
         return Ok(None);
     }
-    let (y, scale) = (output((n, d), DType::F8E4M3, x.device())?, output((n, 1), DType::F32, x.device())?);
-    launch([x], [&y, &scale], |[x_at], [y, scale]| Launch {
+    let n = outer.iter().product();
+    let rows = Fp8Rows::new(x.dims(), x.device())?;
+    launch([x], [&rows.data, &rows.scale], |[x_at], [y, scale]| Launch {
         kernel: "quantise_fp8",
         values: x.dtype(),
         grid: [n, 1, 1],
         threads: THREADS,
         shared: 128,
-        arguments: Quantise { x: x_at, y, scale, row: x.stride()[0] as u64, d: d as u32 },
+        arguments: Quantise { x: x_at, y, scale, row: row as u64, d: d as u32 },
     })?;
-    Ok(Some((y, scale)))
+    Ok(Some(rows))
 }
 
 #[cfg(test)]
@@ -136,17 +157,19 @@ mod tests {
         let x = Tensor::randn(0f32, 1., (48, 3072), &Device::Cpu).unwrap();
         let weight = (Tensor::randn(0f32, 1., (96, 3072), &Device::Cpu).unwrap() * 0.02).unwrap();
         let bias = Tensor::randn(0f32, 1., 96, &Device::Cpu).unwrap();
-        let (data, scale) = quantise_fp8(&weight).unwrap();
+        let (x8, w8) = (quantise_fp8(&x).unwrap(), quantise_fp8(&weight).unwrap());
         let norm = |x: Tensor| f64::from(x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
         for through_gelu in [false, true] {
-            let got = linear_fp8(&x, &data, &scale, Some(&bias), through_gelu).unwrap();
+            let got = linear_fp8(&x8, &w8, Some(&bias), through_gelu, DType::F32).unwrap();
             let exact = linear(&x, &weight, Some(&bias)).unwrap();
             let exact = if through_gelu { gelu(&exact).unwrap() } else { exact };
             let error = norm((got - &exact).unwrap()) / norm(exact);
             println!("GELU {through_gelu}: {error:.4}");
             assert!(error > 0.005 && error < 0.04, "{error}");
         }
-        assert!(linear_fp8(&x, &data, &scale.narrow(0, 0, 95).unwrap(), None, false).is_err());
-        assert!(linear_fp8(&x.narrow(1, 0, 3071).unwrap(), &data, &scale, None, false).is_err());
+        let short = Fp8Rows { scale: w8.scale.narrow(0, 0, 95).unwrap(), ..w8.clone() };
+        assert!(linear_fp8(&x8, &short, None, false, DType::F32).is_err());
+        let narrow = Fp8Rows { data: x8.data.narrow(1, 0, 3071).unwrap(), ..x8 };
+        assert!(linear_fp8(&narrow, &w8, None, false, DType::F32).is_err());
     }
 }

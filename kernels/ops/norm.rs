@@ -3,6 +3,7 @@
 use candle_core::{D, DType, Result, Tensor};
 
 use super::cpu;
+use super::fp8::{Fp8Rows, quantise_fp8};
 use crate::launch::{Launch, Pointer, applies, in_eights, launch, output, suffix};
 
 /// x `(.., d)` -> `(x - mean) / sqrt(variance + eps)` over d, same shape and dtype.
@@ -27,7 +28,9 @@ pub fn layer_norm(x: &Tensor, eps: f32) -> Result<Tensor> {
 /// Fused on the CPU, where composed ops would read and write x three times.
 pub fn modulated_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f32) -> Result<Tensor> {
     let (_, l, d) = x.dims3()?;
-    if let Some((_, Some(y))) = fused(x, None, Some([scale, shift]), eps)? {
+    if let Some(pass) = Pass::of(x, None, Some([scale, shift]), eps)? {
+        let y = pass.like_x()?;
+        pass.run(None, Some(&y), None)?;
         return Ok(y);
     }
     if !x.device().is_cpu() {
@@ -47,10 +50,22 @@ pub fn modulated_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f32) -> R
     })?
 }
 
+/// [`quantise_fp8`] of [`modulated_norm`].
+pub fn modulated_norm_fp8(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f32) -> Result<Fp8Rows> {
+    let Some(pass) = Pass::of(x, None, Some([scale, shift]), eps)? else {
+        return quantise_fp8(&modulated_norm(x, scale, shift, eps)?);
+    };
+    let rows = Fp8Rows::new(x.dims(), x.device())?;
+    pass.run(None, Some(&rows.data), Some(&rows.scale))?;
+    Ok(rows)
+}
+
 /// x and update `(b, l, d)`, gate `(b, 1, d)` -> `x + gate * update`, in x's dtype.
 pub fn add_gated(x: &Tensor, gate: &Tensor, update: &Tensor) -> Result<Tensor> {
     let (_, l, d) = x.dims3()?;
-    if let Some((Some(sum), _)) = fused(x, Some([gate, update]), None, 0.)? {
+    if let Some(pass) = Pass::of(x, Some([gate, update]), None, 0.)? {
+        let sum = pass.like_x()?;
+        pass.run(Some(&sum), None, None)?;
         return Ok(sum);
     }
     if !x.device().is_cpu() {
@@ -80,12 +95,30 @@ pub fn add_gated_then_norm(
     [scale, shift]: [&Tensor; 2],
     eps: f32,
 ) -> Result<(Tensor, Tensor)> {
-    if let Some((Some(sum), Some(y))) = fused(x, Some([gate, update]), Some([scale, shift]), eps)? {
+    if let Some(pass) = Pass::of(x, Some([gate, update]), Some([scale, shift]), eps)? {
+        let (sum, y) = (pass.like_x()?, pass.like_x()?);
+        pass.run(Some(&sum), Some(&y), None)?;
         return Ok((sum, y));
     }
     let sum = add_gated(x, gate, update)?;
     let y = modulated_norm(&sum, scale, shift, eps)?;
     Ok((sum, y))
+}
+
+/// The same with the [`quantise_fp8`] of the norm.
+pub fn add_gated_then_norm_fp8(
+    x: &Tensor,
+    [gate, update]: [&Tensor; 2],
+    [scale, shift]: [&Tensor; 2],
+    eps: f32,
+) -> Result<(Tensor, Fp8Rows)> {
+    let Some(pass) = Pass::of(x, Some([gate, update]), Some([scale, shift]), eps)? else {
+        let (sum, y) = add_gated_then_norm(x, [gate, update], [scale, shift], eps)?;
+        return Ok((sum, quantise_fp8(&y)?));
+    };
+    let (sum, rows) = (pass.like_x()?, Fp8Rows::new(x.dims(), x.device())?);
+    pass.run(Some(&sum), Some(&rows.data), Some(&rows.scale))?;
+    Ok((sum, rows))
 }
 
 /// As `NormArguments` in cuda/norm.cu.
@@ -99,6 +132,7 @@ struct Arguments {
     shift: Pointer,
     sum: Pointer,
     y: Pointer,
+    row_scale: Pointer,
     x_item: u64,
     x_token: u64,
     gate_item: u64,
@@ -113,49 +147,55 @@ struct Arguments {
 const OF_A_THREAD: usize = 32;
 const MOST_THREADS: usize = 1024;
 
-/// The kernel's sum (if there is an update) and norm (if there is a modulation); `None` if it does not apply.
-fn fused(
-    x: &Tensor,
-    added: Option<[&Tensor; 2]>,
-    modulation: Option<[&Tensor; 2]>,
+/// What the kernel does in one pass over x `(b, l, d)`: an update through its gate, then the norm and its modulation, either left out if
+/// not given.
+struct Pass<'a> {
+    x: &'a Tensor,
+    added: Option<[&'a Tensor; 2]>,
+    modulation: Option<[&'a Tensor; 2]>,
     eps: f32,
-) -> Result<Option<(Option<Tensor>, Option<Tensor>)>> {
-    let (b, l, d) = x.dims3()?;
-    let rows = [added.map(|[gate, _]| gate), modulation.map(|[scale, _]| scale), modulation.map(|[_, shift]| shift)];
-    let fits = |row: &Tensor| row.dims() == [b, 1, d] && row.dtype() == x.dtype() && in_eights(row);
-    let update = added.map(|[_, update]| update);
-    let applicable = applies(x)
-        && suffix(x.dtype()).is_some()
-        && in_eights(x)
-        && b * l > 0
-        && d <= OF_A_THREAD * MOST_THREADS
-        && rows.iter().flatten().all(|row| fits(row))
-        && update.is_none_or(|u| u.dims() == x.dims() && u.dtype() == x.dtype() && u.is_contiguous() && in_eights(u));
-    if !applicable {
-        return Ok(None);
+}
+
+impl<'a> Pass<'a> {
+    /// `None` if the kernel does not apply.
+    fn of(x: &'a Tensor, added: Option<[&'a Tensor; 2]>, modulation: Option<[&'a Tensor; 2]>, eps: f32) -> Result<Option<Self>> {
+        let (b, l, d) = x.dims3()?;
+        let row_fits = |row: &Tensor| row.dims() == [b, 1, d] && row.dtype() == x.dtype() && in_eights(row);
+        let update_fits = |u: &Tensor| u.dims() == x.dims() && u.dtype() == x.dtype() && u.is_contiguous() && in_eights(u);
+        let applicable =
+            applies(x) && suffix(x.dtype()).is_some() && in_eights(x) && b * l > 0 && d <= OF_A_THREAD * MOST_THREADS;
+        let fits = applicable
+            && added.is_none_or(|[gate, update]| row_fits(gate) && update_fits(update))
+            && modulation.is_none_or(|rows| rows.into_iter().all(row_fits));
+        Ok(fits.then_some(Self { x, added, modulation, eps }))
     }
-    let new = || output(x.shape(), x.dtype(), x.device());
-    let (sum, y) = (added.map(|_| new()).transpose()?, modulation.map(|_| new()).transpose()?);
-    let Some(first) = y.as_ref().or(sum.as_ref()) else { return Ok(None) };
-    let item = |row: Option<&Tensor>| row.map_or(0, |row| row.stride()[0] as u64);
-    let [gate, scale, shift] = rows;
-    let threads = d.div_ceil(OF_A_THREAD).next_multiple_of(32);
-    // What is not asked for is x again, and its pointer is not passed on.
-    let inputs = [x, update.unwrap_or(x), gate.unwrap_or(x), scale.unwrap_or(x), shift.unwrap_or(x)];
-    launch(
-        inputs,
-        [sum.as_ref().unwrap_or(first), y.as_ref().unwrap_or(first)],
-        |[x_at, update, gate_at, scale_at, shift_at], [sum, y]| {
-            let (with, modulated) = (|p| if added.is_some() { p } else { Pointer::NULL }, modulation.is_some());
-            let of = |p| if modulated { p } else { Pointer::NULL };
+
+    fn like_x(&self) -> Result<Tensor> {
+        output(self.x.shape(), self.x.dtype(), self.x.device())
+    }
+
+    /// Writes the sum if there is an update, the norm if there is a modulation: e4m3 if there is a `(b, l, 1)` for the scales of its rows.
+    fn run(&self, sum: Option<&Tensor>, y: Option<&Tensor>, row_scale: Option<&Tensor>) -> Result<()> {
+        let x = self.x;
+        let (b, l, d) = x.dims3()?;
+        let [gate, update] = self.added.map_or([None; 2], |both| both.map(Some));
+        let [scale, shift] = self.modulation.map_or([None; 2], |both| both.map(Some));
+        let Some(first) = y.or(sum) else { return Ok(()) };
+        // What is not there is x or an output again, and its pointer is not passed on.
+        let inputs = [Some(x), update, gate, scale, shift];
+        let outputs = [sum, y, row_scale];
+        let item = |row: Option<&Tensor>| row.map_or(0, |row| row.stride()[0] as u64);
+        launch(inputs.map(|input| input.unwrap_or(x)), outputs.map(|output| output.unwrap_or(first)), |at, to| {
+            let of = |there: Option<&Tensor>, pointer| if there.is_some() { pointer } else { Pointer::NULL };
             let arguments = Arguments {
-                x: x_at,
-                update: with(update),
-                gate: with(gate_at),
-                scale: of(scale_at),
-                shift: of(shift_at),
-                sum: with(sum),
-                y: of(y),
+                x: at[0],
+                update: of(update, at[1]),
+                gate: of(gate, at[2]),
+                scale: of(scale, at[3]),
+                shift: of(shift, at[4]),
+                sum: of(sum, to[0]),
+                y: of(y, to[1]),
+                row_scale: of(row_scale, to[2]),
                 x_item: x.stride()[0] as u64,
                 x_token: x.stride()[1] as u64,
                 gate_item: item(gate),
@@ -163,12 +203,12 @@ fn fused(
                 shift_item: item(shift),
                 l: l as u32,
                 d: d as u32,
-                eps,
+                eps: self.eps,
             };
+            let threads = d.div_ceil(OF_A_THREAD).next_multiple_of(32);
             Launch { kernel: "norm", values: x.dtype(), grid: [b * l, 1, 1], threads, shared: 128, arguments }
-        },
-    )?;
-    Ok(Some((sum, y)))
+        })
+    }
 }
 
 /// x `(.., d)`, scale `(d)` f32 -> `x / sqrt(mean(x²) + eps) * scale`, same shape and dtype as x.

@@ -5,7 +5,7 @@ use kernels::{Heads, Projection};
 
 use super::{Config, Rope};
 use crate::Result;
-use crate::nn::{self, Linear, Parameter};
+use crate::nn::{self, Linear, Parameter, Rows};
 use crate::weights::{Error, Source};
 
 /// Of every norm in FLUX.1.
@@ -27,9 +27,12 @@ impl Modulation {
         Ok(std::array::from_fn(|n| Self { shift: part(3 * n), scale: part(3 * n + 1), gate: part(3 * n + 2) }))
     }
 
-    /// layer_norm(x) * (1 + scale) + shift.
-    fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::modulated_norm(x, &self.scale, &self.shift, EPS)
+    /// layer_norm(x) * (1 + scale) + shift, as the layer `to` takes it.
+    fn apply(&self, x: &Tensor, to: &Linear) -> Result<Rows> {
+        Ok(match to.takes_fp8()? {
+            true => Rows::Fp8(kernels::modulated_norm_fp8(x, &self.scale, &self.shift, EPS)?, x.dtype()),
+            false => Rows::Values(kernels::modulated_norm(x, &self.scale, &self.shift, EPS)?),
+        })
     }
 
     /// x + gate * update.
@@ -38,8 +41,14 @@ impl Modulation {
     }
 
     /// x + gate * update, and the `next` modulation's [`Self::apply`] of it.
-    fn add_gated_then(&self, next: &Self, x: &Tensor, update: &Tensor) -> Result<(Tensor, Tensor)> {
-        kernels::add_gated_then_norm(x, [&self.gate, update], [&next.scale, &next.shift], EPS)
+    fn add_gated_then(&self, next: &Self, x: &Tensor, update: &Tensor, to: &Linear) -> Result<(Tensor, Rows)> {
+        let (update, rows) = ([&self.gate, update], [&next.scale, &next.shift]);
+        if to.takes_fp8()? {
+            let (sum, y) = kernels::add_gated_then_norm_fp8(x, update, rows, EPS)?;
+            return Ok((sum, Rows::Fp8(y, x.dtype())));
+        }
+        let (sum, y) = kernels::add_gated_then_norm(x, update, rows, EPS)?;
+        Ok((sum, Rows::Values(y)))
     }
 }
 
@@ -98,8 +107,8 @@ impl Stream {
 
     /// Adds what attention found, then the MLP, each through its gate.
     fn finish(&self, x: &Tensor, attended: &Tensor, [attention, mlp]: &[Modulation; 2]) -> Result<Tensor> {
-        let (x, y) = attention.add_gated_then(mlp, x, &self.proj.forward(attended)?)?;
-        mlp.add_gated(&x, &self.mlp_out.forward(&self.mlp_in.forward_gelu(&y)?)?)
+        let (x, y) = attention.add_gated_then(mlp, x, &self.proj.forward(attended)?, &self.mlp_in)?;
+        mlp.add_gated(&x, &self.mlp_out.forward(&self.mlp_in.forward_gelu(y)?)?)
     }
 }
 
@@ -124,8 +133,8 @@ impl DoubleBlock {
     /// img `(b, l_img, d)`, txt `(b, l_txt, d)`, modulations `(b, 6 d)` -> img and txt of the same shapes.
     pub fn forward(&self, img: &Tensor, txt: &Tensor, modulations: [&Tensor; 2], rope: &Rope) -> Result<(Tensor, Tensor)> {
         let [img_mods, txt_mods] = [Modulation::split(modulations[0])?, Modulation::split(modulations[1])?];
-        let img_qkv = self.img.qkv.forward(&img_mods[0].apply(img)?)?;
-        let txt_qkv = self.txt.qkv.forward(&txt_mods[0].apply(txt)?)?;
+        let img_qkv = self.img.qkv.forward(img_mods[0].apply(img, &self.img.qkv)?)?;
+        let txt_qkv = self.txt.qkv.forward(txt_mods[0].apply(txt, &self.txt.qkv)?)?;
 
         let streams = [self.txt.head_norms.of(&txt_qkv)?, self.img.head_norms.of(&img_qkv)?];
         let attended = attend(&streams, self.heads, rope)?; // (b, l_txt + l_img, d)
@@ -171,12 +180,15 @@ impl SingleBlock {
     /// x `(b, l, d)`, modulation `(b, 3 d)` -> x of the same shape.
     pub fn forward(&self, x: &Tensor, modulation: &Tensor, rope: &Rope) -> Result<Tensor> {
         let [modulation] = Modulation::split(modulation)?;
-        let y = self.linear1.forward(&modulation.apply(x)?)?; // (b, l, 3 d + mlp)
+        let y = self.linear1.forward(modulation.apply(x, &self.linear1)?)?; // (b, l, 3 d + mlp)
         let qkv = y.narrow(D::Minus1, 0, 3 * self.hidden)?;
         let mlp = y.narrow(D::Minus1, 3 * self.hidden, self.mlp)?;
 
         let attended = attend(&[self.head_norms.of(&qkv)?], self.heads, rope)?;
-        let update = self.linear2.forward(&kernels::gelu_beside(&attended, &mlp)?)?;
-        modulation.add_gated(x, &update)
+        let both = match self.linear2.takes_fp8()? {
+            true => Rows::Fp8(kernels::gelu_beside_fp8(&attended, &mlp)?, x.dtype()),
+            false => Rows::Values(kernels::gelu_beside(&attended, &mlp)?),
+        };
+        modulation.add_gated(x, &self.linear2.forward(both)?)
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{D, DType, Device, Result, Tensor};
-use kernels::{Addend, Delta};
+use kernels::{Addend, Delta, Fp8Rows};
 
 use super::Parameter;
 
@@ -60,8 +60,11 @@ impl Weight {
     pub fn dense(&self, dtype: DType) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => weight.to_dtype(dtype),
-            Self::Fp8 { data, scale, .. } => kernels::widen_fp8(data, scale.as_ref(), dtype),
-            Self::Quantised(blocks) => blocks.dequantize(&blocks.device())?.to_dtype(dtype),
+            Self::Fp8 { data, scale, .. } => {
+                let scale = scale.as_ref().map(|scale| scale.to_device(data.device())).transpose()?;
+                kernels::widen_fp8(data, scale.as_ref(), dtype)
+            }
+            Self::Quantised(blocks) => kernels::widen_blocks(blocks, dtype),
             Self::Mapped(mapped) => mapped.tensor()?.to_dtype(dtype),
         }
     }
@@ -80,7 +83,17 @@ impl Weight {
         }
     }
 
-    /// The same on another device.
+    /// The same, with what is small on `device` already: sending it for each product would wait for the product before.
+    pub(crate) fn with_scales_on(self, device: &Device) -> Result<Self> {
+        Ok(match self {
+            Self::Fp8 { data, scale, products } => {
+                Self::Fp8 { data, scale: scale.map(|scale| scale.to_device(device)).transpose()?, products }
+            }
+            other => other,
+        })
+    }
+
+    /// The same on another device. Scales that are on a card stay there.
     pub(crate) fn to_device(&self, device: &Device) -> Result<Self> {
         if self.device().same_device(device) {
             // What is mapped stays so.
@@ -91,7 +104,10 @@ impl Weight {
             Self::Fp8 { data, scale, products } => Self::Fp8 {
                 products: *products,
                 data: kernels::to_device(data, device)?,
-                scale: scale.as_ref().map(|scale| scale.to_device(device)).transpose()?,
+                scale: match scale {
+                    Some(scale) if !device.is_cpu() => Some(scale.to_device(device)?),
+                    scale => scale.clone(),
+                },
             },
             Self::Quantised(blocks) => {
                 let moved = QStorage::from_data(blocks.data()?, device, blocks.dtype())?;
@@ -101,8 +117,8 @@ impl Weight {
         })
     }
 
-    /// Calls `work` with itself on `device`: what waits in main memory is sent there for this one product.
-    fn visit<R>(&self, device: &Device, work: impl FnOnce(&Self) -> Result<R>) -> Result<R> {
+    /// Calls `work` with itself on `device`, for a product in `dtype`: what waits in main memory is sent there for this one product.
+    fn visit<R>(&self, device: &Device, dtype: DType, work: impl FnOnce(&Self) -> Result<R>) -> Result<R> {
         match self {
             here if here.device().same_device(device) => work(here),
             Self::Dense(weight) => kernels::visit(weight, device, |weight| work(&Self::Dense(weight))),
@@ -110,11 +126,69 @@ impl Weight {
                 let (products, scale) = (*products, scale.as_ref().map(|scale| scale.to_device(device)).transpose()?);
                 kernels::visit(data, device, |data| work(&Self::Fp8 { data, scale, products }))
             }
-            Self::Quantised(_) => work(&self.to_device(device)?),
+            Self::Quantised(blocks) => kernels::visit_blocks(blocks, dtype, device, |weight| work(&Self::Dense(weight))),
             Self::Mapped(Mapped { bytes, stored, shape, dtype }) => {
                 let widened = |weight: Tensor| work(&Self::Dense(weight.to_dtype(*dtype)?));
                 kernels::visit_bytes((**bytes).as_ref(), *stored, shape, device, widened)
             }
+        }
+    }
+}
+
+/// What a layer is given: `(.., input)`.
+#[derive(Debug, Clone)]
+pub enum Rows {
+    Values(Tensor),
+    /// For a layer that takes it ([`Linear::takes_fp8`]), and what it is to give.
+    Fp8(Fp8Rows, DType),
+}
+
+impl From<&Tensor> for Rows {
+    fn from(x: &Tensor) -> Self {
+        Self::Values(x.clone())
+    }
+}
+
+impl Rows {
+    fn dims(&self) -> &[usize] {
+        match self {
+            Self::Values(x) | Self::Fp8(Fp8Rows { data: x, .. }, _) => x.dims(),
+        }
+    }
+
+    fn device(&self) -> &Device {
+        match self {
+            Self::Values(x) | Self::Fp8(Fp8Rows { data: x, .. }, _) => x.device(),
+        }
+    }
+
+    fn dtype(&self) -> DType {
+        match self {
+            Self::Values(x) => x.dtype(),
+            Self::Fp8(_, dtype) => *dtype,
+        }
+    }
+
+    /// `(n, input)`.
+    fn flat(self) -> Result<Self> {
+        let flat = |x: Tensor| x.reshape(((), x.dim(D::Minus1)?));
+        Ok(match self {
+            Self::Values(x) => Self::Values(flat(x)?),
+            Self::Fp8(Fp8Rows { data, scale }, dtype) => Self::Fp8(Fp8Rows { data: flat(data)?, scale: flat(scale)? }, dtype),
+        })
+    }
+
+    fn values(&self) -> Result<Tensor> {
+        match self {
+            Self::Values(x) => Ok(x.clone()),
+            Self::Fp8(rows, dtype) => rows.widen(*dtype),
+        }
+    }
+
+    fn fp8(&self) -> Result<Fp8Rows> {
+        match self {
+            Self::Values(x) => kernels::quantise_fp8(x),
+            Self::Fp8(rows, _) => Ok(rows.clone()),
         }
     }
 }
@@ -136,31 +210,39 @@ impl Linear {
     ///
     /// fp8 and GGUF matrices are widened before the product: FLUX multiplies hundreds of tokens at once, so widening costs
     /// little next to the product and the activations keep their precision.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.apply(x, false)
+    pub fn forward(&self, x: impl Into<Rows>) -> Result<Tensor> {
+        self.apply(x.into(), false)
     }
 
     /// [`Self::forward`], then GELU (tanh form).
-    pub fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
-        self.apply(x, true)
+    pub fn forward_gelu(&self, x: impl Into<Rows>) -> Result<Tensor> {
+        self.apply(x.into(), true)
     }
 
-    fn apply(&self, x: &Tensor, gelu: bool) -> Result<Tensor> {
+    /// Whether it multiplies in e4m3 and nothing else: what comes before it may then give it that.
+    pub fn takes_fp8(&self) -> Result<bool> {
+        let (weight, branch) = self.weight.current()?;
+        Ok(branch.is_empty() && matches!(weight, Weight::Fp8 { scale: Some(_), products: true, .. }))
+    }
+
+    fn apply(&self, x: Rows, gelu: bool) -> Result<Tensor> {
         let (weight, branch) = self.weight.current()?;
         let bias = self.bias.as_ref().map(Parameter::tensor).transpose()?;
         let mut shape = x.dims().to_vec();
-        let x = x.reshape(((), x.dim(D::Minus1)?))?;
+        let dtype = x.dtype();
+        let x = x.flat()?;
         // What a branch adds comes before GELU.
         let in_product = gelu && branch.is_empty();
-        let mut y = weight.visit(x.device(), |weight| match weight {
+        let mut y = weight.visit(x.device(), dtype, |weight| match weight {
             Weight::Fp8 { data, scale: Some(scale), products: true } => {
-                kernels::linear_fp8(&x, data, scale, bias.as_ref(), in_product)
+                let weight = Fp8Rows { data: data.clone(), scale: scale.clone() };
+                kernels::linear_fp8(&x.fp8()?, &weight, bias.as_ref(), in_product, dtype)
             }
-            weight if in_product => kernels::linear_gelu(&x, &weight.dense(x.dtype())?, bias.as_ref()),
-            weight => kernels::linear(&x, &weight.dense(x.dtype())?, bias.as_ref()),
+            weight if in_product => kernels::linear_gelu(&x.values()?, &weight.dense(dtype)?, bias.as_ref()),
+            weight => kernels::linear(&x.values()?, &weight.dense(dtype)?, bias.as_ref()),
         })?;
         for addend in branch.iter() {
-            y = add_branch(y, &x, addend)?;
+            y = add_branch(y, &x.values()?, addend)?;
         }
         if gelu && !branch.is_empty() {
             y = kernels::gelu(&y)?;

@@ -2,6 +2,7 @@
 
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
+use kernels::Fp8Rows;
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -66,7 +67,7 @@ impl Keep {
         Ok(match self.fitting(input) {
             Self::Stored => Weight::Dense(dense),
             Self::Fp8 | Self::Fp8Products => {
-                let (data, scale) = kernels::quantise_fp8(&dense)?;
+                let Fp8Rows { data, scale } = kernels::quantise_fp8(&dense)?;
                 Weight::Fp8 { data, scale: Some(scale), products: self == Self::Fp8Products }
             }
             Self::Gguf(kind) => {

@@ -27,7 +27,7 @@ impl Rows {
         shape
     }
 
-    fn bytes<'a>(&self, checkpoint: &'a Checkpoint) -> &'a [u8] {
+    pub(super) fn bytes<'a>(&self, checkpoint: &'a Checkpoint) -> &'a [u8] {
         let bytes = checkpoint.bytes(&self.stored);
         let middle = bytes.len() / 2;
         match self.half {

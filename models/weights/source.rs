@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Shape, Tensor};
@@ -90,6 +91,8 @@ pub struct Source {
     device: Device,
     keep: Keep,
     on_host: OnHost,
+    /// Bytes of tensors that were loaded, see [`Self::counting`].
+    loaded: Arc<AtomicU64>,
     /// Every tensor that is asked for exists and is random.
     synthetic: bool,
 }
@@ -112,6 +115,7 @@ impl Source {
             device: device.clone(),
             keep: Keep::default(),
             on_host: OnHost::default(),
+            loaded: Arc::default(),
             synthetic: false,
         }
     }
@@ -120,6 +124,18 @@ impl Source {
     #[must_use]
     pub fn kept(self, keep: Keep, on_host: OnHost) -> Self {
         Self { keep, on_host, ..self }
+    }
+
+    /// The same, adding the bytes of each tensor to `loaded` when its turn comes.
+    #[must_use]
+    pub fn counting(self, loaded: &Arc<AtomicU64>) -> Self {
+        Self { loaded: loaded.clone(), ..self }
+    }
+
+    /// Bytes of all its tensors, as they are stored.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.names.keys().filter_map(|path| self.rows(path)).flatten().map(|part| part.bytes(&self.checkpoint).len() as u64).sum()
     }
 
     /// Random weights of any size, made on `device`: for benches at real sizes without a checkpoint. Matrices are normal with
@@ -243,7 +259,7 @@ impl Source {
         let all = |kind: fn(Kind) -> bool| rows.iter().all(|part| kind(part.stored.kind));
         if all(|kind| kind == Kind::Plain(safetensors::Dtype::F8_E4M3)) && rows.len() == 1 {
             let data = read::fp8(&self.checkpoint, &rows, shape.dims(), &device).map_err(failed)?;
-            let scale = self.scale()?.map(|scale| scale.to_device(&device)).transpose().map_err(failed)?;
+            let scale = self.scale()?;
             return Ok(Weight::Fp8 { data, scale, products: false });
         }
         if all(|kind| matches!(kind, Kind::Gguf(dtype) if dtype.block_size() > 1)) {
@@ -262,7 +278,7 @@ impl Source {
         // GGUF blocks are made by the processor.
         let made = if matches!(keep, Keep::Gguf(_)) { Device::Cpu } else { device.clone() };
         let dense = read::dense(&self.checkpoint, &rows, shape.dims(), self.dtype, &made).map_err(failed)?;
-        keep.convert(dense).and_then(|weight| weight.to_device(&device)).map_err(failed)
+        keep.convert(dense).and_then(|weight| weight.to_device(&device)?.with_scales_on(&self.device)).map_err(failed)
     }
 
     /// The scale of a scaled fp8 weight: one number, or one for each output row as `(output, 1)`.
@@ -322,6 +338,8 @@ impl Source {
             seen.wrong_shape.push((path.into(), shape.dims().to_vec(), stored));
             return None;
         }
+        let bytes = rows.iter().map(|part| part.bytes(&self.checkpoint).len() as u64).sum();
+        self.loaded.fetch_add(bytes, Ordering::Relaxed);
         Some(rows)
     }
 

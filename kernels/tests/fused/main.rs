@@ -3,11 +3,13 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and errors are of interest on a card")]
 
+mod weights;
+
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
-    Addend, After, Budget, Delta, Projection, Window, add_gated, add_gated_then_norm, attention, convolve, emulated, gelu,
-    gelu_beside, group_norm, joint_heads, launches, linear, linear_gelu, merge, modulated_norm, quantise_fp8, rms_norm,
-    widen_fp8,
+    Addend, After, Budget, Delta, Fp8Rows, Projection, Window, add_gated, add_gated_then_norm, add_gated_then_norm_fp8,
+    attention, convolve, emulated, gelu, gelu_beside, gelu_beside_fp8, group_norm, joint_heads, launches, linear, linear_gelu,
+    merge, modulated_norm, modulated_norm_fp8, quantise_fp8, rms_norm,
 };
 
 fn random(shape: &[usize]) -> Tensor {
@@ -106,6 +108,58 @@ fn norms_and_gates() {
             assert!(relative(&got.1, &to_f32(&want.1)) < 1e-3, "{dtype:?}");
         }
     }
+}
+
+/// Rows of e4m3 made in one pass are those of the two passes, to the bit.
+fn check_fp8(name: &str, inputs: &[Tensor], one: impl Fn(&[Tensor]) -> Fp8Rows, two: impl Fn(&[Tensor]) -> Tensor) {
+    for dtype in ALL {
+        let rounded: Vec<Tensor> = inputs.iter().map(|x| view_like(&x.to_dtype(dtype).unwrap(), x)).collect();
+        for (place, run) in places() {
+            let placed: Vec<Tensor> = rounded.iter().map(|x| view_like(&x.to_device(&place).unwrap(), x)).collect();
+            let parts: [fn(Fp8Rows) -> Tensor; 2] = [|rows| rows.data, |rows| rows.scale];
+            for part in parts {
+                let before = launches();
+                let got = to_f32(&run(&|| part(one(&placed))));
+                assert_eq!(launches() - before, 1, "{name} {dtype:?} on {place:?}");
+                let want = to_f32(&run(&|| part(quantise_fp8(&two(&placed)).unwrap())));
+                assert_eq!((got.dims(), relative(&got, &want)), (want.dims(), 0.), "{name} {dtype:?} on {place:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_of_e4m3_in_the_same_pass() {
+    for (b, l, d) in [(1, 1, 8), (2, 19, 96), (1, 3, 3072), (1, 2, 32768)] {
+        let rows = random(&[b, 1, 3 * d]);
+        let part = |i| rows.narrow(2, i * d, d).unwrap();
+        let x = random(&[b, l, 2 * d + 8]).narrow(2, 8, d).unwrap();
+        let inputs = [x, part(2), random(&[b, l, d]), part(0), part(1)];
+        check_fp8(
+            "modulated_norm",
+            &inputs,
+            |x| modulated_norm_fp8(&x[0], &x[3], &x[4], 1e-6).unwrap(),
+            |x| modulated_norm(&x[0], &x[3], &x[4], 1e-6).unwrap(),
+        );
+        let added = |x: &[Tensor]| add_gated_then_norm_fp8(&x[0], [&x[1], &x[2]], [&x[3], &x[4]], 1e-6).unwrap();
+        let plain = |x: &[Tensor]| add_gated_then_norm(&x[0], [&x[1], &x[2]], [&x[3], &x[4]], 1e-6).unwrap();
+        check_fp8("norm of the sum", &inputs, |x| added(x).1, |x| plain(x).1);
+        check("sum", &ALL, &inputs, 1, |x| Ok(added(x).0));
+    }
+    for (b, l, d, m) in [(1, 1, 8, 8), (2, 7, 96, 400), (1, 2, 3072, 12288)] {
+        let mlp = random(&[b, l, 3 * d + m]).narrow(2, 3 * d, m).unwrap();
+        let inputs = [random(&[b, l, d]), mlp];
+        let (one, two) = (|x: &[Tensor]| gelu_beside_fp8(&x[0], &x[1]), |x: &[Tensor]| gelu_beside(&x[0], &x[1]));
+        check_fp8("gelu_beside", &inputs, |x| one(x).unwrap(), |x| two(x).unwrap());
+    }
+    // A row of zeros, and one that is too long for a block.
+    let zeros = Tensor::zeros((1, 2, 16), DType::F32, &Device::Cpu).unwrap();
+    let rows = emulated(|| gelu_beside_fp8(&zeros, &zeros).unwrap());
+    assert_eq!(to_f32(&rows.widen(DType::F32).unwrap()).abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap(), 0.);
+    let long = random(&[1, 1, 16400]);
+    let before = launches();
+    let rows = emulated(|| gelu_beside_fp8(&long, &long).unwrap());
+    assert_eq!((launches() - before, rows.data.dims(), rows.scale.dims()), (2, &[1, 1, 32800][..], &[1, 1, 1][..]));
 }
 
 #[test]
@@ -383,100 +437,4 @@ fn products_with_bias_and_gelu() {
     }
     let (x, w) = (random(&[3, 16]), random(&[8, 24]));
     assert!(linear_gelu(&x, &w, None).is_err() && linear(&x, &w, None).is_err());
-}
-
-/// What is sent to a card by way of page-locked buffers, for good or for one product, is what was in main memory.
-#[test]
-fn what_is_sent_arrives() {
-    let buffer = (16 << 20) / 2;
-    for (place, run) in places() {
-        // Small ones, one that ends with a buffer, and one that takes all buffers and comes back to the first.
-        for n in [3, 1 << 19, buffer, 5 * buffer + 1001] {
-            let x = Tensor::rand(-1f32, 1., n, &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
-            let there = kernels::to_device(&x, &place).unwrap();
-            let bytes: Vec<u8> = x.to_vec1::<half::bf16>().unwrap().iter().flat_map(|value| value.to_le_bytes()).collect();
-            let from_file = kernels::upload(&bytes, DType::BF16, &[n], &place).unwrap();
-            for got in [there, from_file] {
-                let apart = (to_f32(&got) - to_f32(&x)).unwrap().abs().unwrap().max_all().unwrap();
-                assert_eq!(apart.to_scalar::<f32>().unwrap(), 0.0, "{n} on {place:?}");
-            }
-        }
-        assert!(kernels::upload(&[0; 6], DType::BF16, &[4], &place).is_err());
-        // Weights of several sizes and types in turns, with nothing between them that waits for the card.
-        let weights: Vec<Tensor> = (0..9).map(|i| (random(&[8 + 8 * (i % 3), 64]) * 0.1).unwrap()).collect();
-        for (i, dtype) in [DType::F32, DType::BF16, DType::F32, DType::F32].into_iter().enumerate() {
-            // The last time on a device that was opened anew.
-            let place = if i < 3 {
-                place.clone()
-            } else {
-                places().into_iter().find(|(new, _)| new.is_cuda() == place.is_cuda()).unwrap().0
-            };
-            let of = |x: &Tensor| x.to_dtype(dtype).unwrap();
-            let x = of(&random(&[16, 64]));
-            let x_there = x.to_device(&place).unwrap();
-            let product = |w: &Tensor, x: &Tensor| run(&|| linear(x, w, None).unwrap());
-            let visits: Vec<Tensor> =
-                weights.iter().map(|w| kernels::visit(&of(w), &place, |w| Ok(product(&w, &x_there))).unwrap()).collect();
-            for (w, got) in weights.iter().zip(visits) {
-                let want = product(&of(w).to_device(&place).unwrap(), &x_there);
-                let apart = (to_f32(&got) - to_f32(&want)).unwrap().abs().unwrap().max_all().unwrap();
-                assert_eq!(apart.to_scalar::<f32>().unwrap(), 0.0, "{dtype:?} on {place:?}");
-            }
-            // What fails while it is there leaves the place to the next.
-            assert!(kernels::visit(&of(&weights[0]), &place, |w| w.matmul(&x_there)).is_err());
-        }
-    }
-}
-
-#[test]
-fn fp8_and_back() {
-    // Rows of very different sizes, one of zeros; then all 256 bytes, subnormal numbers and NaN among them.
-    for (n, d) in [(1, 16), (5, 96), (3, 4112)] {
-        let sizes = Tensor::rand(-8f32, 8., (n, 1), &Device::Cpu).unwrap().exp().unwrap();
-        let x = random(&[n, d]).broadcast_mul(&sizes).unwrap();
-        let x = if n > 1 { Tensor::cat(&[x, Tensor::zeros((1, d), DType::F32, &Device::Cpu).unwrap()], 0).unwrap() } else { x };
-        for dtype in ALL {
-            let x = x.to_dtype(dtype).unwrap();
-            let (data, scale) = quantise_fp8(&x).unwrap();
-            for (place, run) in places() {
-                let there = x.to_device(&place).unwrap();
-                let bytes = |data: &Tensor| data.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
-                let before = launches();
-                let got = run(&|| quantise_fp8(&there).unwrap().0);
-                assert_eq!(launches() - before, 1);
-                let apart = (bytes(&got) - bytes(&data)).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-                // A division that rounds otherwise may choose the other of two neighbours; at 448 they are 32 apart.
-                assert!(apart <= 32., "{dtype:?} on {place:?}: {apart}");
-                assert!(relative(&bytes(&got), &bytes(&data)) < 1e-3, "{dtype:?} on {place:?}");
-                let scales = run(&|| quantise_fp8(&there).unwrap().1);
-                assert!(relative(&scales, &scale) < 1e-6);
-                let (data, scale) = (data.to_device(&place).unwrap(), scale.to_device(&place).unwrap());
-                for scale in [Some(&scale), None, Some(&scale.narrow(0, 0, 1).unwrap().reshape(()).unwrap())] {
-                    let want = widen_fp8(
-                        &data.to_device(&Device::Cpu).unwrap(),
-                        scale.map(|s| s.to_device(&Device::Cpu).unwrap()).as_ref(),
-                        dtype,
-                    );
-                    let before = launches();
-                    let got = run(&|| widen_fp8(&data, scale, dtype).unwrap());
-                    assert_eq!(
-                        (launches() - before, relative(&got, &to_f32(&want.unwrap()))),
-                        (1, 0.0),
-                        "{dtype:?} on {place:?}"
-                    );
-                }
-            }
-        }
-    }
-    let all: Vec<u8> = (0..=255).collect();
-    let data = Tensor::from_raw_buffer(&all, DType::F8E4M3, &[16, 16], &Device::Cpu).unwrap();
-    let values = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let (want, got) =
-        (values(widen_fp8(&data, None, DType::F32).unwrap()), values(emulated(|| widen_fp8(&data, None, DType::F32).unwrap())));
-    assert!(want.iter().zip(&got).all(|(a, b)| a == b || (a.is_nan() && b.is_nan())), "{got:?}");
-    // Each finite one, scaled so that the largest is 448, is itself again.
-    let finite: Vec<f32> = want.iter().copied().filter(|x| x.is_finite()).chain([448.; 2]).collect();
-    let rows = Tensor::from_vec(finite.clone(), (1, 256), &Device::Cpu).unwrap();
-    let (again, _) = emulated(|| quantise_fp8(&rows).unwrap());
-    assert_eq!(values(again.to_dtype(DType::F32).unwrap()), finite);
 }
