@@ -76,7 +76,7 @@ pub struct Config {
     pub private_urls: bool,
     /// `DARKROOM_LORA_CACHE_GB`: how much fetched LoRAs may take of the disk; 20 if not set.
     pub lora_cache_bytes: u64,
-    /// `DARKROOM_KERNELS=fused`: kernels of our own on CUDA instead of candle's operations.
+    /// `DARKROOM_KERNELS=fused` (or `plain`, which it is if not set): kernels of our own on CUDA instead of candle's operations.
     pub fused_kernels: bool,
     /// `DARKROOM_ATTENTION=own` or `cudnn`: with them, whose attention; if not set, the faster one, timed once on each card.
     pub attention: Option<Attention>,
@@ -88,6 +88,8 @@ pub struct Config {
     pub log_json: bool,
     /// `NO_COLOR` is set to anything.
     pub no_color: bool,
+    /// Variables of ours whose values mean nothing, with what they may be.
+    pub mistakes: Vec<String>,
 }
 
 impl Config {
@@ -110,23 +112,42 @@ impl Config {
             cache: path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE")).unwrap_or_else(|| home.join("hub")),
             offline: variable("HF_HUB_OFFLINE").is_some_and(|value| truthy(&value)),
         };
-        let gigabytes = variable("DARKROOM_LORA_CACHE_GB").and_then(|text| text.trim().parse::<f64>().ok());
+        let mut mistakes = Vec::new();
+        // What a variable of ours is set to, if it is one of these; anything else is a mistake.
+        let mut choice = |name: &str, known: &[&'static str]| {
+            let value = variable(name)?;
+            let found = known.iter().find(|known| known.eq_ignore_ascii_case(value.trim())).copied();
+            if found.is_none() {
+                mistakes.push(format!("{name}={value}: must be {}", known.join(" or ")));
+            }
+            found
+        };
+        let fused_kernels = choice("DARKROOM_KERNELS", &["fused", "plain"]) == Some("fused");
+        let attention = choice("DARKROOM_ATTENTION", &["own", "cudnn"]).map(|name| match name {
+            "own" => Attention::Own,
+            _ => Attention::Cudnn,
+        });
+        let log_json = choice("DARKROOM_LOG_FORMAT", &["json", "text"]) == Some("json");
+        let gigabytes = variable("DARKROOM_LORA_CACHE_GB").and_then(|text| {
+            let gigabytes = text.trim().parse::<f64>().ok().filter(|gigabytes| gigabytes.is_finite() && *gigabytes >= 0.0);
+            if gigabytes.is_none() {
+                mistakes.push(format!("DARKROOM_LORA_CACHE_GB={text}: must be a number of gigabytes from 0 on, such as 20"));
+            }
+            gigabytes
+        });
         Self {
             hub,
             civitai_token: variable("CIVITAI_API_TOKEN").map(Secret),
             store: STORE.iter().filter_map(|name| Some(((*name).to_owned(), Secret(variable(name)?)))).collect(),
             private_urls: variable("DARKROOM_PRIVATE_URLS").is_some_and(|value| truthy(&value)),
             lora_cache_bytes: (gigabytes.unwrap_or(20.0) * 1e9) as u64,
-            fused_kernels: variable("DARKROOM_KERNELS").is_some_and(|kernels| kernels.trim().eq_ignore_ascii_case("fused")),
-            attention: variable("DARKROOM_ATTENTION").and_then(|name| match name.trim().to_ascii_lowercase().as_str() {
-                "own" => Some(Attention::Own),
-                "cudnn" => Some(Attention::Cudnn),
-                _ => None,
-            }),
+            fused_kernels,
+            attention,
             cache: caches.map(|caches| caches.join("darkroom")),
             log: variable("RUST_LOG"),
-            log_json: variable("DARKROOM_LOG_FORMAT").is_some_and(|format| format.eq_ignore_ascii_case("json")),
+            log_json,
             no_color: variable("NO_COLOR").is_some(),
+            mistakes,
         }
     }
 }
@@ -147,6 +168,23 @@ mod tests {
 
     fn config(set: &[(&str, &str)]) -> Config {
         Config::read(&|name| set.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()))
+    }
+
+    #[test]
+    fn what_means_nothing_is_said() {
+        let right = [("DARKROOM_KERNELS", "Fused"), ("DARKROOM_ATTENTION", " own "), ("DARKROOM_LORA_CACHE_GB", "0.5")];
+        let right = config(&right);
+        assert_eq!((right.fused_kernels, right.attention, right.lora_cache_bytes), (true, Some(Attention::Own), 500_000_000));
+        assert_eq!((right.mistakes.len(), config(&[]).mistakes.len()), (0, 0));
+        let wrong = config(&[
+            ("DARKROOM_KERNELS", "fast"),
+            ("DARKROOM_ATTENTION", "flash"),
+            ("DARKROOM_LOG_FORMAT", "xml"),
+            ("DARKROOM_LORA_CACHE_GB", "-1"),
+        ]);
+        assert_eq!(wrong.mistakes.len(), 4);
+        assert_eq!(wrong.mistakes[1], "DARKROOM_ATTENTION=flash: must be own or cudnn");
+        assert!(!wrong.fused_kernels && wrong.attention.is_none() && wrong.lora_cache_bytes == 20_000_000_000);
     }
 
     #[test]

@@ -133,16 +133,23 @@ impl Patches {
         self.parameters.keys().map(|(component, name)| (*component, name.as_str()))
     }
 
+    /// Bytes of all weights, as they are computed with.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let values: usize = self.parameters.values().map(|parameter| parameter.shape().iter().product::<usize>()).sum();
+        (values * self.dtype.size_in_bytes()) as u64
+    }
+
     /// Moves the parameters that `away` names to main memory, from where they are sent to the device whenever they are used.
     ///
-    /// Pristine tensors that stand beside changed ones go there too, now and from now on.
-    pub fn send_to_host(&mut self, away: &dyn Fn(Component, &str) -> bool) -> Result<(), Error> {
+    /// Pristine tensors that stand beside changed ones go to `home`, now and from now on.
+    pub fn send_to_host(&mut self, away: &dyn Fn(Component, &str) -> bool, home: Home) -> Result<(), Error> {
         if self.home == Home::Device {
-            self.home = Home::Host;
+            self.home = home;
         }
         self.resident.forget();
         for name in &self.touched {
-            self.parameters[name].pristine_to_host()?;
+            self.parameters[name].pristine_to(self.home)?;
         }
         for ((component, name), parameter) in &self.parameters {
             if away(*component, name) {
@@ -188,8 +195,7 @@ impl Patches {
         if self.home != Home::Device || !self.device.is_cuda() {
             return Ok(set.to_vec());
         }
-        let values: usize = self.parameters.values().map(|parameter| parameter.shape().iter().product::<usize>()).sum();
-        let most = (values * self.dtype.size_in_bytes()) as u64 / RESIDENT;
+        let most = self.bytes() / RESIDENT;
         let adapters: Vec<_> = set.iter().map(|selected| selected.adapter.clone()).collect();
         let near = self.resident.get(&adapters, &self.device, most)?.into_iter();
         Ok(near.zip(set).map(|(adapter, selected)| Selected { adapter, scales: selected.scales.clone() }).collect())

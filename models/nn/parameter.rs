@@ -164,15 +164,15 @@ impl Parameter {
         Ok(())
     }
 
-    /// Moves the pristine tensor to main memory if a changed one is in its place.
-    pub(crate) fn pristine_to_host(&self) -> Result<()> {
-        let beside = self.read(|state| match (&state.pristine, &state.merged) {
-            (Pristine::Here(weight), Some(_)) => Some(weight.clone()),
-            _ => None,
+    /// Moves the pristine tensor to main memory, or leaves it to its file, if a changed one is in its place.
+    pub(crate) fn pristine_to(&self, home: Home) -> Result<()> {
+        let (beside, in_file) = self.read(|state| match (&state.pristine, &state.merged) {
+            (Pristine::Here(weight), Some(_)) => (Some(weight.clone()), home == Home::File && state.reread.is_some()),
+            _ => (None, false),
         });
         if let Some(weight) = beside {
-            let host = weight.to_device(&Device::Cpu)?;
-            self.write(|state| state.pristine = Pristine::Host(host));
+            let kept = if in_file { Pristine::File } else { Pristine::Host(weight.to_device(&Device::Cpu)?) };
+            self.write(|state| state.pristine = kept);
         }
         Ok(())
     }

@@ -149,7 +149,7 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
     let report = generate::run(&order, config, &mut |stage| {
         bar.tell(stage);
         match stage {
-            Stage::Fetching(_) | Stage::Loading => {}
+            Stage::Fetching(_) | Stage::Loading(_) => {}
             Stage::Engine(_) => interrupt.job_begins(),
             Stage::Writing => interrupt.writing_begins(),
         }

@@ -62,6 +62,10 @@ pub fn main() -> ExitCode {
             return if error.print().is_ok() { ExitCode::from(code) } else { ExitCode::from(FAILED) };
         }
     };
+    if !config.mistakes.is_empty() {
+        config.mistakes.iter().for_each(|mistake| say(&format!("error: {mistake}")));
+        return ExitCode::from(WRONG_USAGE);
+    }
     log(&config, matches!(cli.verb, Verb::Serve(_)));
     kernels::use_fused(config.fused_kernels);
     if let Some(choice) = config.attention {

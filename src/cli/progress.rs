@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::engine::Event;
+use crate::engine::{Event, LoadEvent};
 use crate::fetch::Progress;
 use crate::ops::generate::Stage;
 use crate::ops::sweep;
@@ -26,7 +26,7 @@ impl JobBar {
     pub(super) fn tell(&mut self, stage: Stage) {
         match stage {
             Stage::Fetching(progress) => self.bar.set_message(fetching(progress)),
-            Stage::Loading => self.bar.set_message("loading the model"),
+            Stage::Loading(event) => self.bar.set_message(loading("the model", event)),
             Stage::Engine(Event::Encoding) => self.bar.set_message("reading the prompt"),
             Stage::Engine(Event::Step { output, outputs, step, steps }) => self.step(output, outputs, step, steps),
             Stage::Engine(Event::Decoding { output, outputs }) => {
@@ -77,7 +77,7 @@ impl SweepBar {
     pub(super) fn tell(&mut self, stage: sweep::Stage) {
         match stage {
             sweep::Stage::Fetching(progress) => self.bar.set_message(fetching(progress)),
-            sweep::Stage::Loading(model) => self.bar.set_message(format!("loading {model}")),
+            sweep::Stage::Loading(model, event) => self.bar.set_message(loading(model, event)),
             sweep::Stage::Estimated(_) => {}
             sweep::Stage::Step { picture, pictures, step, steps, left } => {
                 self.bar.set_length(pictures as u64);
@@ -124,6 +124,16 @@ pub(super) fn fetching(Progress { done, total }: Progress) -> String {
     }
 }
 
+/// A load in words.
+fn loading(model: &str, LoadEvent { done, total, elapsed }: LoadEvent) -> String {
+    if done == 0 {
+        return format!("loading {model}");
+    }
+    let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+    let rate = gigabytes(done) / elapsed.as_secs_f64().max(1e-3);
+    format!("loading {model}, {:.1} of {:.1} GB, {rate:.1} GB/s", gigabytes(done), gigabytes(total))
+}
+
 fn of(output: usize, outputs: usize) -> String {
     if outputs == 1 { String::new() } else { format!(", picture {output} of {outputs}") }
 }
@@ -144,6 +154,13 @@ fn plain(template: &str) -> ProgressStyle {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_load_says_how_far_and_how_fast_it_is() {
+        assert_eq!(loading("flux1-dev", LoadEvent::default()), "loading flux1-dev");
+        let event = LoadEvent { done: 12_300_000_000, total: 33_500_000_000, elapsed: Duration::from_secs(3) };
+        assert_eq!(loading("flux1-dev", event), "loading flux1-dev, 12.3 of 33.5 GB, 4.1 GB/s");
+    }
 
     #[test]
     fn times_are_short() {

@@ -284,7 +284,7 @@ fn sweep(mut args: SweepArgs, config: &Config) -> anyhow::Result<()> {
                     return ControlFlow::Break(());
                 }
             }
-            Stage::Step { .. } | Stage::Loading(_) => interrupt.job_begins(),
+            Stage::Step { .. } | Stage::Loading(..) => interrupt.job_begins(),
             Stage::Reporting => interrupt.writing_begins(),
             Stage::Fetching(_) => {}
         }

@@ -73,9 +73,13 @@ pub(super) fn home(device: &Device, bytes: u64) -> Home {
     }
 }
 
+/// Where pristine weights of so many bytes are that have no place on the device.
+pub(super) fn host_or_file(bytes: u64) -> Home {
+    if host_holds(bytes) { Home::Host } else { Home::File }
+}
+
 /// Whether main memory holds `bytes` more of pristine weights.
-#[must_use]
-pub(super) fn host_holds(bytes: u64) -> bool {
+fn host_holds(bytes: u64) -> bool {
     let memory = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
     let enough = bytes.saturating_add(SPARE_BYTES.min(bytes));
     System::new_with_specifics(memory).map_or(true, |system| system.available_memory() >= enough)

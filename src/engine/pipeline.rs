@@ -1,36 +1,25 @@
 //! One job, start to end: prompt → conditioning → noise → latents → pictures.
 
-use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
-use models::bundle::{Blob, Bundle, Files};
 use models::clip::ClipText;
 use models::flux::{Conditioning, Flux, Prepared, Rope};
 use models::lora::{Patches, Switch};
-use models::nn::Home;
 use models::sampler::{self, Generator, Schedule};
 use models::t5::T5Encoder;
 use models::tokenize::Tokenizers;
 use models::vae::Autoencoder;
-use models::weights::{Component, Keep, OnHost, Source};
-use serde_json::Value;
+use models::weights::{Keep, OnHost};
 
 use super::encoded::{Encoded, Text};
-use super::plan::{Plan, TOKENS};
+use super::plan::Plan;
 use super::preview::Preview;
 use super::{Error, Event, Finished, Job, LoraMode, Start, Timings, Truncation};
-use super::{device, pixels};
-
-/// Told while a model is loaded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LoadEvent {
-    pub component: Component,
-    pub bytes: u64,
-}
+use super::{device, measured, pixels};
 
 /// What callers need to know of a model to fill in a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,8 +30,8 @@ pub struct Traits {
     pub text_tokens: usize,
 }
 
-/// T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained with.
-const TEXT_TOKENS: [usize; 2] = [512, 256];
+/// The picture that plans are for.
+const PLANNED: (usize, usize) = (1024, 1024);
 
 /// Steps that are prepared at once: 2 MB each for FLUX.1 in 16 bits.
 const PREPARED: usize = 64;
@@ -53,24 +42,24 @@ const HOST_PICTURE_BYTES: usize = 8 << 30;
 /// A loaded model.
 #[derive(Debug)]
 pub struct Pipeline {
-    tokenizers: Tokenizers,
-    t5: T5Encoder,
-    clip: ClipText,
-    flux: Flux,
-    vae: Autoencoder,
-    schedule: Schedule,
-    text_tokens: usize,
-    device: Device,
-    dtype: DType,
-    plan: Plan,
+    pub(super) tokenizers: Tokenizers,
+    pub(super) t5: T5Encoder,
+    pub(super) clip: ClipText,
+    pub(super) flux: Flux,
+    pub(super) vae: Autoencoder,
+    pub(super) schedule: Schedule,
+    pub(super) text_tokens: usize,
+    pub(super) device: Device,
+    pub(super) dtype: DType,
+    pub(super) plan: Plan,
     /// Locked while a job runs: its weights are its own.
-    patches: Mutex<Patches>,
+    pub(super) patches: Mutex<Patches>,
     /// Prompts that were encoded lately.
-    encoded: Encoded,
+    pub(super) encoded: Encoded,
     /// Fitted when the first one is asked for.
-    preview: OnceLock<Preview>,
+    pub(super) preview: OnceLock<Preview>,
     /// Attempts that are to fail for memory.
-    pretended: AtomicUsize,
+    pub(super) pretended: AtomicUsize,
 }
 
 /// The latents at which the walk would end if it went on straight; computed when asked for.
@@ -91,80 +80,6 @@ struct Origin {
 }
 
 impl Pipeline {
-    /// Loads every component, by default onto `device`, as `plan` says: a type to compute in is a plan too.
-    pub fn load(bundle: &Bundle, device: &Device, plan: impl Into<Plan>, told: &mut dyn FnMut(LoadEvent)) -> Result<Self, Error> {
-        let plan = plan.into();
-        let dtype = plan.dtype;
-        let tokenizers = Tokenizers::load(bundle)?;
-        let mut open = |component, files: &Files, dtype| -> Result<_, Error> {
-            let checkpoint = files.checkpoint()?;
-            let bytes =
-                checkpoint.keys().filter_map(|key| checkpoint.get(key)).map(|stored| checkpoint.bytes(stored).len() as u64).sum();
-            told(LoadEvent { component, bytes });
-            let keep = if component == Component::Transformer { plan.transformer } else { Keep::Stored };
-            let source = Source::new(component, &checkpoint, dtype, device).kept(keep, plan.on_host);
-            Ok((source, json(files.config.as_ref())?))
-        };
-        let mut parameters = BTreeMap::new();
-        // A load counts when every tensor was found; what it loaded can then be patched.
-        let mut finish = |component, source: Source| -> Result<(), Error> {
-            parameters.extend(source.parameters().into_iter().map(|(name, parameter)| ((component, name), parameter)));
-            source.finish()?;
-            Ok(())
-        };
-        let (source, config) = open(Component::Clip, &bundle.clip, dtype)?;
-        let clip = ClipText::load(&source, config.as_ref())?;
-        finish(Component::Clip, source)?;
-        // T5's activations overflow f16.
-        let (source, config) = open(Component::T5, &bundle.t5, if dtype == DType::F16 { DType::F32 } else { dtype })?;
-        let t5 = T5Encoder::load(&source, config.as_ref())?;
-        finish(Component::T5, source)?;
-        let (source, config) = open(Component::Transformer, &bundle.transformer, dtype)?;
-        let flux = Flux::load(&source, config.as_ref())?;
-        finish(Component::Transformer, source)?;
-        let (source, config) = open(Component::Vae, &bundle.vae, dtype)?;
-        let vae = Autoencoder::load(&source, config.as_ref())?;
-        source.finish()?;
-
-        let guidance = flux.config().guidance;
-        let schedule = Schedule::read(json(bundle.scheduler.as_ref())?.as_ref(), guidance)?;
-        let [dev, schnell] = TEXT_TOKENS;
-        let trained = if guidance { dev } else { schnell };
-        let text_tokens = tokenizers.t5_limit().map_or(trained, |limit| limit.min(trained));
-        let weights = parameters.values().map(|p| p.shape().iter().product::<usize>() * dtype.size_in_bytes()).sum::<usize>();
-        let mut patches = Patches::new(parameters, device, dtype);
-        patches.home = match plan.home {
-            None => device::home(device, weights as u64),
-            Some(Home::Host) if !device::host_holds(weights as u64) => Home::File,
-            Some(home) => home,
-        };
-        let kernels = if device.is_cuda() && kernels::fused() {
-            let (heads, width) = (flux.config().heads, flux.config().hidden / flux.config().heads);
-            format!("fused; attention: {}", kernels::settle_attention(device, heads, TOKENS as usize, width, dtype)?)
-        } else {
-            "plain".to_owned()
-        };
-        tracing::info!(kernels, ?dtype, device = ?device.location(), %plan, "computed with");
-        tracing::info!(home = %patches.home, bytes = weights, "pristine weights while LoRAs are on them");
-        let patches = Mutex::new(patches);
-        Ok(Self {
-            tokenizers,
-            t5,
-            clip,
-            flux,
-            vae,
-            schedule,
-            text_tokens,
-            device: device.clone(),
-            dtype,
-            plan,
-            patches,
-            encoded: Encoded::default(),
-            preview: OnceLock::new(),
-            pretended: AtomicUsize::new(0),
-        })
-    }
-
     #[must_use]
     pub fn traits(&self) -> Traits {
         Traits { guidance: self.flux.config().guidance, text_tokens: self.text_tokens }
@@ -180,6 +95,12 @@ impl Pipeline {
     #[must_use]
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// How LoRAs act in a job that asks for this mode.
+    #[must_use]
+    pub fn acting(&self, mode: LoraMode) -> LoraMode {
+        if self.plan.keeps_dense() { LoraMode::Fp8 } else { mode }
     }
 
     /// The adapters on the weights. Held by a job while it runs.
@@ -214,7 +135,8 @@ impl Pipeline {
             // Its pristine weights are on the device; what became of them goes, rather than they.
             patches.apply(&[], LoraMode::Auto)?;
         }
-        patches.send_to_host(&|component, name| away.has(component, name))?;
+        let home = device::host_or_file(patches.bytes());
+        patches.send_to_host(&|component, name| away.has(component, name), home)?;
         Ok(())
     }
 
@@ -247,9 +169,10 @@ impl Pipeline {
         let (mut latents, mut pictures) = (Vec::new(), Vec::new());
 
         let mut patches = self.patches();
+        let asked = self.acting(job.lora_mode);
         // Where it is not to be had, the job is what it would be without.
-        let fp8 = job.lora_mode == LoraMode::Fp8 && patches.can_be_fp8();
-        let mode = if job.lora_mode == LoraMode::Fp8 && !fp8 { LoraMode::Auto } else { job.lora_mode };
+        let fp8 = asked == LoraMode::Fp8 && patches.can_be_fp8();
+        let mode = if asked == LoraMode::Fp8 && !fp8 { LoraMode::Auto } else { asked };
         let switch = self.timed(&mut timings.switch, || Ok(patches.apply(&job.loras, mode)?))?;
         let switch = switched.get_or_insert(switch).clone();
         tell(told, Event::Encoding)?;
@@ -280,7 +203,12 @@ impl Pipeline {
             pictures.push(self.timed(&mut timings.decode, || self.decode(&unpacked))?);
             latents.push(unpacked.to_device(&Device::Cpu)?);
         }
-        let dtype = if fp8 { Keep::Fp8Products.to_string() } else { self.plan.name() };
+        let dtype = match self.plan.keeps_dense() {
+            _ if fp8 => Keep::Fp8Products.to_string(),
+            // There was no room for both.
+            true => self.plan.dtype.as_str().to_owned(),
+            false => self.plan.name(),
+        };
         Ok(Finished { pictures, latents: Tensor::cat(&latents, 0)?, timings, truncated, switch, dtype })
     }
 
@@ -356,13 +284,13 @@ impl Pipeline {
             None => noise.clone(),
         };
         // Through the scheduler's timestep and back, as the reference does it: the product rounds.
-        let times: Vec<f32> = sigmas[..sigmas.len() - 1].iter().map(|sigma| sigma * 1000. / 1000.).collect();
-        let times = Tensor::new(times, &self.device)?;
+        let moments: Vec<f32> = sigmas[..sigmas.len() - 1].iter().map(|sigma| sigma * 1000. / 1000.).collect();
+        let moments = Tensor::new(moments, &self.device)?;
         let prepare = |first: usize, conditioning| {
-            let times = times.narrow(0, first, PREPARED.min(sigmas.len() - 1 - first))?;
+            let times = moments.narrow(0, first, PREPARED.min(sigmas.len() - 1 - first))?;
             self.flux.prepare(&times, conditioning)
         };
-        let mut prepared = None;
+        let (mut prepared, mut times) = (None, Vec::new());
         for (step, pair) in sigmas.windows(2).enumerate() {
             if step % PREPARED == 0 {
                 let negative = prompts.negative.as_ref().map(|negative| prepare(step, negative)).transpose()?;
@@ -371,6 +299,7 @@ impl Pipeline {
                 kernels::forget_places(&self.device);
             }
             let Some((positive, negative)) = &prepared else { unreachable!("prepared at the first step") };
+            let begun = Instant::now();
             let img = x.to_dtype(self.dtype)?;
             let velocity = |prepared: &Prepared| self.flux.step(step % PREPARED, &img, prepared, rope)?.to_dtype(DType::F32);
             let velocity = match negative {
@@ -384,7 +313,11 @@ impl Pipeline {
                 x = ((mask * x)? + ((1. - mask)? * kept)?)?;
             }
             self.device.synchronize()?;
+            times.push(begun.elapsed());
             told(step + 1, &|| &x - (&velocity * f64::from(pair[1]))?)?;
+        }
+        if (job.width, job.height) == PLANNED && prompts.negative.is_none() {
+            measured::note(&self.device, self.flux.config(), &self.plan, &times);
         }
         Ok(x)
     }
@@ -422,10 +355,4 @@ fn tell(told: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>, event: Event<'_>) ->
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(Error::Cancelled),
     }
-}
-
-fn json(blob: Option<&Blob>) -> Result<Option<Value>, Error> {
-    let Some(blob) = blob else { return Ok(None) };
-    let text = blob.read()?;
-    Ok(Some(serde_json::from_slice(&text).map_err(|source| Error::Config { path: blob.path(), source })?))
 }

@@ -2,15 +2,15 @@
 
 use std::fmt;
 
-use candle_core::DType;
 use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device};
 use models::bundle::{Bundle, Files};
 use models::flux;
 use models::lora::RESIDENT;
 use models::nn::Home;
 use models::weights::{Component, Keep, Kind, OnHost};
 
-use super::Error;
+use super::{Error, LoraMode, measured};
 
 /// How fast main memory reaches a card, to say what waiting costs: PCIe 4.0 with 16 lanes, from memory that is not pinned.
 const BYTES_PER_SECOND: f64 = 10e9;
@@ -53,12 +53,14 @@ pub struct Plan {
     pub dtype: DType,
     pub transformer: Keep,
     pub on_host: OnHost,
-    /// Where pristine weights are while LoRAs are on them; by the memory that is free if not said.
+    /// Where pristine weights are while LoRAs are on them; by the memory that is free if not said. See also [`Self::keeps_dense`].
     pub home: Option<Home>,
     /// What the card must hold, if it was reckoned: weights, pristine weights and work, in bytes.
     pub need: Option<Need>,
     /// Operations a second on 16-bit values that the card reaches at best, if it is known.
     pub rate: Option<f64>,
+    /// What a step of 1024 x 1024 took when it was measured last, in seconds.
+    pub measured: Option<f64>,
 }
 
 /// Bytes on the card.
@@ -90,7 +92,7 @@ impl Need {
 impl From<DType> for Plan {
     /// Everything on the device, as stored.
     fn from(dtype: DType) -> Self {
-        Self { dtype, transformer: Keep::Stored, on_host: OnHost::default(), home: None, need: None, rate: None }
+        Self { dtype, transformer: Keep::Stored, on_host: OnHost::default(), home: None, need: None, rate: None, measured: None }
     }
 }
 
@@ -211,6 +213,26 @@ fn options(blocks: [usize; 2]) -> Vec<(Keep, OnHost, Home)> {
 }
 
 impl Plan {
+    /// Whether the transformer's dense weights stay on the device beside the e4m3 that products take, so that LoRAs are merged before
+    /// anything is rounded.
+    #[must_use]
+    pub fn keeps_dense(&self) -> bool {
+        self.transformer == Keep::Fp8Products && self.home == Some(Home::Device)
+    }
+
+    /// The same for LoRAs that act in this way: beside e4m3 weights they need no dense ones.
+    #[must_use]
+    pub fn acting(self, mode: LoraMode) -> Self {
+        let home = if mode == LoraMode::Branch && self.keeps_dense() { Some(Home::Host) } else { self.home };
+        Self { home, ..self }
+    }
+
+    /// The same with what is known of how fast `device` is with a transformer of this size.
+    #[must_use]
+    pub fn timed(self, device: &Device, transformer: &flux::Config) -> Self {
+        Self { rate: kernels::arithmetic_rate(device), measured: measured::last(device, transformer, &self), ..self }
+    }
+
     /// What the model is kept as, as `--dtype` calls it; of a file that is quantised, what it is computed in.
     #[must_use]
     pub fn name(&self) -> String {
@@ -246,7 +268,7 @@ impl Plan {
                 (None, Some(asked)) => asked,
                 (None, None) => transformer,
             };
-            let mut plan = Self { dtype, transformer, on_host, home: Some(home), need: None, rate: None };
+            let mut plan = Self { dtype, transformer, on_host, home: Some(home), need: None, rate: None, measured: None };
             plan.need = Some(plan.reckon(sizes, have));
             let same =
                 |known: &Self| (known.transformer, known.on_host, known.home) == (plan.transformer, plan.on_host, plan.home);
@@ -289,11 +311,15 @@ impl Plan {
         let text = on_card(t5, self.on_host.text) + sizes.table * text_value + dense(sizes.clip);
         // Dense weights are merged into; others have branches beside them.
         let dense_blocks = self.transformer == Keep::Stored && sizes.quantised[0].is_none();
-        let beside = if dense_blocks { transformer + text } else { transformer - blocks + text };
         let [double_blocks, single_blocks] = [config.double_blocks as u64 * double, config.single_blocks as u64 * single];
+        let beside = match dense_blocks {
+            true => transformer + text,
+            false if self.keeps_dense() => transformer - blocks + dense(double_blocks + single_blocks) + text,
+            false => transformer - blocks + text,
+        };
         let values = double_blocks + single_blocks + sizes.modulations() + sizes.ends() + sizes.t5 + sizes.clip;
         let kept_twice = if self.home == Some(Home::Device) { beside + dense(values) / RESIDENT } else { 0 };
-        let loras = kept_twice + if dense_blocks { 0 } else { dense(sizes.factors(RANK)) };
+        let loras = kept_twice + if dense_blocks || self.keeps_dense() { 0 } else { dense(sizes.factors(RANK)) };
         let sent = |bytes: u64, away: bool| if away { bytes } else { 0 };
         let sent = [all_blocks - blocks, sent(modulations, self.on_host.modulations), sent(t5, self.on_host.text)];
         let (d, mlp) = (config.hidden as u64, config.mlp as u64);
@@ -331,8 +357,11 @@ impl fmt::Display for Plan {
         }
         write!(f, ", CLIP: {}; autoencoder {}; work {}", gigabytes(need.text), gigabytes(need.vae), gigabytes(need.work))?;
         match self.home {
-            _ if self.transformer != Keep::Stored => write!(f, "; LoRAs as branches of the blocks {}", gigabytes(need.loras))?,
-            Some(Home::Device) => write!(f, "; LoRAs and pristine weights beside them {}", gigabytes(need.loras))?,
+            _ if self.keeps_dense() => write!(f, "; {dense} weights, which LoRAs are merged into, {}", gigabytes(need.loras))?,
+            Some(Home::Device) if self.transformer == Keep::Stored => {
+                write!(f, "; LoRAs and pristine weights beside them {}", gigabytes(need.loras))?
+            }
+            _ if need.loras > 0 => write!(f, "; LoRAs as branches of the blocks {}", gigabytes(need.loras))?,
             Some(home) => write!(f, "; pristine weights beside LoRAs: {home}")?,
             None => {}
         }
@@ -341,7 +370,11 @@ impl fmt::Display for Plan {
         let rate = if self.transformer == Keep::Fp8Products { 2. * rate } else { rate };
         let (arithmetic, sending) = (need.operations as f64 / rate, step as f64 / BYTES_PER_SECOND);
         let bound = if sending > arithmetic { "sending blocks" } else { "arithmetic" };
-        write!(f, "; a step of 1024 x 1024 takes {:.2} s at the least, bound by {bound}", arithmetic.max(sending))
+        write!(f, "; a step of 1024 x 1024 takes {:.2} s at the least, bound by {bound}", arithmetic.max(sending))?;
+        match self.measured {
+            Some(seconds) => write!(f, "; the last ones that were measured took {seconds:.2} s"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -420,6 +453,18 @@ mod tests {
     }
 
     #[test]
+    fn fp8_products_keep_dense_weights_where_both_fit() {
+        let plan = |gigabytes| fitting(gigabytes, Some(Keep::Fp8Products)).unwrap();
+        let (large, small) = (plan(80.), plan(48.));
+        assert!(large.keeps_dense() && !small.keeps_dense(), "{large}; {small}");
+        // 8.67e9 values of blocks, 3.23e9 of modulations, T5 and CLIP twice, and what RESIDENT leaves to LoRAs.
+        let need = large.need.unwrap();
+        assert!((35e9..45e9).contains(&(need.loras as f64)) && need.transformer < 16_000_000_000, "{need:?}");
+        assert!(large.to_string().contains("; bf16 weights, which LoRAs are merged into, "), "{large}");
+        assert_eq!((large.clone().acting(LoraMode::Branch).home, large.clone().acting(LoraMode::Auto)), (small.home, large));
+    }
+
+    #[test]
     fn what_is_asked_for_and_what_a_file_is_are_kept() {
         let plan = fitting(24., Some(Keep::Fp8)).unwrap();
         assert_eq!((plan.transformer, plan.on_host.blocks_from), (Keep::Fp8, [usize::MAX; 2]), "{plan}");
@@ -434,5 +479,6 @@ mod tests {
         assert_eq!((plan.transformer, plan.on_host, plan.home), (Keep::Stored, OnHost::default(), Some(Home::Host)), "{plan}");
         let need = plan.need.unwrap();
         assert!((need.transformer as f64 / 6.7e9 - 1.).abs() < 0.03 && need.loras == 130_744_320, "{need:?}");
+        assert!(plan.to_string().contains("; LoRAs as branches of the blocks 131 MB: "), "{plan}");
     }
 }

@@ -49,7 +49,7 @@ impl Machine {
         };
         // On a CPU the plan is that of the card which the limit stands for; what is computed in is the CPU's.
         let planned = if device.is_cpu() { precision.and_then(Precision::dtype).unwrap_or(CARD) } else { dtype };
-        Ok(Plan { dtype, rate: kernels::arithmetic_rate(device), ..Plan::fitting(planned, &sizes, have, asked)? })
+        Ok(Plan { dtype, ..Plan::fitting(planned, &sizes, have, asked)? }.timed(device, &sizes.transformer))
     }
 
     /// Bytes of the card without the driver's part; `None` if there is neither a card nor a limit.
@@ -64,7 +64,7 @@ impl Machine {
         let have = self.have(device)?;
         let dtype = if device.is_cpu() { CARD } else { engine::default_dtype(device) };
         let plan = |sizes: Sizes| -> Result<Plan, Error> {
-            Ok(Plan { rate: kernels::arithmetic_rate(device), ..Plan::fitting(dtype, &sizes, have, None)? })
+            Ok(Plan::fitting(dtype, &sizes, have, None)?.timed(device, &sizes.transformer))
         };
         Some(sizes().and_then(plan))
     }

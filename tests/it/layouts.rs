@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{DType, Device, Tensor};
-use darkroom::engine::{Pipeline, Sizes};
+use darkroom::engine::{LoadEvent, Pipeline, Sizes};
 use models::bundle::{Blob, Bundle};
 use models::flux::{Conditioning, Config, Flux, Rope};
 use models::lora::{Adapter, Mode, Patches, Scales, Selected};
@@ -153,6 +153,21 @@ fn sizes(bundle: &Bundle) -> Sizes {
     let checkpoint = bundle.transformer.checkpoint().unwrap();
     let source = Source::new(Component::Transformer, &checkpoint, DType::F32, &Device::Cpu);
     Sizes::of(bundle, &Config::read(&source, None).unwrap()).unwrap()
+}
+
+#[test]
+fn a_load_counts_each_byte_once() {
+    let bundle = Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap();
+    let files = [&bundle.clip, &bundle.t5, &bundle.transformer, &bundle.vae].map(|files| files.checkpoint().unwrap());
+    let bytes = |file: &Checkpoint| file.keys().map(|key| file.bytes(file.get(key).unwrap()).len() as u64).sum::<u64>();
+    let mut last = LoadEvent::default();
+    Pipeline::load(&bundle, &Device::Cpu, DType::F32, &mut |event| {
+        assert!(event.done >= last.done && event.elapsed >= last.elapsed);
+        last = event;
+    })
+    .unwrap();
+    let all: u64 = files.iter().map(bytes).sum();
+    assert_eq!([last.done, last.total], [all, all]);
 }
 
 #[test]

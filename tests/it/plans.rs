@@ -118,6 +118,30 @@ fn a_job_in_fp8_is_what_an_fp8_model_draws_and_leaves_nothing() {
     assert_eq!((finished.dtype.as_str(), relative_l2(&finished.latents, &base)), ("f32", 0.0));
 }
 
+/// Where dense weights stay beside e4m3 ones, LoRAs are merged into them; a branch is asked for where they do not.
+#[test]
+fn a_model_in_fp8_products_merges_where_dense_weights_stay() {
+    let with = |home| Plan { home: Some(home), ..kept(Keep::Fp8Products) };
+    let (beside, alone) = (load(&tiny(), with(Home::Device)), load(&tiny(), with(Home::Host)));
+    assert!(beside.plan().keeps_dense() && !alone.plan().keeps_dense());
+    let dense = load(&tiny(), DType::F32);
+    let set = || vec![Selected { adapter: adapter(), scales: Scales::uniform(0.9) }];
+    let fast = |loras| Job { lora_mode: LoraMode::Fp8, ..job(64, 2, loras) };
+    for loras in [vec![], set(), vec![]] {
+        let got = beside.run(&job(64, 2, loras.clone()), &mut |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!((got.dtype.as_str(), relative_l2(&got.latents, &latents(&dense, &fast(loras)))), ("fp8-products", 0.0));
+    }
+    assert_eq!(relative_l2(&latents(&beside, &job(64, 2, vec![])), &latents(&alone, &job(64, 2, vec![]))), 0.0);
+    let branch = load(&tiny(), with(Home::Device).acting(LoraMode::Branch));
+    let in_branches = Job { lora_mode: LoraMode::Branch, ..job(64, 2, set()) };
+    assert_eq!(relative_l2(&latents(&branch, &in_branches), &latents(&alone, &in_branches)), 0.0);
+    // Without room for both it is what it can be, and says so.
+    beside.pretend_full(1);
+    let sparing = beside.run(&job(64, 2, set()), &mut |_| ControlFlow::Continue(())).unwrap();
+    let want = latents(&dense, &job(64, 2, set()));
+    assert_eq!((sparing.dtype.as_str(), relative_l2(&sparing.latents, &want)), ("f32", 0.0));
+}
+
 /// Bytes that a component's weights take, by where they are.
 fn bytes(pipeline: &Pipeline, of: Component, on_host: OnHost) -> [u64; 2] {
     let patches = pipeline.patches();

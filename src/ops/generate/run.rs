@@ -13,7 +13,7 @@ pub(crate) use super::settings::Setting;
 use super::target::Targets;
 use super::{Output, Precision, Request, prepare};
 use crate::config::Config;
-use crate::engine::{self, Event, Finished, Job, Pipeline, Selected};
+use crate::engine::{self, Event, Finished, Job, LoadEvent, Pipeline, Selected};
 use crate::fetch::{self, Progress};
 use crate::image;
 use crate::ops::Error;
@@ -40,7 +40,7 @@ pub struct Order {
 pub enum Stage<'a> {
     /// A LoRA that is not on this machine.
     Fetching(Progress),
-    Loading,
+    Loading(LoadEvent),
     Engine(Event<'a>),
     Writing,
 }
@@ -122,16 +122,16 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage<'_>) -> Co
     job.loras = Sources::new(config).open(&order.request.loras, &mut |progress| told(Stage::Fetching(progress)))?;
     remarks.extend(job.loras.iter().flat_map(|selected| selected.adapter.report.warnings()));
     let device = order.machine.open()?;
-    let plan = order.machine.plan(&model, &device, order.precision)?;
+    let plan = order.machine.plan(&model, &device, order.precision)?.acting(order.request.lora_mode);
 
-    tell(told, Stage::Loading)?;
+    tell(told, Stage::Loading(LoadEvent::default()))?;
     let digest = (order.digest || order.output.metadata).then(|| digest(&model, config));
     let begun = Instant::now();
     let pipeline = Pipeline::load(&model.bundle, &device, plan, &mut |event| {
-        tracing::debug!(component = %event.component, bytes = event.bytes, "loading");
+        // It cannot be stopped before its end; then it is asked again.
+        let _ = told(Stage::Loading(event));
     })?;
     let load = begun.elapsed();
-    tracing::info!(model = %model.name, seconds = load.as_secs_f64(), "loaded");
     let finished = pipeline.run(&job, &mut |event| told(Stage::Engine(event)))?;
     remarks.extend(finished.switch.notes.iter().cloned());
 

@@ -64,9 +64,11 @@ pub fn verify(
     let model = models::resolve(&order.model, config)?;
     let selected = Sources::new(config).open(&order.loras, told)?;
     let device = order.machine.open()?;
-    let plan = order.machine.plan(&model, &device, order.precision)?;
+    let plan = order.machine.plan(&model, &device, order.precision)?.acting(order.mode);
     let pipeline = Pipeline::load(&model.bundle, &device, plan, &mut |_| {})?;
     let mut patches = pipeline.patches();
+    let order = &VerifyOrder { mode: pipeline.acting(order.mode), ..order.clone() };
+    patches.apply(&[], order.mode).map_err(engine::Error::from)?;
     let base = digest(&patches)?;
     let mut known: BTreeMap<usize, String> = BTreeMap::from([(0, base.clone())]);
     let mut times: BTreeMap<usize, Vec<f64>> = BTreeMap::new();

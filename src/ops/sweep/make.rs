@@ -15,7 +15,7 @@ use super::wish::{Asked, Sweep};
 use super::writer::{Picture, Writer};
 use super::{Axis, environment, folder, report};
 use crate::config::Config;
-use crate::engine::{self, Event, Finished, Pipeline, Selected};
+use crate::engine::{self, Event, Finished, LoadEvent, Pipeline, Selected};
 use crate::fetch::Progress;
 use crate::ops::Error;
 use crate::ops::generate::{self, Precision};
@@ -37,7 +37,7 @@ const LATENT_BYTES_PER_PIXEL: f64 = 1.;
 pub enum Stage<'a> {
     /// A LoRA that is not on this machine.
     Fetching(Progress),
-    Loading(&'a str),
+    Loading(&'a str, LoadEvent),
     /// Before the first picture: what is to come, as two steps of the first model let expect.
     Estimated(&'a Estimate),
     /// A step of picture `picture` of `pictures` (those that are made now), with the time that is left.
@@ -205,12 +205,14 @@ impl Maker<'_> {
     }
 
     fn load(&mut self, asked: &Asked, base: &Base, told: Told) -> Result<(), Error> {
-        tell(told, Stage::Loading(&base.model.name))?;
+        tell(told, Stage::Loading(&base.model.name, LoadEvent::default()))?;
         // Two do not fit where one just fits.
         self.loaded = None;
         let precision = asked.precision_on(self.device);
-        let plan = self.sweep.machine.plan(&base.model, self.device, Some(precision))?;
-        let pipeline = Pipeline::load(&base.model.bundle, self.device, plan, &mut |_| {})?;
+        let plan = self.sweep.machine.plan(&base.model, self.device, Some(precision))?.acting(asked.request.lora_mode);
+        let pipeline = Pipeline::load(&base.model.bundle, self.device, plan, &mut |event| {
+            let _ = told(Stage::Loading(&base.model.name, event));
+        })?;
         // The first run pays for what later ones find ready.
         let (mut job, _) = generate::prepare(&asked.request, &base.model)?;
         // With words of its own: the first picture's are then encoded in its own time.
@@ -303,7 +305,7 @@ impl Maker<'_> {
 
 /// While something runs that has no steps to show.
 fn go_on(told: Told, name: &str) -> ControlFlow<()> {
-    told(Stage::Loading(name))
+    told(Stage::Loading(name, LoadEvent::default()))
 }
 
 fn stages(finished: &Finished) -> Stages {
