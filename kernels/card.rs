@@ -61,9 +61,9 @@ pub fn arithmetic_rate(_device: &Device) -> Option<f64> {
     None
 }
 
-/// Lowest compute capability with units for e4m3 that take a scale for each row: the units came with 8.9, the scales with 9.0.
+/// Lowest compute capability with units for e4m3.
 #[cfg(feature = "cuda")]
-const FP8: (i32, i32) = (9, 0);
+const FP8: (i32, i32) = (8, 9);
 
 /// Whether products in e4m3 are worth their rounding there: on cards with units for them. The processor computes the same the long way, for
 /// trying it out.

@@ -263,6 +263,7 @@ mod cuda {
             DType::F16 => of(storage.as_cuda_slice::<f16>()?, stream),
             DType::BF16 => of(storage.as_cuda_slice::<bf16>()?, stream),
             DType::F8E4M3 => of(storage.as_cuda_slice::<float8::F8E4M3>()?, stream),
+            DType::U8 => of(storage.as_cuda_slice::<u8>()?, stream),
             other => bail!("no kernel for {other:?}"),
         })
     }

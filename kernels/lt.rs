@@ -1,6 +1,6 @@
 //! Matrix products through cuBLASLt: bias and GELU in the epilogue, and the algorithm timed once for each shape.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::c_void;
 use std::sync::{Mutex, PoisonError};
 
@@ -12,7 +12,7 @@ use candle_core::{CudaDevice, DType, Device, Result, Tensor};
 
 use crate::choices::{Algorithm, Choices, Shape};
 use crate::launch::{applies, count, in_eights, output, with_addresses};
-use crate::ops::fp8::Fp8Rows;
+use crate::ops::fp8::{Fp8Rows, scale_products};
 
 /// What Hopper's fastest algorithms may use.
 const WORKSPACE: usize = 32 << 20;
@@ -29,6 +29,8 @@ struct Library {
     handle: sys::cublasLtHandle_t,
     workspace: CudaSlice<u8>,
     choices: Choices,
+    /// Products that it has no algorithm for.
+    without: BTreeSet<Shape>,
 }
 
 // SAFETY: a handle may be used from any thread, and the lock around it keeps that to one at a time.
@@ -70,10 +72,21 @@ pub(crate) fn linear_fp8(
     }
     let y = output((x.dim(0)?, weight.dim(0)?), dtype, x.device())?;
     let product = Product { x, weight, scales: Some([x_scale, scale]), bias, gelu, y: &y };
-    run(device, &product).map(|done| done.then_some(y))
+    if run(device, &product)? {
+        return Ok(Some(y));
+    }
+    // RTX 40 and 50 have no algorithm with a scale for each row: there the product comes first. Without its scales it is of up to
+    // 448² for each input, which f16 does not hold.
+    let bare = Product { scales: None, bias: None, gelu: false, ..product };
+    if dtype != DType::BF16 || !run(device, &bare)? {
+        return Ok(None);
+    }
+    scale_products(&y, [x_scale, scale], bias, gelu)?;
+    Ok(Some(y))
 }
 
 /// `y = x Wᵀ + b`.
+#[derive(Clone, Copy)]
 struct Product<'a> {
     x: &'a Tensor,
     weight: &'a Tensor,
@@ -109,7 +122,12 @@ impl Library {
         let version = unsafe { sys::cublasLtGetVersion() };
         let machine = crate::card::machine(&Device::Cuda(device.clone()))?;
         let choices = Choices::of(&format!("{machine}-cublaslt-{version}"));
-        Ok(Self { handle: result::create_handle().map_err(candle_core::Error::wrap)?, workspace, choices })
+        Ok(Self {
+            handle: result::create_handle().map_err(candle_core::Error::wrap)?,
+            workspace,
+            choices,
+            without: BTreeSet::new(),
+        })
     }
 
     /// Whether there is an algorithm for it; then it is in the stream.
@@ -122,12 +140,20 @@ impl Library {
             (None, true) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU,
             (Some(_), true) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU_BIAS,
         };
-        let kind = format!("{:?}-{:?}-{epilogue:?}-{}", x.dtype(), y.dtype(), x.stride()[0]);
+        let scaled = if scales.is_some() { "-scaled" } else { "" };
+        let kind = format!("{:?}-{:?}-{epilogue:?}-{}{scaled}", x.dtype(), y.dtype(), x.stride()[0]);
         let shape = Shape { n, output: outputs, input, kind };
+        if self.without.contains(&shape) {
+            return Ok(false);
+        }
 
         let [x_scale, weight_scale] = [scales.map(|[of_x, _]| of_x), scales.map(|[_, of_weight]| of_weight)];
         let tensors = [Some(x), Some(weight), bias, Some(y), x_scale, weight_scale];
-        with_addresses(device, &tensors, |at| self.product_at(device, product, &shape, epilogue, at))
+        let done = with_addresses(device, &tensors, |at| self.product_at(device, product, &shape, epilogue, at))?;
+        if !done {
+            self.without.insert(shape);
+        }
+        Ok(done)
     }
 
     /// The same with where x, the weight, the bias, y and the scales of x and of the weight are.

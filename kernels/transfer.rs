@@ -283,6 +283,7 @@ mod cuda {
             CpuStorage::F16(values) => f(bytes(values, range)),
             CpuStorage::BF16(values) => f(bytes(values, range)),
             CpuStorage::F8E4M3(values) => f(bytes(values, range)),
+            CpuStorage::U8(values) => f(bytes(values, range)),
             other => bail!("{:?} is not sent", candle_core::backend::BackendStorage::dtype(other)),
         }
     }

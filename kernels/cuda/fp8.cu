@@ -54,3 +54,28 @@ template <typename T> __device__ __forceinline__ void quantise_fp8(const Quantis
     }
 }
 KERNELS(quantise_fp8, QuantiseArguments, FP8_THREADS)
+
+struct ScaleArguments {
+    const float *row;    // (rows)
+    const float *column; // (d)
+    const void *bias;    // (d), or null
+    void *y;             // (rows, d): a product without its scales, and then with them
+    uint32_t d, through_gelu;
+};
+
+// What cuBLASLt's epilogue leaves to do on cards where it takes one scale for a whole matrix only. Bytes per value: 4.
+template <typename T> __device__ __forceinline__ void scale_products(const ScaleArguments &a) {
+    uint32_t i = 8 * (blockIdx.y * FP8_THREADS + threadIdx.x);
+    if (i >= a.d) return;
+    T *y = (T *)a.y + (uint64_t)blockIdx.x * a.d + i;
+    float scale = read(a.row + blockIdx.x), column[8], bias[8] = {}, v[8];
+    load8(a.column + i, column);
+    if (a.bias) load8((const T *)a.bias + i, bias);
+    load8(y, v);
+    for (int j = 0; j < 8; j++) {
+        v[j] = v[j] * scale * column[j] + bias[j];
+        if (a.through_gelu) v[j] = gelu(v[j]);
+    }
+    store8(y, v);
+}
+KERNELS(scale_products, ScaleArguments, FP8_THREADS)

@@ -97,7 +97,47 @@ struct Quantise {
     d: u32,
 }
 
+/// As `ScaleArguments` in cuda/fp8.cu.
+#[cfg(any(feature = "cuda", test))]
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Scale {
+    row: Pointer,
+    column: Pointer,
+    bias: Pointer,
+    y: Pointer,
+    d: u32,
+    through_gelu: u32,
+}
+
 const THREADS: usize = 256;
+
+/// y `(n, d)`, row `(n, 1)` and column `(d, 1)` f32, bias `(d)` -> y times its row's and column's scale, and the bias, through GELU if asked,
+/// in the place of y.
+#[cfg(any(feature = "cuda", test))]
+pub(crate) fn scale_products(y: &Tensor, [row, column]: [&Tensor; 2], bias: Option<&Tensor>, through_gelu: bool) -> Result<()> {
+    let (n, d) = y.dims2()?;
+    let scales = [row, column].into_iter().all(|scale| scale.dtype() == DType::F32 && scale.is_contiguous());
+    let bias_fits = bias.is_none_or(|bias| bias.dims() == [d] && bias.dtype() == y.dtype() && in_eights(bias));
+    if !(in_eights(y) && y.is_contiguous() && scales && row.elem_count() == n && column.elem_count() == d && bias_fits) {
+        bail!("products {:?} with scales {:?} and {:?}", y.shape(), row.shape(), column.shape());
+    }
+    launch([row, column, bias.unwrap_or(row)], [y], |[row, column, bias_at], [y_at]| Launch {
+        kernel: "scale_products",
+        values: y.dtype(),
+        grid: [n, d.div_ceil(8 * THREADS), 1],
+        threads: THREADS,
+        shared: 0,
+        arguments: Scale {
+            row,
+            column,
+            bias: if bias.is_some() { bias_at } else { Pointer::NULL },
+            y: y_at,
+            d: d as u32,
+            through_gelu: u32::from(through_gelu),
+        },
+    })
+}
 
 fn widen_by_kernel(data: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Result<Option<Tensor>> {
     let (n, d) = data.dims2()?;
@@ -128,7 +168,8 @@ fn widen_by_kernel(data: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Resul
 }
 
 fn quantise_by_kernel(x: &Tensor) -> Result<Option<Fp8Rows>> {
-    let (Some((&d, outer)), Some(row)) = (x.dims().split_last(), one_stride(x)) else { return Ok(None) };
+    let Some((&d, outer)) = x.dims().split_last() else { return Ok(None) };
+    let Some(row) = one_stride(x) else { return Ok(None) };
     if !(reachable(x) && suffix(x.dtype()).is_some() && in_eights(x) && x.elem_count() > 0) {
         return Ok(None);
     }
@@ -150,6 +191,30 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+
+    #[cfg(feature = "emulator")]
+    #[test]
+    fn products_are_scaled_in_place() {
+        let random = |shape: &[usize]| Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap();
+        for (n, d) in [(1, 16), (3, 2064)] {
+            let (row, column) = (random(&[n, 1]).abs().unwrap(), random(&[d, 1]).abs().unwrap());
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                let (y, bias) = (random(&[n, d]).to_dtype(dtype).unwrap(), random(&[d]).to_dtype(dtype).unwrap());
+                for (bias, through_gelu) in [(None, false), (Some(&bias), false), (None, true), (Some(&bias), true)] {
+                    let wide = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
+                    let want = wide(&y).broadcast_mul(&row).unwrap().broadcast_mul(&column.t().unwrap()).unwrap();
+                    let want = if let Some(bias) = bias { want.broadcast_add(&wide(bias)).unwrap() } else { want };
+                    let want = if through_gelu { gelu(&want).unwrap() } else { want }.to_dtype(dtype).unwrap();
+                    let got = y.copy().unwrap();
+                    crate::emulated(|| scale_products(&got, [&row, &column], bias, through_gelu).unwrap());
+                    let apart = (wide(&got) - wide(&want)).unwrap().abs().unwrap().max_all().unwrap();
+                    let unit = if dtype == DType::F32 { 1e-5 } else { 2e-2 };
+                    assert!(apart.to_scalar::<f32>().unwrap() < unit, "{n} {d} {dtype:?} {through_gelu}: {apart}");
+                }
+            }
+            assert!(scale_products(&random(&[n, d]), [&column, &row], None, false).is_err() || n == d);
+        }
+    }
 
     #[test]
     #[allow(clippy::print_stdout, reason = "the error is of interest")]

@@ -5,7 +5,7 @@ use kernels::{Heads, Projection};
 
 use super::{Config, Rope};
 use crate::Result;
-use crate::nn::{self, Linear, Parameter, Rows};
+use crate::nn::{self, Activations, Linear, Parameter};
 use crate::weights::{Error, Source};
 
 /// Of every norm in FLUX.1.
@@ -28,10 +28,10 @@ impl Modulation {
     }
 
     /// layer_norm(x) * (1 + scale) + shift, as the layer `to` takes it.
-    fn apply(&self, x: &Tensor, to: &Linear) -> Result<Rows> {
+    fn apply(&self, x: &Tensor, to: &Linear) -> Result<Activations> {
         Ok(match to.takes_fp8()? {
-            true => Rows::Fp8(kernels::modulated_norm_fp8(x, &self.scale, &self.shift, EPS)?, x.dtype()),
-            false => Rows::Values(kernels::modulated_norm(x, &self.scale, &self.shift, EPS)?),
+            true => Activations::Fp8(kernels::modulated_norm_fp8(x, &self.scale, &self.shift, EPS)?, x.dtype()),
+            false => Activations::Values(kernels::modulated_norm(x, &self.scale, &self.shift, EPS)?),
         })
     }
 
@@ -41,14 +41,14 @@ impl Modulation {
     }
 
     /// x + gate * update, and the `next` modulation's [`Self::apply`] of it.
-    fn add_gated_then(&self, next: &Self, x: &Tensor, update: &Tensor, to: &Linear) -> Result<(Tensor, Rows)> {
+    fn add_gated_then(&self, next: &Self, x: &Tensor, update: &Tensor, to: &Linear) -> Result<(Tensor, Activations)> {
         let (update, rows) = ([&self.gate, update], [&next.scale, &next.shift]);
         if to.takes_fp8()? {
             let (sum, y) = kernels::add_gated_then_norm_fp8(x, update, rows, EPS)?;
-            return Ok((sum, Rows::Fp8(y, x.dtype())));
+            return Ok((sum, Activations::Fp8(y, x.dtype())));
         }
         let (sum, y) = kernels::add_gated_then_norm(x, update, rows, EPS)?;
-        Ok((sum, Rows::Values(y)))
+        Ok((sum, Activations::Values(y)))
     }
 }
 
@@ -186,8 +186,8 @@ impl SingleBlock {
 
         let attended = attend(&[self.head_norms.of(&qkv)?], self.heads, rope)?;
         let both = match self.linear2.takes_fp8()? {
-            true => Rows::Fp8(kernels::gelu_beside_fp8(&attended, &mlp)?, x.dtype()),
-            false => Rows::Values(kernels::gelu_beside(&attended, &mlp)?),
+            true => Activations::Fp8(kernels::gelu_beside_fp8(&attended, &mlp)?, x.dtype()),
+            false => Activations::Values(kernels::gelu_beside(&attended, &mlp)?),
         };
         modulation.add_gated(x, &self.linear2.forward(both)?)
     }

@@ -137,19 +137,19 @@ impl Weight {
 
 /// What a layer is given: `(.., input)`.
 #[derive(Debug, Clone)]
-pub enum Rows {
+pub enum Activations {
     Values(Tensor),
     /// For a layer that takes it ([`Linear::takes_fp8`]), and what it is to give.
     Fp8(Fp8Rows, DType),
 }
 
-impl From<&Tensor> for Rows {
+impl From<&Tensor> for Activations {
     fn from(x: &Tensor) -> Self {
         Self::Values(x.clone())
     }
 }
 
-impl Rows {
+impl Activations {
     fn dims(&self) -> &[usize] {
         match self {
             Self::Values(x) | Self::Fp8(Fp8Rows { data: x, .. }, _) => x.dims(),
@@ -210,12 +210,12 @@ impl Linear {
     ///
     /// fp8 and GGUF matrices are widened before the product: FLUX multiplies hundreds of tokens at once, so widening costs
     /// little next to the product and the activations keep their precision.
-    pub fn forward(&self, x: impl Into<Rows>) -> Result<Tensor> {
+    pub fn forward(&self, x: impl Into<Activations>) -> Result<Tensor> {
         self.apply(x.into(), false)
     }
 
     /// [`Self::forward`], then GELU (tanh form).
-    pub fn forward_gelu(&self, x: impl Into<Rows>) -> Result<Tensor> {
+    pub fn forward_gelu(&self, x: impl Into<Activations>) -> Result<Tensor> {
         self.apply(x.into(), true)
     }
 
@@ -225,7 +225,7 @@ impl Linear {
         Ok(branch.is_empty() && matches!(weight, Weight::Fp8 { scale: Some(_), products: true, .. }))
     }
 
-    fn apply(&self, x: Rows, gelu: bool) -> Result<Tensor> {
+    fn apply(&self, x: Activations, gelu: bool) -> Result<Tensor> {
         let (weight, branch) = self.weight.current()?;
         let bias = self.bias.as_ref().map(Parameter::tensor).transpose()?;
         let mut shape = x.dims().to_vec();

@@ -8,7 +8,7 @@ mod parameter;
 
 pub use embedding::Embedding;
 pub use kernels::{Budget, attention};
-pub use linear::{Linear, Mapped, Rows, Weight};
+pub use linear::{Activations, Linear, Mapped, Weight};
 pub use norm::{LayerNorm, RmsNorm};
 pub(crate) use parameter::Reread;
 pub use parameter::{Home, Parameter};

@@ -164,10 +164,12 @@ impl Parameter {
         Ok(())
     }
 
-    /// Moves the pristine tensor to main memory, or leaves it to its file, if a changed one is in its place.
+    /// Moves the pristine tensor to `home` if a changed one is in its place; from elsewhere it does not come back.
     pub(crate) fn pristine_to(&self, home: Home) -> Result<()> {
         let (beside, in_file) = self.read(|state| match (&state.pristine, &state.merged) {
-            (Pristine::Here(weight), Some(_)) => (Some(weight.clone()), home == Home::File && state.reread.is_some()),
+            (Pristine::Here(weight), Some(_)) if home != Home::Device => {
+                (Some(weight.clone()), home == Home::File && state.reread.is_some())
+            }
             _ => (None, false),
         });
         if let Some(weight) = beside {

@@ -19,6 +19,8 @@ pub enum Keep {
     Fp8,
     /// The same, and activations are e4m3 in the products as well, as a card's fp8 units have it.
     Fp8Products,
+    /// Dense, and beside them what the last is, made anew with the LoRAs inside whenever these change: see `lora::Mode::Fp8`.
+    Fp8Merged,
     /// GGUF blocks of this type.
     Gguf(GgmlDType),
 }
@@ -27,12 +29,12 @@ pub enum Keep {
 const ROWS: usize = 128;
 
 impl Keep {
-    /// Bytes of `values` values in rows of `columns`; 16 bits each if dense ones are kept in the type of computation.
+    /// Bytes of `values` values in rows of `columns`, as products take them; 16 bits each if dense ones are kept in the type of computation.
     #[must_use]
     pub fn bytes(self, values: u64, columns: usize) -> u64 {
         match self.fitting(columns) {
             Self::Stored => 2 * values,
-            Self::Fp8 | Self::Fp8Products => values,
+            Self::Fp8 | Self::Fp8Products | Self::Fp8Merged => values,
             Self::Gguf(kind) => values / kind.block_size() as u64 * kind.type_size() as u64,
         }
     }
@@ -43,7 +45,7 @@ impl Keep {
         let kind = match self {
             Self::Gguf(kind) => kind,
             // The kernels read sixteen at a time.
-            Self::Fp8 | Self::Fp8Products if !columns.is_multiple_of(16) => return Self::Stored,
+            Self::Fp8 | Self::Fp8Products | Self::Fp8Merged if !columns.is_multiple_of(16) => return Self::Stored,
             other => return other,
         };
         let smaller = match kind {
@@ -65,7 +67,7 @@ impl Keep {
     pub(crate) fn convert(self, dense: Tensor) -> Result<Weight> {
         let (output, input) = dense.dims2()?;
         Ok(match self.fitting(input) {
-            Self::Stored => Weight::Dense(dense),
+            Self::Stored | Self::Fp8Merged => Weight::Dense(dense),
             Self::Fp8 | Self::Fp8Products => {
                 let Fp8Rows { data, scale } = kernels::quantise_fp8(&dense)?;
                 Weight::Fp8 { data, scale: Some(scale), products: self == Self::Fp8Products }
@@ -94,6 +96,7 @@ impl std::fmt::Display for Keep {
             Self::Stored => "as stored",
             Self::Fp8 => "fp8",
             Self::Fp8Products => "fp8-products",
+            Self::Fp8Merged => "fp8-merged",
             Self::Gguf(GgmlDType::Q8_0) => "q8_0",
             Self::Gguf(GgmlDType::Q6K) => "q6_k",
             Self::Gguf(GgmlDType::Q5K) => "q5_k",

@@ -73,7 +73,7 @@ pub(super) fn dense(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], dty
         return kernels::upload(one.bytes(checkpoint), dtype, shape, device);
     }
     if rows.iter().any(|part| matches!(part.stored.kind, Kind::Gguf(_))) {
-        return quantised(checkpoint, rows, shape, device)?.dequantize(device)?.to_dtype(dtype);
+        return kernels::widen_blocks(&quantised(checkpoint, rows, shape, device)?, dtype);
     }
     let host = match dtype {
         DType::F32 => Tensor::from_vec(gather::<f32>(checkpoint, rows)?, shape, &Device::Cpu),

@@ -132,10 +132,11 @@ impl Source {
         Self { loaded: loaded.clone(), ..self }
     }
 
-    /// Bytes of all its tensors, as they are stored.
+    /// Bytes of all tensors that a load asks for, as they are stored.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.names.keys().filter_map(|path| self.rows(path)).flatten().map(|part| part.bytes(&self.checkpoint).len() as u64).sum()
+        let wanted = self.names.keys().filter(|path| !ignored(path));
+        wanted.filter_map(|path| self.rows(path)).flatten().map(|part| part.bytes(&self.checkpoint).len() as u64).sum()
     }
 
     /// Random weights of any size, made on `device`: for benches at real sizes without a checkpoint. Matrices are normal with
@@ -252,7 +253,7 @@ impl Source {
         let device = self.home(&path);
         let keep = if keep::is_large(self.component, &path) { self.keep } else { Keep::Stored };
         if self.synthetic {
-            return Ok(keep.convert(self.random(&shape)?.to_device(&device)?)?);
+            return Ok(keep.convert(self.random(&shape)?.to_device(&device)?)?.with_scales_on(&self.device)?);
         }
         let Some(rows) = self.expect(&path, &shape) else { return Ok(Weight::Dense(self.placeholder(&shape)?)) };
         let failed = |source| Error::Tensor { key: path.clone(), source };
@@ -292,7 +293,6 @@ impl Source {
     /// Ends a load: an error unless every stored tensor was applied and none was missing or misshapen.
     pub fn finish(self) -> Result<LoadReport, Error> {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let ignored = |name: &str| IGNORED.iter().any(|end| name.ends_with(end));
         let unused = self.names.keys().filter(|name| !seen.used.contains(*name) && !ignored(name)).cloned().collect();
         let mut report = LoadReport {
             component: self.component,
@@ -356,6 +356,10 @@ impl Source {
     fn placeholder(&self, shape: &Shape) -> candle_core::Result<Tensor> {
         Tensor::zeros((), self.dtype, &self.device)?.broadcast_as(shape)
     }
+}
+
+fn ignored(name: &str) -> bool {
+    IGNORED.iter().any(|end| name.ends_with(end))
 }
 
 /// The shape of rows put one below the other.

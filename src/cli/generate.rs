@@ -135,7 +135,7 @@ pub(super) struct Args {
     #[arg(short, long, help_heading = "Output")]
     quiet: bool,
 
-    /// f32, bf16, f16 to compute in; fp8, fp8-products, q8_0, q6_k, q5_k, q4_k, q4_0 to keep matrices in less memory [default: f32 on a CPU, else
+    /// f32, bf16, f16 to compute in; fp8, fp8-products, fp8-merged, q8_0, q6_k, q5_k, q4_k, q4_0 to keep matrices in less memory [default: f32 on a CPU, else
     /// bf16, or what fits the card]
     #[arg(long, value_name = "DTYPE", help_heading = "Device")]
     dtype: Option<Precision>,

@@ -60,7 +60,7 @@ pub(super) struct Args {
     /// How much of the card may be used, such as 12GiB; the model is made to fit [default: all that is free]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     vram_limit: Option<u64>,
-    /// f32, bf16, f16 to compute in; fp8, fp8-products, q8_0, q6_k, q5_k, q4_k, q4_0 to keep matrices in less memory [default: f32 on a CPU, else
+    /// f32, bf16, f16 to compute in; fp8, fp8-products, fp8-merged, q8_0, q6_k, q5_k, q4_k, q4_0 to keep matrices in less memory [default: f32 on a CPU, else
     /// bf16, or what fits the card]
     #[arg(long, value_name = "DTYPE")]
     dtype: Option<Precision>,

@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use super::encoded::Encoded;
 use super::plan::{Plan, TOKENS};
-use super::{Error, LoraMode, Pipeline, device};
+use super::{Error, Pipeline, device};
 
 /// T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained with.
 const TEXT_TOKENS: [usize; 2] = [512, 256];
@@ -69,11 +69,8 @@ impl Pipeline {
 fn load(bundle: &Bundle, device: &Device, plan: Plan, done: &Arc<AtomicU64>, total: &AtomicU64) -> Result<Pipeline, Error> {
     let dtype = plan.dtype;
     let tokenizers = Tokenizers::load(bundle)?;
-    let plan = if kernels::has_fp8_products(device) { plan } else { plan.acting(LoraMode::Branch) };
-    // What becomes of dense weights is made when a job says which LoRAs are on them.
-    let transformer = if plan.keeps_dense() { Keep::Stored } else { plan.transformer };
     let open = |component, files: &Files, dtype| -> Result<_, Error> {
-        let keep = if component == Component::Transformer { transformer } else { Keep::Stored };
+        let keep = if component == Component::Transformer { plan.transformer } else { Keep::Stored };
         let source = Source::new(component, &files.checkpoint()?, dtype, device).kept(keep, plan.on_host).counting(done);
         total.fetch_add(source.bytes(), Ordering::Relaxed);
         Ok((source, json(files.config.as_ref())?))
@@ -108,6 +105,7 @@ fn load(bundle: &Bundle, device: &Device, plan: Plan, done: &Arc<AtomicU64>, tot
     let mut patches = Patches::new(parameters, device, dtype);
     let bytes = patches.bytes();
     patches.home = match plan.home {
+        None if plan.transformer == Keep::Fp8Merged => Home::Device,
         None => device::home(device, bytes),
         Some(Home::Host) => device::host_or_file(bytes),
         Some(home) => home,

@@ -5,35 +5,35 @@ use std::time::Duration;
 
 use candle_core::Device;
 use models::flux::Config;
-use models::weights::OnHost;
 
 use super::plan::Plan;
 
 /// Steps of a job that say something: the first ones also warm up.
 const LEAST: usize = 5;
 
-/// What the time of a step of 1024 x 1024 depends on, on one card: the model's size, what it is kept as and where, whose kernels.
-fn key(config: &Config, plan: &Plan) -> String {
-    let OnHost { blocks_from: [doubles, singles], text: _, modulations: _ } = plan.on_host;
-    let [doubles, singles] = [doubles.min(config.double_blocks), singles.min(config.single_blocks)];
-    let Config { hidden, double_blocks, single_blocks, .. } = config;
-    let kernels = if kernels::fused() { "fused" } else { "plain" };
-    format!("{}-{doubles}/{double_blocks}-{singles}/{single_blocks}x{hidden}-{kernels}", plan.name())
+/// What the time of a step of 1024 x 1024 depends on, on one card: the model's size and how long its prompts are, what is computed with, what
+/// it takes of the card (which tells files that are quantised apart), and whose kernels.
+fn key(config: &Config, plan: &Plan, dtype: &str) -> String {
+    let Config { hidden, double_blocks, single_blocks, guidance, .. } = config;
+    let bytes = plan.need.map_or(0, |need| need.transformer);
+    let sent = plan.need.map_or(0, |need| need.sent[0]);
+    let (kind, kernels) = (if *guidance { "dev" } else { "schnell" }, if kernels::fused() { "fused" } else { "plain" });
+    format!("{kind}-{double_blocks}+{single_blocks}x{hidden}-{dtype}-{bytes}-{sent}-{kernels}")
 }
 
-/// Keeps what the steps of a picture of 1024 x 1024 took, without a negative prompt: their median.
-pub(super) fn note(device: &Device, config: &Config, plan: &Plan, steps: &[Duration]) {
+/// Keeps what the steps of a picture of 1024 x 1024 took, computed in `dtype`, without a negative prompt: their median.
+pub(super) fn note(device: &Device, config: &Config, plan: &Plan, dtype: &str, steps: &[Duration]) {
     let (Ok(subject), true) = (subject(device), steps.len() >= LEAST) else { return };
     let mut steps = steps[1..].to_vec();
     steps.sort();
     let mut all = parse(&kernels::recall(&subject).unwrap_or_default());
-    all.insert(key(config, plan), steps[steps.len() / 2].as_secs_f64());
+    all.insert(key(config, plan, dtype), steps[steps.len() / 2].as_secs_f64());
     kernels::remember(&subject, &all.iter().map(|(key, seconds)| format!("{key} {seconds:.4}\n")).collect::<String>());
 }
 
 /// What was noted last, in seconds.
 pub(super) fn last(device: &Device, config: &Config, plan: &Plan) -> Option<f64> {
-    parse(&kernels::recall(&subject(device).ok()?)?).get(&key(config, plan)).copied()
+    parse(&kernels::recall(&subject(device).ok()?)?).get(&key(config, plan, &plan.name())).copied()
 }
 
 fn subject(device: &Device) -> candle_core::Result<String> {
@@ -55,24 +55,29 @@ mod tests {
     use candle_core::DType;
     use models::weights::Keep;
 
+    use super::super::plan::{CONTEXT, Sizes};
     use super::*;
 
     #[test]
     fn times_are_kept_for_what_they_depend_on() {
-        let plan = |transformer, on_host| Plan { transformer, on_host, ..DType::BF16.into() };
-        let of = |plan| key(&Config::DEV, &plan);
-        let here = OnHost::default();
+        let plan = |sizes: &Sizes, gigabytes: f64, asked| {
+            Plan::fitting(DType::BF16, sizes, (gigabytes * 1e9) as u64 - CONTEXT, asked).unwrap()
+        };
+        let (dev, config) = (Sizes::FLUX1, Config::DEV);
+        let of = |config: &Config, plan: &Plan| key(config, plan, &plan.name());
+        let dense = plan(&dev, 80., None);
+        let q4 = Sizes { quantised: [Some(6_700_000_000), None], ..dev.clone() };
         let keys = [
-            of(plan(Keep::Stored, here)),
-            of(plan(Keep::Fp8, here)),
-            of(plan(Keep::Fp8, OnHost { blocks_from: [19, 20], ..here })),
-            key(&Config { double_blocks: 2, ..Config::DEV }, &plan(Keep::Fp8, here)),
+            of(&config, &dense),
+            key(&config, &dense, "fp8-merged"),
+            of(&config, &plan(&dev, 80., Some(Keep::Fp8))),
+            of(&config, &plan(&dev, 8., Some(Keep::Fp8))),
+            of(&config, &plan(&q4, 80., None)),
+            of(&Config { guidance: false, ..config.clone() }, &dense),
         ];
         assert!(keys.iter().enumerate().all(|(i, key)| !key.contains(' ') && !keys[..i].contains(key)), "{keys:?}");
-        // T5 and the modulations are not used in a step.
-        assert_eq!(of(plan(Keep::Fp8, OnHost { text: true, modulations: true, ..here })), keys[1]);
         let read = parse(&format!("{} 0.1134\n\nnonsense\n{} fast\n{} -1\n", keys[0], keys[1], keys[2]));
         assert_eq!(read, BTreeMap::from([(keys[0].clone(), 0.1134)]));
-        assert_eq!(last(&Device::Cpu, &Config::DEV, &plan(Keep::Stored, here)), None, "a processor is no card");
+        assert_eq!(last(&Device::Cpu, &config, &dense), None, "a processor is no card");
     }
 }

@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use models::clip::ClipText;
 use models::flux::{Conditioning, Flux, Prepared, Rope};
 use models::lora::{Patches, Switch};
+use models::nn::Home;
 use models::sampler::{self, Generator, Schedule};
 use models::t5::T5Encoder;
 use models::tokenize::Tokenizers;
@@ -99,8 +100,8 @@ impl Pipeline {
 
     /// How LoRAs act in a job that asks for this mode.
     #[must_use]
-    pub fn acting(&self, mode: LoraMode) -> LoraMode {
-        if self.plan.keeps_dense() { LoraMode::Fp8 } else { mode }
+    pub fn lora_mode(&self, asked: LoraMode) -> LoraMode {
+        if self.plan.transformer == Keep::Fp8Merged { LoraMode::Fp8 } else { asked }
     }
 
     /// The adapters on the weights. Held by a job while it runs.
@@ -131,11 +132,16 @@ impl Pipeline {
         kernels::forget_places(&self.device);
         let away = OnHost { text: true, modulations: true, ..self.plan.on_host };
         let mut patches = self.patches();
-        if patches.mode() == LoraMode::Fp8 {
-            // Its pristine weights are on the device; what became of them goes, rather than they.
-            patches.apply(&[], LoraMode::Auto)?;
-        }
-        let home = device::host_or_file(patches.bytes());
+        let home = if self.plan.transformer == Keep::Fp8Merged {
+            // Without dense weights on the device it would be another picture.
+            Home::Device
+        } else {
+            if patches.mode() == LoraMode::Fp8 {
+                // Its pristine weights are on the device; what became of them goes, rather than they.
+                patches.apply(&[], LoraMode::Auto)?;
+            }
+            device::host_or_file(patches.bytes())
+        };
         patches.send_to_host(&|component, name| away.has(component, name), home)?;
         Ok(())
     }
@@ -169,10 +175,11 @@ impl Pipeline {
         let (mut latents, mut pictures) = (Vec::new(), Vec::new());
 
         let mut patches = self.patches();
-        let asked = self.acting(job.lora_mode);
+        let asked = self.lora_mode(job.lora_mode);
         // Where it is not to be had, the job is what it would be without.
         let fp8 = asked == LoraMode::Fp8 && patches.can_be_fp8();
         let mode = if asked == LoraMode::Fp8 && !fp8 { LoraMode::Auto } else { asked };
+        let dtype = if fp8 { Keep::Fp8Merged.to_string() } else { self.plan.name() };
         let switch = self.timed(&mut timings.switch, || Ok(patches.apply(&job.loras, mode)?))?;
         let switch = switched.get_or_insert(switch).clone();
         tell(told, Event::Encoding)?;
@@ -197,18 +204,16 @@ impl Pipeline {
                 }
                 tell(told, Event::Step { output, outputs, step, steps: sigmas.len() - 1 })
             };
-            let packed = self.timed(&mut timings.denoise, || self.denoise(job, seed, &prompts, sigmas, &rope, &mut step))?;
+            let (packed, steps) =
+                self.timed(&mut timings.denoise, || self.denoise(job, seed, &prompts, sigmas, &rope, &mut step))?;
+            if (job.width, job.height) == PLANNED && prompts.negative.is_none() {
+                measured::note(&self.device, self.flux.config(), &self.plan, &dtype, &steps);
+            }
             let unpacked = sampler::unpack(&packed, rows, columns)?;
             tell(told, Event::Decoding { output, outputs })?;
             pictures.push(self.timed(&mut timings.decode, || self.decode(&unpacked))?);
             latents.push(unpacked.to_device(&Device::Cpu)?);
         }
-        let dtype = match self.plan.keeps_dense() {
-            _ if fp8 => Keep::Fp8Products.to_string(),
-            // There was no room for both.
-            true => self.plan.dtype.as_str().to_owned(),
-            false => self.plan.name(),
-        };
         Ok(Finished { pictures, latents: Tensor::cat(&latents, 0)?, timings, truncated, switch, dtype })
     }
 
@@ -220,7 +225,7 @@ impl Pipeline {
         self.encoded.forget();
         let prompts = self.encode(job, &weights, &mut Vec::new())?;
         let rope = Rope::new(self.flux.config(), self.text_tokens, rows, columns, &self.device)?;
-        let latents = self.denoise(job, job.seed, &prompts, &[1.0, 0.0], &rope, &mut |_, _| Ok(()))?;
+        let (latents, _) = self.denoise(job, job.seed, &prompts, &[1.0, 0.0], &rope, &mut |_, _| Ok(()))?;
         self.decode(&sampler::unpack(&latents, rows, columns)?).map(drop)
     }
 
@@ -265,7 +270,7 @@ impl Pipeline {
         Ok(Text { txt, pooled, cut })
     }
 
-    /// Walks the sigmas, from the first to the last, which is 0 -> packed latents `(1, l_img, 64)` in f32.
+    /// Walks the sigmas, from the first to the last, which is 0 -> packed latents `(1, l_img, 64)` in f32, and what each step took.
     fn denoise(
         &self,
         job: &Job,
@@ -274,7 +279,7 @@ impl Pipeline {
         sigmas: &[f32],
         rope: &Rope,
         told: &mut dyn FnMut(usize, Estimate<'_>) -> Result<(), Error>,
-    ) -> Result<Tensor, Error> {
+    ) -> Result<(Tensor, Vec<Duration>), Error> {
         let mut generator = Generator::new(job.noise, seed);
         // The reference draws the autoencoder's sample before the noise, from the same generator.
         let origin = job.start.as_ref().map(|start| self.origin(job, start, &mut generator)).transpose()?;
@@ -316,10 +321,7 @@ impl Pipeline {
             times.push(begun.elapsed());
             told(step + 1, &|| &x - (&velocity * f64::from(pair[1]))?)?;
         }
-        if (job.width, job.height) == PLANNED && prompts.negative.is_none() {
-            measured::note(&self.device, self.flux.config(), &self.plan, &times);
-        }
-        Ok(x)
+        Ok((x, times))
     }
 
     /// The job's picture as packed latents, and its mask.

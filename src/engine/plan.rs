@@ -10,7 +10,7 @@ use models::lora::RESIDENT;
 use models::nn::Home;
 use models::weights::{Component, Keep, Kind, OnHost};
 
-use super::{Error, LoraMode, measured};
+use super::{Error, measured};
 
 /// How fast main memory reaches a card, to say what waiting costs: PCIe 4.0 with 16 lanes, from memory that is not pinned.
 const BYTES_PER_SECOND: f64 = 10e9;
@@ -53,7 +53,7 @@ pub struct Plan {
     pub dtype: DType,
     pub transformer: Keep,
     pub on_host: OnHost,
-    /// Where pristine weights are while LoRAs are on them; by the memory that is free if not said. See also [`Self::keeps_dense`].
+    /// Where pristine weights are while LoRAs are on them; by the memory that is free if not said.
     pub home: Option<Home>,
     /// What the card must hold, if it was reckoned: weights, pristine weights and work, in bytes.
     pub need: Option<Need>,
@@ -213,20 +213,6 @@ fn options(blocks: [usize; 2]) -> Vec<(Keep, OnHost, Home)> {
 }
 
 impl Plan {
-    /// Whether the transformer's dense weights stay on the device beside the e4m3 that products take, so that LoRAs are merged before
-    /// anything is rounded.
-    #[must_use]
-    pub fn keeps_dense(&self) -> bool {
-        self.transformer == Keep::Fp8Products && self.home == Some(Home::Device)
-    }
-
-    /// The same for LoRAs that act in this way: beside e4m3 weights they need no dense ones.
-    #[must_use]
-    pub fn acting(self, mode: LoraMode) -> Self {
-        let home = if mode == LoraMode::Branch && self.keeps_dense() { Some(Home::Host) } else { self.home };
-        Self { home, ..self }
-    }
-
     /// The same with what is known of how fast `device` is with a transformer of this size.
     #[must_use]
     pub fn timed(self, device: &Device, transformer: &flux::Config) -> Self {
@@ -268,6 +254,11 @@ impl Plan {
                 (None, Some(asked)) => asked,
                 (None, None) => transformer,
             };
+            // Its dense weights are what it is made of, and stay on the card.
+            let home = if transformer == Keep::Fp8Merged { Home::Device } else { home };
+            if transformer == Keep::Fp8Merged && on_host.blocks_from != OnHost::default().blocks_from {
+                continue;
+            }
             let mut plan = Self { dtype, transformer, on_host, home: Some(home), need: None, rate: None, measured: None };
             plan.need = Some(plan.reckon(sizes, have));
             let same =
@@ -310,16 +301,17 @@ impl Plan {
         let transformer = blocks + on_card(modulations, self.on_host.modulations) + dense(sizes.ends());
         let text = on_card(t5, self.on_host.text) + sizes.table * text_value + dense(sizes.clip);
         // Dense weights are merged into; others have branches beside them.
+        let merged = self.transformer == Keep::Fp8Merged;
         let dense_blocks = self.transformer == Keep::Stored && sizes.quantised[0].is_none();
         let [double_blocks, single_blocks] = [config.double_blocks as u64 * double, config.single_blocks as u64 * single];
         let beside = match dense_blocks {
             true => transformer + text,
-            false if self.keeps_dense() => transformer - blocks + dense(double_blocks + single_blocks) + text,
+            false if merged => transformer - blocks + dense(double_blocks + single_blocks) + text,
             false => transformer - blocks + text,
         };
         let values = double_blocks + single_blocks + sizes.modulations() + sizes.ends() + sizes.t5 + sizes.clip;
         let kept_twice = if self.home == Some(Home::Device) { beside + dense(values) / RESIDENT } else { 0 };
-        let loras = kept_twice + if dense_blocks || self.keeps_dense() { 0 } else { dense(sizes.factors(RANK)) };
+        let loras = kept_twice + if dense_blocks || merged { 0 } else { dense(sizes.factors(RANK)) };
         let sent = |bytes: u64, away: bool| if away { bytes } else { 0 };
         let sent = [all_blocks - blocks, sent(modulations, self.on_host.modulations), sent(t5, self.on_host.text)];
         let (d, mlp) = (config.hidden as u64, config.mlp as u64);
@@ -357,7 +349,9 @@ impl fmt::Display for Plan {
         }
         write!(f, ", CLIP: {}; autoencoder {}; work {}", gigabytes(need.text), gigabytes(need.vae), gigabytes(need.work))?;
         match self.home {
-            _ if self.keeps_dense() => write!(f, "; {dense} weights, which LoRAs are merged into, {}", gigabytes(need.loras))?,
+            _ if self.transformer == Keep::Fp8Merged => {
+                write!(f, "; {dense} weights, which LoRAs are merged into, {}", gigabytes(need.loras))?
+            }
             Some(Home::Device) if self.transformer == Keep::Stored => {
                 write!(f, "; LoRAs and pristine weights beside them {}", gigabytes(need.loras))?
             }
@@ -367,7 +361,7 @@ impl fmt::Display for Plan {
         }
         write!(f, ": {} of {}", gigabytes(need.all()), gigabytes(need.have))?;
         let Some(rate) = self.rate else { return Ok(()) };
-        let rate = if self.transformer == Keep::Fp8Products { 2. * rate } else { rate };
+        let rate = if matches!(self.transformer, Keep::Fp8Products | Keep::Fp8Merged) { 2. * rate } else { rate };
         let (arithmetic, sending) = (need.operations as f64 / rate, step as f64 / BYTES_PER_SECOND);
         let bound = if sending > arithmetic { "sending blocks" } else { "arithmetic" };
         write!(f, "; a step of 1024 x 1024 takes {:.2} s at the least, bound by {bound}", arithmetic.max(sending))?;
@@ -453,15 +447,22 @@ mod tests {
     }
 
     #[test]
-    fn fp8_products_keep_dense_weights_where_both_fit() {
-        let plan = |gigabytes| fitting(gigabytes, Some(Keep::Fp8Products)).unwrap();
-        let (large, small) = (plan(80.), plan(48.));
-        assert!(large.keeps_dense() && !small.keeps_dense(), "{large}; {small}");
-        // 8.67e9 values of blocks, 3.23e9 of modulations, T5 and CLIP twice, and what RESIDENT leaves to LoRAs.
-        let need = large.need.unwrap();
+    fn fp8_with_loras_inside_keeps_dense_weights_on_the_card() {
+        let plan = |gigabytes| fitting(gigabytes, Some(Keep::Fp8Merged));
+        for (gigabytes, text_away) in [(80., false), (48., true)] {
+            let plan = plan(gigabytes).unwrap();
+            assert_eq!(
+                (plan.transformer, plan.home, plan.on_host.text),
+                (Keep::Fp8Merged, Some(Home::Device), text_away),
+                "{plan}"
+            );
+            assert_eq!((plan.on_host.blocks_from, plan.need.unwrap().sent[0]), ([usize::MAX; 2], 0), "{plan}");
+            assert!(plan.to_string().contains("; bf16 weights, which LoRAs are merged into, "), "{plan}");
+        }
+        // 8.67e9 values of blocks in both; modulations, T5 and CLIP twice in bf16; what RESIDENT leaves to LoRAs.
+        let need = plan(80.).unwrap().need.unwrap();
         assert!((35e9..45e9).contains(&(need.loras as f64)) && need.transformer < 16_000_000_000, "{need:?}");
-        assert!(large.to_string().contains("; bf16 weights, which LoRAs are merged into, "), "{large}");
-        assert_eq!((large.clone().acting(LoraMode::Branch).home, large.clone().acting(LoraMode::Auto)), (small.home, large));
+        assert!(matches!(plan(24.), Err(Error::CardTooSmall { .. })), "another precision is not chosen in its place");
     }
 
     #[test]

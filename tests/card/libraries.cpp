@@ -194,9 +194,13 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t, 
     return bytes == (attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES ? 8 : 4) ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
 }
 
-cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t of, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int room,
                                               cublasLtMatmulHeuristicResult_t *results, int *found) {
+    const Description &d = *(Description *)of;
+    // Cards for games have no algorithm with a scale for each row.
+    int capability = atoi(getenv("CARD_CAPABILITY") ? getenv("CARD_CAPABILITY") : "9");
+    if (d.a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F && capability != 9 && capability != 10) return *found = 0, CUBLAS_STATUS_NOT_SUPPORTED;
     *found = room < 2 ? room : 2;
     for (int i = 0; i < *found; i++) {
         memset(&results[i], 0, sizeof results[i]);
@@ -220,9 +224,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t of, const v
     if (a.type != b.type || !(e4m3s || known(a.type)) || !known(out.type)) return refuse("cuBLASLt: a product of types that nobody has described");
     for (const void *p : {A, B, (const void *)D})
         if ((uintptr_t)p % 16) return CUBLAS_STATUS_NOT_SUPPORTED;
-    bool rows = d.a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F && d.b_mode == d.a_mode;
-    if (e4m3s && !(rows && d.a_scale && d.b_scale && ta && !tb && m % 16 == 0 && k % 16 == 0))
-        return refuse("cuBLASLt: e4m3 other than A transposed, B not, by sixteens, a scale for each row");
+    bool rows = d.a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F && d.b_mode == d.a_mode && d.a_scale && d.b_scale;
+    bool bare = d.a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F && d.b_mode == d.a_mode && !d.a_scale && !d.b_scale;
+    if (e4m3s && !((rows || bare) && ta && !tb && m % 16 == 0 && k % 16 == 0))
+        return refuse("cuBLASLt: e4m3 other than A transposed, B not, by sixteens, a scale for each row or none");
     bool biased = d.epilogue == CUBLASLT_EPILOGUE_BIAS || d.epilogue == CUBLASLT_EPILOGUE_GELU_BIAS;
     bool gelu = d.epilogue == CUBLASLT_EPILOGUE_GELU || d.epilogue == CUBLASLT_EPILOGUE_GELU_BIAS;
     if ((!biased && !gelu && d.epilogue != CUBLASLT_EPILOGUE_DEFAULT) || biased != (d.bias != nullptr) || *(const float *)beta != 0)
@@ -236,7 +241,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t of, const v
     if (workspace) use(workspace, room, stream, true);
     multiply(m, n, k, {A, a.type, (size_t)a.pitch, ta}, {B, b.type, (size_t)b.pitch, tb}, [&](size_t i, size_t j, float sum) {
         sum *= *(const float *)alpha;
-        if (e4m3s) sum *= d.a_scale[i] * d.b_scale[j];
+        if (e4m3s && rows) sum *= d.a_scale[i] * d.b_scale[j];
         if (biased) sum += load(out.type, d.bias, i);
         if (gelu) sum = 0.5f * sum * (1.0f + tanhf(0.7978845608028654f * (sum + 0.044715f * sum * sum * sum)));
         store(out.type, D, j * out.pitch + i, sum);

@@ -399,3 +399,17 @@ fn the_embedded_model_needs_nothing() {
     assert_eq!((&report["model"]["name"], &report["width"], &report["height"]), (&"pocket".into(), &112.into(), &144.into()));
     assert_eq!(place.files(), ["darkroom-3.png"]);
 }
+
+#[test]
+fn variables_that_mean_nothing_are_said() {
+    let wrong = vec![("DARKROOM_KERNELS", "fusd".into()), ("DARKROOM_LORA_CACHE_GB", "much".into())];
+    let place = Place::of(env!("CARGO_BIN_EXE_darkroom").into(), wrong);
+    place.run(&["models", "list"]).fails(2, &["DARKROOM_KERNELS=fusd: must be fused or plain", "DARKROOM_LORA_CACHE_GB=much"]);
+    place.run(&["--version"]).succeeds();
+    // How LoRAs act cannot be chosen where they are merged before weights are rounded.
+    let place = Place::new();
+    place
+        .generate(&["--dtype", "fp8-merged", "--lora-mode", "branch"])
+        .fails(2, &["lora_mode", "branch", "fp8-merged", "fp8-products"]);
+    assert_eq!(std::fs::read_dir(place.path("")).unwrap().count(), 0);
+}

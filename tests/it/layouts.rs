@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{DType, Device, Tensor};
@@ -21,8 +22,10 @@ fn open(path: &Path) -> Checkpoint {
 }
 
 fn flux(path: &Path) -> Flux {
-    let source = Source::new(Component::Transformer, &open(path), DType::F32, &Device::Cpu);
+    let loaded = Arc::default();
+    let source = Source::new(Component::Transformer, &open(path), DType::F32, &Device::Cpu).counting(&loaded);
     let flux = Flux::load(&source, None).unwrap();
+    assert_eq!(loaded.load(Ordering::Relaxed), source.bytes(), "{}", path.display());
     let report = source.finish().unwrap();
     assert!(report.applied > 30, "{report}");
     flux
@@ -104,8 +107,11 @@ fn a_lora_has_its_full_effect_on_every_storage() {
 fn t5_in_every_storage_equals_its_dequantised_reference() {
     let (layouts, modules) = (Fixture::open("layouts/layouts.safetensors"), Fixture::open("modules/modules.safetensors"));
     for name in ["t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors", "t5-encoder-Q8_0.gguf"] {
-        let source = Source::new(Component::T5, &open(&fixtures::path(&format!("layouts/{name}"))), DType::F32, &Device::Cpu);
+        let file = open(&fixtures::path(&format!("layouts/{name}")));
+        let loaded = Arc::default();
+        let source = Source::new(Component::T5, &file, DType::F32, &Device::Cpu).counting(&loaded);
         let t5 = T5Encoder::load(&source, None).unwrap();
+        assert_eq!(loaded.load(Ordering::Relaxed), source.bytes(), "{name}: what no model uses is not waited for");
         source.finish().unwrap();
         let hidden = t5.forward(&modules.ids("t5.in.ids")).unwrap().narrow(1, 0, 12).unwrap();
         assert_close(name, &hidden, &layouts.get(&format!("{name}.hidden")), MODULE);

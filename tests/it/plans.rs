@@ -92,7 +92,7 @@ fn a_job_in_fp8_is_what_an_fp8_model_draws_and_leaves_nothing() {
     let run = |pipeline: &Pipeline, job: &Job| pipeline.run(job, &mut |_| ControlFlow::Continue(())).unwrap();
     let (base, with) = (latents(&dense, &plain(vec![])), latents(&dense, &plain(set(0.9))));
     let at_once = run(&dense, &fast(vec![]));
-    assert_eq!((at_once.dtype.as_str(), run(&dense, &plain(vec![])).dtype.as_str()), ("fp8-products", "f32"));
+    assert_eq!((at_once.dtype.as_str(), run(&dense, &plain(vec![])).dtype.as_str()), ("fp8-merged", "f32"));
     assert_eq!(relative_l2(&at_once.latents, &latents(&fp8, &plain(vec![]))), 0.0, "the same weights as those of a load in fp8");
     let error = relative_l2(&at_once.latents, &base);
     assert!(error > 1e-4 && error < 0.1, "{error}");
@@ -118,28 +118,24 @@ fn a_job_in_fp8_is_what_an_fp8_model_draws_and_leaves_nothing() {
     assert_eq!((finished.dtype.as_str(), relative_l2(&finished.latents, &base)), ("f32", 0.0));
 }
 
-/// Where dense weights stay beside e4m3 ones, LoRAs are merged into them; a branch is asked for where they do not.
+/// `--dtype fp8-merged` is that for every job; a lack of memory does not make another picture of it.
 #[test]
-fn a_model_in_fp8_products_merges_where_dense_weights_stay() {
-    let with = |home| Plan { home: Some(home), ..kept(Keep::Fp8Products) };
-    let (beside, alone) = (load(&tiny(), with(Home::Device)), load(&tiny(), with(Home::Host)));
-    assert!(beside.plan().keeps_dense() && !alone.plan().keeps_dense());
-    let dense = load(&tiny(), DType::F32);
+fn a_model_in_fp8_merged_merges_before_it_rounds() {
+    let merged = load(&tiny(), kept(Keep::Fp8Merged));
+    let (dense, fp8) = (load(&tiny(), DType::F32), load(&tiny(), kept(Keep::Fp8Products)));
     let set = || vec![Selected { adapter: adapter(), scales: Scales::uniform(0.9) }];
     let fast = |loras| Job { lora_mode: LoraMode::Fp8, ..job(64, 2, loras) };
-    for loras in [vec![], set(), vec![]] {
-        let got = beside.run(&job(64, 2, loras.clone()), &mut |_| ControlFlow::Continue(())).unwrap();
-        assert_eq!((got.dtype.as_str(), relative_l2(&got.latents, &latents(&dense, &fast(loras)))), ("fp8-products", 0.0));
+    for (i, loras) in [vec![], set(), vec![], set()].into_iter().enumerate() {
+        merged.pretend_full(usize::from(i == 3));
+        let got = merged.run(&job(64, 2, loras.clone()), &mut |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!((got.dtype.as_str(), relative_l2(&got.latents, &latents(&dense, &fast(loras)))), ("fp8-merged", 0.0), "{i}");
     }
-    assert_eq!(relative_l2(&latents(&beside, &job(64, 2, vec![])), &latents(&alone, &job(64, 2, vec![]))), 0.0);
-    let branch = load(&tiny(), with(Home::Device).acting(LoraMode::Branch));
-    let in_branches = Job { lora_mode: LoraMode::Branch, ..job(64, 2, set()) };
-    assert_eq!(relative_l2(&latents(&branch, &in_branches), &latents(&alone, &in_branches)), 0.0);
-    // Without room for both it is what it can be, and says so.
-    beside.pretend_full(1);
-    let sparing = beside.run(&job(64, 2, set()), &mut |_| ControlFlow::Continue(())).unwrap();
-    let want = latents(&dense, &job(64, 2, set()));
-    assert_eq!((sparing.dtype.as_str(), relative_l2(&sparing.latents, &want)), ("f32", 0.0));
+    assert_eq!(relative_l2(&latents(&merged, &job(64, 2, vec![])), &latents(&fp8, &job(64, 2, vec![]))), 0.0);
+    // A weak LoRA: rounding moves single weights by more than it does, but as often one way as the other.
+    let weak = || vec![Selected { adapter: adapter(), scales: Scales::uniform(0.002) }];
+    let moved =
+        |pipeline: &Pipeline| relative_l2(&latents(pipeline, &job(64, 2, weak())), &latents(pipeline, &job(64, 2, vec![])));
+    println!("at 0.002: {:.4} dense, {:.4} merged before rounding, {:.4} beside it", moved(&dense), moved(&merged), moved(&fp8));
 }
 
 /// Bytes that a component's weights take, by where they are.

@@ -55,7 +55,7 @@ fn go_fast_is_heeded_where_the_operator_allows_it() {
     let place = Place::new();
     let service = Service::start(&place, &["--go-fast"]);
     let (dtype, fast) = drawn(&service, true);
-    assert_eq!(dtype, "fp8-products");
+    assert_eq!(dtype, "fp8-merged");
     let (dtype, slow) = drawn(&service, false);
     assert_eq!(dtype, "f32");
     let pixels = |png: &[u8]| image::load_from_memory(png).unwrap().into_rgb8().into_raw();

@@ -11,7 +11,7 @@ use models::weights::Keep;
 use crate::engine::{self, LoraMode, NoiseKind};
 use crate::image::Format;
 use crate::ops::lora::Lora;
-use crate::ops::{AspectRatio, Megapixels};
+use crate::ops::{AspectRatio, Error, Megapixels};
 use crate::prompt::Policy;
 
 /// A wish for pictures, unchecked.
@@ -85,6 +85,8 @@ pub enum Precision {
     Fp8,
     /// The same, with activations of e4m3 in the products.
     Fp8Products,
+    /// The same, made of dense weights that LoRAs were merged into.
+    Fp8Merged,
     /// GGUF blocks.
     Q8_0,
     Q6K,
@@ -94,12 +96,13 @@ pub enum Precision {
 }
 
 impl Precision {
-    pub const ALL: [(&str, Self); 10] = [
+    pub const ALL: [(&str, Self); 11] = [
         ("f32", Self::F32),
         ("bf16", Self::Bf16),
         ("f16", Self::F16),
         ("fp8", Self::Fp8),
         ("fp8-products", Self::Fp8Products),
+        ("fp8-merged", Self::Fp8Merged),
         ("q8_0", Self::Q8_0),
         ("q6_k", Self::Q6K),
         ("q5_k", Self::Q5K),
@@ -130,8 +133,21 @@ impl Precision {
             Self::F32 => Some(DType::F32),
             Self::Bf16 => Some(DType::BF16),
             Self::F16 => Some(DType::F16),
-            Self::Fp8 | Self::Fp8Products | Self::Q8_0 | Self::Q6K | Self::Q5K | Self::Q4K | Self::Q4_0 => None,
+            Self::Fp8 | Self::Fp8Products | Self::Fp8Merged => None,
+            Self::Q8_0 | Self::Q6K | Self::Q5K | Self::Q4K | Self::Q4_0 => None,
         }
+    }
+
+    /// Errors if LoRAs cannot act in this way on such weights.
+    pub fn allows(self, mode: LoraMode) -> Result<(), Error> {
+        if self != Self::Fp8Merged || mode == LoraMode::Auto {
+            return Ok(());
+        }
+        let problem = format!(
+            "{:?} was given with dtype fp8-merged, which merges LoRAs before it rounds",
+            format!("{mode:?}").to_lowercase()
+        );
+        Err(Error::Combination { field: "lora_mode", problem, hint: "leave it out, or give dtype fp8-products".into() })
     }
 
     /// What the transformer's large matrices are kept as.
@@ -141,6 +157,7 @@ impl Precision {
             Self::F32 | Self::Bf16 | Self::F16 => Keep::Stored,
             Self::Fp8 => Keep::Fp8,
             Self::Fp8Products => Keep::Fp8Products,
+            Self::Fp8Merged => Keep::Fp8Merged,
             Self::Q8_0 => Keep::Gguf(GgmlDType::Q8_0),
             Self::Q6K => Keep::Gguf(GgmlDType::Q6K),
             Self::Q5K => Keep::Gguf(GgmlDType::Q5K),

@@ -116,13 +116,14 @@ pub struct Cut {
 /// Checks everything that can be checked, then loads the model, runs the job and writes the pictures.
 pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage<'_>) -> ControlFlow<()>) -> Result<Report, Error> {
     let model = models::resolve(&order.model, config)?;
+    order.precision.map_or(Ok(()), |precision| precision.allows(order.request.lora_mode))?;
     let (mut job, mut remarks) = prepare(&order.request, &model)?;
     let seeds: Vec<u64> = job.seeds().collect();
     let targets = Targets::plan(&order.output, &seeds)?;
     job.loras = Sources::new(config).open(&order.request.loras, &mut |progress| told(Stage::Fetching(progress)))?;
     remarks.extend(job.loras.iter().flat_map(|selected| selected.adapter.report.warnings()));
     let device = order.machine.open()?;
-    let plan = order.machine.plan(&model, &device, order.precision)?.acting(order.request.lora_mode);
+    let plan = order.machine.plan(&model, &device, order.precision)?;
 
     tell(told, Stage::Loading(LoadEvent::default()))?;
     let digest = (order.digest || order.output.metadata).then(|| digest(&model, config));

@@ -62,12 +62,13 @@ pub fn verify(
     told: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Verified, Error> {
     let model = models::resolve(&order.model, config)?;
+    order.precision.map_or(Ok(()), |precision| precision.allows(order.mode))?;
     let selected = Sources::new(config).open(&order.loras, told)?;
     let device = order.machine.open()?;
-    let plan = order.machine.plan(&model, &device, order.precision)?.acting(order.mode);
+    let plan = order.machine.plan(&model, &device, order.precision)?;
     let pipeline = Pipeline::load(&model.bundle, &device, plan, &mut |_| {})?;
     let mut patches = pipeline.patches();
-    let order = &VerifyOrder { mode: pipeline.acting(order.mode), ..order.clone() };
+    let order = &VerifyOrder { mode: pipeline.lora_mode(order.mode), ..order.clone() };
     patches.apply(&[], order.mode).map_err(engine::Error::from)?;
     let base = digest(&patches)?;
     let mut known: BTreeMap<usize, String> = BTreeMap::from([(0, base.clone())]);

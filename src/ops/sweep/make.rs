@@ -209,7 +209,7 @@ impl Maker<'_> {
         // Two do not fit where one just fits.
         self.loaded = None;
         let precision = asked.precision_on(self.device);
-        let plan = self.sweep.machine.plan(&base.model, self.device, Some(precision))?.acting(asked.request.lora_mode);
+        let plan = self.sweep.machine.plan(&base.model, self.device, Some(precision))?;
         let pipeline = Pipeline::load(&base.model.bundle, self.device, plan, &mut |event| {
             let _ = told(Stage::Loading(&base.model.name, event));
         })?;
