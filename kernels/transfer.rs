@@ -5,24 +5,52 @@
 //! its work, and beside the copying of the next piece. Without them, and on other devices, it is left to candle.
 
 use candle_core::{DType, Device, Result, Tensor};
+use rayon::prelude::*;
+
+use crate::memory::zeros;
 
 /// Places on a card for tensors that do not stay there, see [`visit`].
 pub const PLACES: usize = 2;
 
-/// A tensor of these bytes, little-endian as files have them, on `device`. Errors if they are not as many as `shape` has.
-pub fn upload(bytes: &[u8], dtype: DType, shape: &[usize], device: &Device) -> Result<Tensor> {
+/// What one core copies at a time.
+const PIECE: usize = 1 << 20;
+
+/// A tensor of these bytes, one part after another, little-endian as files have them, on `device`. Errors if they are not as many as
+/// `shape` has.
+pub fn upload(parts: &[&[u8]], dtype: DType, shape: &[usize], device: &Device) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let Some(card) = cuda::link(device, dtype) {
-        return cuda::upload(card, bytes, dtype, shape);
+        return cuda::upload(card, parts, dtype, shape);
     }
-    Tensor::from_raw_buffer(bytes, dtype, shape, device)
+    from_parts(parts, dtype, shape, device)
+}
+
+fn from_parts(parts: &[&[u8]], dtype: DType, shape: &[usize], device: &Device) -> Result<Tensor> {
+    match parts {
+        [bytes] => Tensor::from_raw_buffer(bytes, dtype, shape, device),
+        parts => {
+            let mut all = zeros(parts.iter().map(|part| part.len()).sum());
+            let mut rest = all.as_mut_slice();
+            for part in parts {
+                let (to, after) = rest.split_at_mut(part.len());
+                copy(part, to);
+                rest = after;
+            }
+            Tensor::from_raw_buffer(&all, dtype, shape, device)
+        }
+    }
+}
+
+/// By all cores; both are of the same length.
+fn copy(from: &[u8], to: &mut [u8]) {
+    to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
 }
 
 /// x on `device`.
 pub fn to_device(x: &Tensor, device: &Device) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let (true, Some(card)) = (x.device().is_cpu(), cuda::link(device, x.dtype())) {
-        return cuda::with_bytes(x, |bytes| cuda::upload(card, bytes, x.dtype(), x.dims()));
+        return cuda::with_bytes(x, |bytes| cuda::upload(card, &[bytes], x.dtype(), x.dims()));
     }
     x.to_device(device)
 }
@@ -51,7 +79,7 @@ pub fn visit_bytes<R>(
     if let Some(card) = cuda::link(device, dtype) {
         return cuda::visit(card, bytes, dtype, shape, work);
     }
-    work(upload(bytes, dtype, shape, device)?)
+    work(upload(&[bytes], dtype, shape, device)?)
 }
 
 /// Gives the memory of the places for [`visit`] back.
@@ -72,7 +100,6 @@ mod cuda {
     use candle_core::cuda_backend::WrapErr;
     use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result};
     use candle_core::{CpuStorage, CudaDevice, DType, Device, Result, Storage, Tensor, bail};
-    use rayon::prelude::*;
 
     use super::PLACES;
     use crate::launch::{fused, output, suffix, with_addresses};
@@ -82,9 +109,6 @@ mod cuda {
     /// Bytes of a page-locked buffer, and how many there are: the card reads one while the next is filled.
     const BUFFER: usize = 16 << 20;
     const BUFFERS: usize = 4;
-
-    /// What one core copies at a time.
-    const PIECE: usize = 1 << 20;
 
     /// Tensors of less than this are left to candle: starting costs more than copying.
     const LEAST: usize = 1 << 20;
@@ -155,21 +179,22 @@ mod cuda {
             Ok(Self { stream: context.new_stream()?, buffers, places: VecDeque::new() })
         }
 
-        /// Sends `bytes` to `to` on the card, once it has come to `ready`; the event is when they are all there.
-        fn send(&mut self, bytes: &[u8], to: u64, ready: &CudaEvent) -> Driven<CudaEvent> {
+        /// Sends `parts`, one after another, to `to` on the card, once it has come to `ready`; the event is when they are all there.
+        fn send(&mut self, parts: &[&[u8]], mut to: u64, ready: &CudaEvent) -> Driven<CudaEvent> {
             self.stream.wait(ready)?;
-            for (i, part) in bytes.chunks(BUFFER).enumerate() {
+            for part in parts.iter().flat_map(|part| part.chunks(BUFFER)) {
                 self.buffers.rotate_left(1);
                 let Buffer { memory, read } = &self.buffers[BUFFERS - 1];
                 read.synchronize()?;
                 // SAFETY: the buffer is this long, and the card has read what was in it.
                 #[expect(unsafe_code, reason = "memory of the driver's")]
                 let buffer = unsafe { std::slice::from_raw_parts_mut(*memory, part.len()) };
-                buffer.par_chunks_mut(PIECE).zip(part.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
-                // SAFETY: the destination is as long as `bytes`, and the buffer stays as it is until the card has read it.
+                super::copy(part, buffer);
+                // SAFETY: the destination is as long as all parts, and the buffer stays as it is until the card has read it.
                 #[expect(unsafe_code, reason = "a call of the driver")]
-                unsafe { result::memcpy_htod_async(to + (i * BUFFER) as u64, buffer, self.stream.cu_stream()) }?;
+                unsafe { result::memcpy_htod_async(to, buffer, self.stream.cu_stream()) }?;
                 read.record(&self.stream)?;
+                to += part.len() as u64;
             }
             self.stream.record_event(None)
         }
@@ -208,10 +233,10 @@ mod cuda {
         })
     }
 
-    /// Sends `bytes` to `memory`, whose first bytes they become; what the card does after it waits for them.
-    fn send(link: &mut Link, card: &CudaDevice, bytes: &[u8], memory: &Tensor, ready: &CudaEvent) -> Result<()> {
+    /// Sends `parts` to `memory`, whose first bytes they become; what the card does after it waits for them.
+    fn send(link: &mut Link, card: &CudaDevice, parts: &[&[u8]], memory: &Tensor, ready: &CudaEvent) -> Result<()> {
         with_addresses(card, &[Some(memory)], |at| {
-            let arrived = link.send(bytes, at[0], ready).and_then(|arrived| card.cuda_stream().wait(&arrived));
+            let arrived = link.send(parts, at[0], ready).and_then(|arrived| card.cuda_stream().wait(&arrived));
             if arrived.is_err() {
                 // What is under way still reads and writes memory that others are about to get.
                 let _ = link.stream.synchronize();
@@ -220,16 +245,17 @@ mod cuda {
         })
     }
 
-    pub(super) fn upload(card: &CudaDevice, bytes: &[u8], dtype: DType, shape: &[usize]) -> Result<Tensor> {
+    pub(super) fn upload(card: &CudaDevice, parts: &[&[u8]], dtype: DType, shape: &[usize]) -> Result<Tensor> {
         let device = Device::Cuda(card.clone());
+        let bytes = parts.iter().map(|part| part.len()).sum();
         values(bytes, dtype, shape)?;
-        if bytes.len() < LEAST {
-            return Tensor::from_raw_buffer(bytes, dtype, shape, &device);
+        if bytes < LEAST {
+            return super::from_parts(parts, dtype, shape, &device);
         }
         let tensor = output(shape, dtype, &device)?;
         // Its memory may have been another tensor's, which the card still works with.
         let ready = card.cuda_stream().record_event(None).w()?;
-        with_known_link(card, |link| send(link, card, bytes, &tensor, &ready))?;
+        with_known_link(card, |link| send(link, card, parts, &tensor, &ready))?;
         Ok(tensor)
     }
 
@@ -241,10 +267,10 @@ mod cuda {
         work: impl FnOnce(Tensor) -> Result<R>,
     ) -> Result<R> {
         let stream = card.cuda_stream();
-        let n = values(bytes, dtype, shape)?;
+        let n = values(bytes.len(), dtype, shape)?;
         let place = with_known_link(card, |link| {
             let place = link.place(n, dtype, card)?;
-            send(link, card, bytes, &place.memory, &place.used)?;
+            send(link, card, &[bytes], &place.memory, &place.used)?;
             Ok(place)
         })?;
         let done = place.memory.narrow(0, 0, n).and_then(|x| work(x.reshape(shape)?));
@@ -259,11 +285,11 @@ mod cuda {
         done
     }
 
-    /// How many values of `dtype` these bytes are. An error unless a tensor of `shape` has as many.
-    fn values(bytes: &[u8], dtype: DType, shape: &[usize]) -> Result<usize> {
+    /// How many values of `dtype` so many bytes are. An error unless a tensor of `shape` has as many.
+    fn values(bytes: usize, dtype: DType, shape: &[usize]) -> Result<usize> {
         let n = shape.iter().product();
-        if bytes.len() != n * dtype.size_in_bytes() {
-            bail!("{} bytes for {shape:?} of {dtype:?}", bytes.len());
+        if bytes != n * dtype.size_in_bytes() {
+            bail!("{bytes} bytes for {shape:?} of {dtype:?}");
         }
         Ok(n)
     }

@@ -45,7 +45,7 @@ impl Mapped {
     }
 
     fn on(&self, device: &Device) -> Result<Tensor> {
-        kernels::upload((*self.bytes).as_ref(), self.stored, &self.shape, device)?.to_dtype(self.dtype)
+        kernels::upload(&[(*self.bytes).as_ref()], self.stored, &self.shape, device)?.to_dtype(self.dtype)
     }
 }
 

@@ -66,11 +66,8 @@ impl Checkpoint {
 /// The rows as one tensor of `dtype`.
 pub(super) fn dense(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
     // Straight from the file to a GPU; in main memory all cores copy.
-    if let [one] = rows
-        && one.stored.kind == plain(dtype)
-        && !device.is_cpu()
-    {
-        return kernels::upload(one.bytes(checkpoint), dtype, shape, device);
+    if rows.iter().all(|part| part.stored.kind == plain(dtype)) && !device.is_cpu() {
+        return kernels::upload(&parts(checkpoint, rows), dtype, shape, device);
     }
     if rows.iter().any(|part| matches!(part.stored.kind, Kind::Gguf(_))) {
         return kernels::widen_blocks(&quantised(checkpoint, rows, shape, device)?, dtype);
@@ -86,10 +83,7 @@ pub(super) fn dense(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], dty
 
 /// Weights stored as fp8 e4m3, kept so.
 pub(super) fn fp8(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], device: &Device) -> Result<Tensor> {
-    if let [one] = rows {
-        return kernels::upload(one.bytes(checkpoint), DType::F8E4M3, shape, device);
-    }
-    kernels::upload(&joined(checkpoint, rows), DType::F8E4M3, shape, device)
+    kernels::upload(&parts(checkpoint, rows), DType::F8E4M3, shape, device)
 }
 
 /// GGUF blocks, kept so. Rows are whole numbers of blocks, so parts are put together by their bytes.
@@ -100,13 +94,13 @@ pub(super) fn quantised(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize],
     }
     let bytes = match rows {
         [one] => Cow::Borrowed(one.bytes(checkpoint)),
-        rows => Cow::Owned(joined(checkpoint, rows)),
+        rows => Cow::Owned(parts(checkpoint, rows).concat()),
     };
     QTensor::new(QStorage::from_data(bytes, device, kind)?, shape)
 }
 
-fn joined(checkpoint: &Checkpoint, rows: &[Rows]) -> Vec<u8> {
-    rows.iter().map(|part| part.bytes(checkpoint)).collect::<Vec<_>>().concat()
+fn parts<'a>(checkpoint: &'a Checkpoint, rows: &[Rows]) -> Vec<&'a [u8]> {
+    rows.iter().map(|part| part.bytes(checkpoint)).collect()
 }
 
 fn plain(dtype: DType) -> Kind {

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 /// One small file for each name, in a folder that may be deleted at any time.
 #[derive(Debug, Clone)]
@@ -29,8 +30,10 @@ impl kernels::Keeper for Kept {
     }
 
     fn write(&self, name: &str, text: &str) {
+        // Once: a service would say it with every picture.
+        static SAID: Once = Once::new();
         if let Err(error) = self.replace(name, text) {
-            tracing::warn!("what was timed on this card cannot be kept in {}: {error}", self.0.display());
+            SAID.call_once(|| tracing::warn!("what was timed on this card cannot be kept in {}: {error}", self.0.display()));
         }
     }
 }

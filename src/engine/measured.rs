@@ -11,6 +11,9 @@ use super::plan::Plan;
 /// Steps of a job that say something: the first ones also warm up.
 const LEAST: usize = 5;
 
+/// Less than this is not written down anew.
+const NEWS: f64 = 0.01;
+
 /// What the time of a step of 1024 x 1024 depends on, on one card: the model's size and how long its prompts are, what is computed with, what
 /// it takes of the card (which tells files that are quantised apart), and whose kernels.
 fn key(config: &Config, plan: &Plan, dtype: &str) -> String {
@@ -26,8 +29,12 @@ pub(super) fn note(device: &Device, config: &Config, plan: &Plan, dtype: &str, s
     let (Ok(subject), true) = (subject(device), steps.len() >= LEAST) else { return };
     let mut steps = steps[1..].to_vec();
     steps.sort();
+    let median = steps[steps.len() / 2].as_secs_f64();
     let mut all = parse(&kernels::recall(&subject).unwrap_or_default());
-    all.insert(key(config, plan, dtype), steps[steps.len() / 2].as_secs_f64());
+    let before = all.insert(key(config, plan, dtype), median);
+    if before.is_some_and(|before| (median / before - 1.).abs() < NEWS) {
+        return;
+    }
     kernels::remember(&subject, &all.iter().map(|(key, seconds)| format!("{key} {seconds:.4}\n")).collect::<String>());
 }
 

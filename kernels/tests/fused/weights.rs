@@ -16,13 +16,15 @@ fn what_is_sent_arrives() {
             let x = Tensor::rand(-1f32, 1., n, &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
             let there = kernels::to_device(&x, &place).unwrap();
             let bytes: Vec<u8> = x.to_vec1::<half::bf16>().unwrap().iter().flat_map(|value| value.to_le_bytes()).collect();
-            let from_file = kernels::upload(&bytes, DType::BF16, &[n], &place).unwrap();
-            for got in [there, from_file] {
+            let from_file = kernels::upload(&[&bytes], DType::BF16, &[n], &place).unwrap();
+            let (first, rest) = bytes.split_at(n / 3 * 2);
+            let from_parts = kernels::upload(&[first, &[], rest], DType::BF16, &[n], &place).unwrap();
+            for got in [there, from_file, from_parts] {
                 let apart = (to_f32(&got) - to_f32(&x)).unwrap().abs().unwrap().max_all().unwrap();
                 assert_eq!(apart.to_scalar::<f32>().unwrap(), 0.0, "{n} on {place:?}");
             }
         }
-        assert!(kernels::upload(&[0; 6], DType::BF16, &[4], &place).is_err());
+        assert!(kernels::upload(&[&[0; 4], &[0; 2]], DType::BF16, &[4], &place).is_err());
         // Weights of several sizes and types in turns, with nothing between them that waits for the card.
         let weights: Vec<Tensor> = (0..9).map(|i| (random(&[8 + 8 * (i % 3), 64]) * 0.1).unwrap()).collect();
         for (i, dtype) in [DType::F32, DType::BF16, DType::F32, DType::F32].into_iter().enumerate() {
