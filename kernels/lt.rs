@@ -6,7 +6,8 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t;
-use candle_core::cuda_backend::cudarc::cublaslt::{result, sys};
+use candle_core::cuda_backend::cudarc::cublaslt::result::{self, CublasError};
+use candle_core::cuda_backend::cudarc::cublaslt::sys::{self, cublasStatus_t as Status};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, sys::CUevent_flags};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor};
 
@@ -75,7 +76,7 @@ pub(crate) fn linear_fp8(
     if run(device, &product)? {
         return Ok(Some(y));
     }
-    // RTX 40 and 50 have no algorithm with a scale for each row: there the product comes first. Without its scales it is of up to
+    // Only Hopper has algorithms with a scale for each row: elsewhere the product comes first. Without its scales it is of up to
     // 448² for each input, which f16 does not hold.
     let bare = Product { scales: None, bias: None, gelu: false, ..product };
     if dtype != DType::BF16 || !run(device, &bare)? {
@@ -149,11 +150,7 @@ impl Library {
 
         let [x_scale, weight_scale] = [scales.map(|[of_x, _]| of_x), scales.map(|[_, of_weight]| of_weight)];
         let tensors = [Some(x), Some(weight), bias, Some(y), x_scale, weight_scale];
-        let done = with_addresses(device, &tensors, |at| self.product_at(device, product, &shape, epilogue, at))?;
-        if !done {
-            self.without.insert(shape);
-        }
-        Ok(done)
+        with_addresses(device, &tensors, |at| self.product_at(device, product, &shape, epilogue, at))
     }
 
     /// The same with where x, the weight, the bias, y and the scales of x and of the weight are.
@@ -209,7 +206,6 @@ impl Library {
                 )
             }
             .result()
-            .map_err(candle_core::Error::wrap)
         };
         // One that was kept may be refused, by another version of the library under the same number.
         if let Some(kept) = self.choices.get(shape)
@@ -218,9 +214,12 @@ impl Library {
             return Ok(true);
         }
         let candidates = self.candidates(&description, [&a, &b, &c])?;
-        let Some(fastest) = fastest(stream, &candidates, &call)? else { return Ok(false) };
+        let Some(fastest) = fastest(stream, &candidates, &call)? else {
+            self.without.insert(shape.clone());
+            return Ok(false);
+        };
         // The last run of the fastest need not have been the last run: the product is made again.
-        call(&self.choices.note(shape.clone(), fastest)).or_else(|_| call(&fastest))?;
+        call(&self.choices.note(shape.clone(), fastest)).or_else(|_| call(&fastest)).map_err(candle_core::Error::wrap)?;
         Ok(true)
     }
 
@@ -260,20 +259,21 @@ impl Library {
     }
 }
 
-/// The algorithm whose fastest run is the fastest, if any can run.
-fn fastest(stream: &CudaStream, candidates: &[Algorithm], call: &dyn Fn(&Algorithm) -> Result<()>) -> Result<Option<Algorithm>> {
+/// The algorithm whose fastest run is the fastest, if any is for this card. What fails for another reason (memory) is an error: which one
+/// is chosen must not depend on it.
+fn fastest(stream: &CudaStream, candidates: &[Algorithm], call: &Call<'_>) -> Result<Option<Algorithm>> {
     let event = || stream.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).w();
     let (begin, end) = (event()?, event()?);
     let mut best: Option<(f32, Algorithm)> = None;
     for candidate in candidates {
-        // One that cannot run here is not a candidate.
-        if call(candidate).is_err() {
-            continue;
+        match call(candidate) {
+            Err(CublasError(Status::CUBLAS_STATUS_NOT_SUPPORTED | Status::CUBLAS_STATUS_INVALID_VALUE)) => continue,
+            done => done.map_err(candle_core::Error::wrap)?,
         }
         let mut shortest = f32::INFINITY;
         for _ in 0..RUNS {
             begin.record(stream).w()?;
-            call(candidate)?;
+            call(candidate).map_err(candle_core::Error::wrap)?;
             end.record(stream).w()?;
             end.synchronize().w()?;
             shortest = shortest.min(begin.elapsed_ms(&end).w()?);
@@ -284,6 +284,8 @@ fn fastest(stream: &CudaStream, candidates: &[Algorithm], call: &dyn Fn(&Algorit
     }
     Ok(best.map(|(_, algorithm)| algorithm))
 }
+
+type Call<'a> = dyn Fn(&Algorithm) -> std::result::Result<(), CublasError> + 'a;
 
 struct Layout(sys::cublasLtMatrixLayout_t);
 

@@ -127,6 +127,8 @@ impl Config {
             "own" => Attention::Own,
             _ => Attention::Cudnn,
         });
+        let private_urls =
+            choice("DARKROOM_PRIVATE_URLS", &["1", "on", "yes", "true", "0", "off", "no", "false"]).is_some_and(truthy);
         let log_json = choice("DARKROOM_LOG_FORMAT", &["json", "text"]) == Some("json");
         let gigabytes = variable("DARKROOM_LORA_CACHE_GB").and_then(|text| {
             let gigabytes = text.trim().parse::<f64>().ok().filter(|gigabytes| gigabytes.is_finite() && *gigabytes >= 0.0);
@@ -139,7 +141,7 @@ impl Config {
             hub,
             civitai_token: variable("CIVITAI_API_TOKEN").map(Secret),
             store: STORE.iter().filter_map(|name| Some(((*name).to_owned(), Secret(variable(name)?)))).collect(),
-            private_urls: variable("DARKROOM_PRIVATE_URLS").is_some_and(|value| truthy(&value)),
+            private_urls,
             lora_cache_bytes: (gigabytes.unwrap_or(20.0) * 1e9) as u64,
             fused_kernels,
             attention,

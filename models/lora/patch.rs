@@ -120,7 +120,9 @@ impl Patches {
     pub fn can_be_fp8(&self) -> bool {
         let mut large = self.parameters.iter().filter(|(name, _)| quantised(name, Mode::Fp8));
         let dense = |parameter: &Parameter| parameter.pristine().is_ok_and(|weight| weight.is_dense());
-        self.home == Home::Device && kernels::has_fp8_products(&self.device) && large.all(|(_, parameter)| dense(parameter))
+        // Not all cards have such products for f16.
+        let units = kernels::has_fp8_products(&self.device) && (self.device.is_cpu() || self.dtype == DType::BF16);
+        self.home == Home::Device && units && large.all(|(_, parameter)| dense(parameter))
     }
 
     /// The parameter of that name.
@@ -131,6 +133,12 @@ impl Patches {
 
     pub fn names(&self) -> impl Iterator<Item = (Component, &str)> {
         self.parameters.keys().map(|(component, name)| (*component, name.as_str()))
+    }
+
+    /// Whether adapters act beside weights, so that each product costs more.
+    #[must_use]
+    pub fn has_branches(&self) -> bool {
+        self.touched.iter().any(|name| self.parameters[name].current().is_ok_and(|(_, branch)| !branch.is_empty()))
     }
 
     /// Bytes of all weights, as they are computed with.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::Component;
 use crate::nn::Weight;
 
-/// What a component's large matrices are kept as. Products are made in the type of computation all the same.
+/// What a component's large matrices are kept as. Products are made in the type of computation all the same, where nothing else is said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Keep {
     /// Dense ones in the type of computation; fp8 and GGUF as in their file.

@@ -110,7 +110,7 @@ enum Verb {
         /// auto, cpu, cuda, cuda:1 (the second card) or metal
         #[arg(long, value_name = "DEVICE", value_parser = device, default_value = "auto")]
         device: DeviceChoice,
-        /// f32, bf16 or f16 [default: f32 on a CPU, else bf16]
+        /// f32, bf16, f16, fp8, fp8-products, fp8-merged, q8_0 and so on, as in generate [default: f32 on a CPU, else bf16]
         #[arg(long, value_name = "DTYPE")]
         dtype: Option<Precision>,
         /// Print one JSON object

@@ -107,7 +107,7 @@ struct SweepArgs {
     #[arg(long, value_name = "MODEL", help_heading = "Axes")]
     model: Vec<String>,
 
-    /// Number formats to compute in: f32, bf16, f16
+    /// Number formats: f32, bf16, f16, fp8, fp8-products, fp8-merged, q8_0 and so on, as in generate
     #[arg(long, value_name = "DTYPES", value_delimiter = ',', help_heading = "Axes")]
     dtype: Vec<String>,
 

@@ -7,7 +7,7 @@ pub enum Error {
     NoDevice { name: &'static str, hint: String },
     #[error(
         "the model needs at least {:.1} GB of a card that has {:.1} GB for it, even with everything in main memory that can be; end what \
-         else uses the card, raise --vram-limit, or take --device cpu",
+         else uses the card, raise --vram-limit, or take another --dtype or --device cpu",
         *need as f64 / 1e9,
         *have as f64 / 1e9
     )]

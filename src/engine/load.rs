@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use super::encoded::Encoded;
 use super::plan::{Plan, TOKENS};
-use super::{Error, Pipeline, device};
+use super::{Error, LoraMode, Pipeline, device};
 
 /// T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained with.
 const TEXT_TOKENS: [usize; 2] = [512, 256];
@@ -110,6 +110,10 @@ fn load(bundle: &Bundle, device: &Device, plan: Plan, done: &Arc<AtomicU64>, tot
         Some(Home::Host) => device::host_or_file(bytes),
         Some(home) => home,
     };
+    if plan.transformer == Keep::Fp8Merged {
+        // What is computed with is there before the first job, or the load fails.
+        patches.apply(&[], LoraMode::Fp8)?;
+    }
     let kernels = if device.is_cuda() && kernels::fused() {
         let (heads, width) = (flux.config().heads, flux.config().hidden / flux.config().heads);
         format!("fused; attention: {}", kernels::settle_attention(device, heads, TOKENS as usize, width, dtype)?)

@@ -15,23 +15,23 @@ const LEAST: usize = 5;
 const NEWS: f64 = 0.01;
 
 /// What the time of a step of 1024 x 1024 depends on, on one card: the model's size and how long its prompts are, what is computed with, what
-/// it takes of the card (which tells files that are quantised apart), and whose kernels.
-fn key(config: &Config, plan: &Plan, dtype: &str) -> String {
+/// it takes of the card (which tells files that are quantised apart), and whose kernels (not whose attention).
+fn key(config: &Config, plan: &Plan) -> String {
     let Config { hidden, double_blocks, single_blocks, guidance, .. } = config;
     let bytes = plan.need.map_or(0, |need| need.transformer);
     let sent = plan.need.map_or(0, |need| need.sent[0]);
     let (kind, kernels) = (if *guidance { "dev" } else { "schnell" }, if kernels::fused() { "fused" } else { "plain" });
-    format!("{kind}-{double_blocks}+{single_blocks}x{hidden}-{dtype}-{bytes}-{sent}-{kernels}")
+    format!("{kind}-{double_blocks}+{single_blocks}x{hidden}-{}-{bytes}-{sent}-{kernels}", plan.name())
 }
 
-/// Keeps what the steps of a picture of 1024 x 1024 took, computed in `dtype`, without a negative prompt: their median.
-pub(super) fn note(device: &Device, config: &Config, plan: &Plan, dtype: &str, steps: &[Duration]) {
+/// Keeps what the steps of a picture of 1024 x 1024 took, without a negative prompt and with nothing beside the weights: their median.
+pub(super) fn note(device: &Device, config: &Config, plan: &Plan, steps: &[Duration]) {
     let (Ok(subject), true) = (subject(device), steps.len() >= LEAST) else { return };
     let mut steps = steps[1..].to_vec();
     steps.sort();
     let median = steps[steps.len() / 2].as_secs_f64();
     let mut all = parse(&kernels::recall(&subject).unwrap_or_default());
-    let before = all.insert(key(config, plan, dtype), median);
+    let before = all.insert(key(config, plan), median);
     if before.is_some_and(|before| (median / before - 1.).abs() < NEWS) {
         return;
     }
@@ -40,7 +40,7 @@ pub(super) fn note(device: &Device, config: &Config, plan: &Plan, dtype: &str, s
 
 /// What was noted last, in seconds.
 pub(super) fn last(device: &Device, config: &Config, plan: &Plan) -> Option<f64> {
-    parse(&kernels::recall(&subject(device).ok()?)?).get(&key(config, plan, &plan.name())).copied()
+    parse(&kernels::recall(&subject(device).ok()?)?).get(&key(config, plan)).copied()
 }
 
 fn subject(device: &Device) -> candle_core::Result<String> {
@@ -71,16 +71,15 @@ mod tests {
             Plan::fitting(DType::BF16, sizes, (gigabytes * 1e9) as u64 - CONTEXT, asked).unwrap()
         };
         let (dev, config) = (Sizes::FLUX1, Config::DEV);
-        let of = |config: &Config, plan: &Plan| key(config, plan, &plan.name());
         let dense = plan(&dev, 80., None);
         let q4 = Sizes { quantised: [Some(6_700_000_000), None], ..dev.clone() };
         let keys = [
-            of(&config, &dense),
-            key(&config, &dense, "fp8-merged"),
-            of(&config, &plan(&dev, 80., Some(Keep::Fp8))),
-            of(&config, &plan(&dev, 8., Some(Keep::Fp8))),
-            of(&config, &plan(&q4, 80., None)),
-            of(&Config { guidance: false, ..config.clone() }, &dense),
+            key(&config, &dense),
+            key(&config, &plan(&dev, 80., Some(Keep::Fp8Merged))),
+            key(&config, &plan(&dev, 80., Some(Keep::Fp8))),
+            key(&config, &plan(&dev, 8., Some(Keep::Fp8))),
+            key(&config, &plan(&q4, 80., None)),
+            key(&Config { guidance: false, ..config.clone() }, &dense),
         ];
         assert!(keys.iter().enumerate().all(|(i, key)| !key.contains(' ') && !keys[..i].contains(key)), "{keys:?}");
         let read = parse(&format!("{} 0.1134\n\nnonsense\n{} fast\n{} -1\n", keys[0], keys[1], keys[2]));

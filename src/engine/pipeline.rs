@@ -179,7 +179,12 @@ impl Pipeline {
         // Where it is not to be had, the job is what it would be without.
         let fp8 = asked == LoraMode::Fp8 && patches.can_be_fp8();
         let mode = if asked == LoraMode::Fp8 && !fp8 { LoraMode::Auto } else { asked };
-        let dtype = if fp8 { Keep::Fp8Merged.to_string() } else { self.plan.name() };
+        let dtype = match self.plan.transformer {
+            _ if fp8 => Keep::Fp8Merged.to_string(),
+            // Only a plan that nothing here makes has no room or no units for it.
+            Keep::Fp8Merged => self.plan.dtype.as_str().to_owned(),
+            _ => self.plan.name(),
+        };
         let switch = self.timed(&mut timings.switch, || Ok(patches.apply(&job.loras, mode)?))?;
         let switch = switched.get_or_insert(switch).clone();
         tell(told, Event::Encoding)?;
@@ -206,8 +211,9 @@ impl Pipeline {
             };
             let (packed, steps) =
                 self.timed(&mut timings.denoise, || self.denoise(job, seed, &prompts, sigmas, &rope, &mut step))?;
-            if (job.width, job.height) == PLANNED && prompts.negative.is_none() {
-                measured::note(&self.device, self.flux.config(), &self.plan, &dtype, &steps);
+            let planned = dtype == self.plan.name() && prompts.negative.is_none() && !patches.has_branches();
+            if planned && (job.width, job.height) == PLANNED {
+                measured::note(&self.device, self.flux.config(), &self.plan, &steps);
             }
             let unpacked = sampler::unpack(&packed, rows, columns)?;
             tell(told, Event::Decoding { output, outputs })?;

@@ -41,13 +41,7 @@ impl Machine {
             let allowed = "f32, bf16 or f16, or nothing: the transformer's file is quantised already";
             return Err(Error::invalid("dtype", &precision.name(), allowed));
         }
-        if let (Some(precision @ (Precision::Fp8Products | Precision::Fp8Merged)), false) =
-            (precision, kernels::has_fp8_products(device))
-        {
-            let allowed =
-                "fp8, or another: this device has no units for products in e4m3 (cards of compute capability 8.9 and newer have)";
-            return Err(Error::invalid("dtype", &precision.name(), allowed));
-        }
+        precision.map_or(Ok(()), |precision| precision.fits(device))?;
         // What the last model had is free only when the device is done with it.
         device.synchronize().map_err(engine::Error::from)?;
         let Some(have) = self.have(device) else {

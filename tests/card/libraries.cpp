@@ -198,9 +198,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int room,
                                               cublasLtMatmulHeuristicResult_t *results, int *found) {
     const Description &d = *(Description *)of;
-    // Cards for games have no algorithm with a scale for each row.
+    // Only Hopper has algorithms with a scale for each row.
     int capability = atoi(getenv("CARD_CAPABILITY") ? getenv("CARD_CAPABILITY") : "9");
-    if (d.a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F && capability != 9 && capability != 10) return *found = 0, CUBLAS_STATUS_NOT_SUPPORTED;
+    if (d.a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F && capability != 9) return *found = 0, CUBLAS_STATUS_NOT_SUPPORTED;
     *found = room < 2 ? room : 2;
     for (int i = 0; i < *found; i++) {
         memset(&results[i], 0, sizeof results[i]);

@@ -406,7 +406,10 @@ fn variables_that_mean_nothing_are_said() {
     let place = Place::of(env!("CARGO_BIN_EXE_darkroom").into(), wrong);
     place.run(&["models", "list"]).fails(2, &["DARKROOM_KERNELS=fusd: must be fused or plain", "DARKROOM_LORA_CACHE_GB=much"]);
     place.run(&["--version"]).succeeds();
-    // How LoRAs act cannot be chosen where they are merged before weights are rounded.
+}
+
+#[test]
+fn how_loras_act_cannot_be_chosen_where_they_are_merged_before_rounding() {
     let place = Place::new();
     place
         .generate(&["--dtype", "fp8-merged", "--lora-mode", "branch"])

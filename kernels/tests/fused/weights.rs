@@ -126,7 +126,7 @@ fn blocks_of_any_bytes() {
                     let widened = run(&|| widen_blocks(&there, dtype).unwrap());
                     let visited = run(&|| visit_blocks(&here, dtype, &place, Ok).unwrap());
                     assert_eq!(launches() - before, 2, "{kind:?} {dtype:?} on {place:?}");
-                    // Every product and sum is exact in f32, so that there is one right value.
+                    // Products are exact in f32, and sums rounded once: there is one right value.
                     for got in [widened, visited] {
                         assert_eq!((got.dims(), got.dtype()), (&[shape.0, shape.1][..], dtype));
                         let same = |(got, want): (&f32, &f32)| got == want || (got.is_nan() && want.is_nan());
@@ -140,6 +140,12 @@ fn blocks_of_any_bytes() {
     let before = launches();
     assert_eq!(emulated(|| widen_blocks(&other, DType::F32).unwrap()).dims(), [2, 256]);
     assert_eq!(launches(), before, "a format without a kernel is left to candle");
+}
+
+/// The compute capability of a card made of software.
+#[allow(clippy::disallowed_methods, reason = "tests may read the environment")]
+fn card() -> Option<String> {
+    std::env::var("CARD_CAPABILITY").ok()
 }
 
 /// Products of e4m3 on a card's units: what the processor makes of the same bytes.
@@ -163,9 +169,14 @@ fn products_in_e4m3() {
                         };
                         let (x, weight, bias) = (there(&x), there(&weight), bias.map(|bias| bias.to_device(&place).unwrap()));
                         let (before, got) = (launches(), run(&|| of(&x, &weight, bias.as_ref(), dtype)));
-                        // On a card one product by its units, and where they take no scales for rows what scales it; none is widened.
+                        // On Hopper a product; on others a product, then what scales it. (The long way widens both and makes GELU.)
                         let made = launches() - before;
-                        assert!(place.is_cpu() || dtype == DType::F16 || made == 1 || made == 2, "{made} launches");
+                        let expected = match card().as_deref() {
+                            Some("9.0") => made == 1,
+                            Some(_) => made == 2,
+                            None => made == 1 || made == 2,
+                        };
+                        assert!(place.is_cpu() || dtype == DType::F16 || expected, "{made} launches");
                         let (error, bound) = (relative(&got, &truth), if dtype == DType::F16 { 5e-4 } else { 6e-3 });
                         assert!(error < bound, "{n} {output} {input} {dtype:?} {through_gelu} on {place:?}: {error:e}");
                     }

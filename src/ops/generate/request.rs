@@ -138,6 +138,16 @@ impl Precision {
         }
     }
 
+    /// Errors if the device has no units for such products.
+    pub fn fits(self, device: &Device) -> Result<(), Error> {
+        if !matches!(self, Self::Fp8Products | Self::Fp8Merged) || kernels::has_fp8_products(device) {
+            return Ok(());
+        }
+        let allowed =
+            "fp8, or another: this device has no units for products in e4m3 (cards of compute capability 8.9 and newer have)";
+        Err(Error::invalid("dtype", &self.name(), allowed))
+    }
+
     /// Errors if LoRAs cannot act in this way on such weights.
     pub fn allows(self, mode: LoraMode) -> Result<(), Error> {
         if self != Self::Fp8Merged || mode == LoraMode::Auto {

@@ -201,6 +201,7 @@ impl Planner<'_> {
 
     fn exact(&mut self, asked: Asked, remarks: &mut Vec<String>, told: Told) -> Result<Json, Error> {
         let precision = asked.precision_on(self.device);
+        precision.fits(self.device)?;
         precision.allows(asked.request.lora_mode)?;
         let Asked { model, mut request, .. } = asked;
         let loras = std::mem::take(&mut request.loras);
