@@ -127,15 +127,16 @@ fn what_is_sent_for_each_product_draws_the_same() {
     // The files are bf16, which is widened on the card for f16; GGUF's blocks are widened there, too.
     for (kernels, dtype) in [("plain", "bf16"), ("fused", "bf16"), ("fused", "f16"), ("fused", "fp8"), ("fused", "q8_0")] {
         let place = place(&[("DARKROOM_KERNELS", kernels)]);
-        let draw = |file: &str, limit: &[&str]| {
-            let all = ["generate", PROMPT, "--device", "cuda", "--dtype", dtype, "--seed", "3", "--steps", "2", "-o", file];
+        let draw = |file: &str, steps: &str, limit: &[&str]| {
+            let all = ["generate", PROMPT, "--device", "cuda", "--dtype", dtype, "--seed", "3", "--steps", steps, "-o", file];
             place.run(&[&all, limit].concat()).succeeds();
             (pixels(&place.path(file)), log(&place)["sent_bytes"].as_u64().unwrap())
         };
-        let (here, once) = draw("here.png", &[]);
+        let (here, _) = draw("here.png", "2", &[]);
         let limit = if dtype.ends_with("16") { "1505MB" } else { "1498MB" };
-        let (away, each_time) = draw("away.png", &["--vram-limit", limit]);
-        assert!(here == away && each_time > once + (2 << 20), "{kernels}, {dtype}: {once} bytes sent, then {each_time}");
+        let (away, two) = draw("away.png", "2", &["--vram-limit", limit]);
+        let (_, three) = draw("longer.png", "3", &["--vram-limit", limit]);
+        assert!(here == away && three > two + (1 << 20), "{kernels}, {dtype}: {two} bytes sent for two steps, {three} for three");
     }
 }
 
