@@ -208,8 +208,8 @@ impl Linear {
 
     /// x `(.., input)` -> `(.., output)`, in x's dtype. Errors if the last dimension is not the weight's.
     ///
-    /// fp8 and GGUF matrices are widened before the product: FLUX multiplies hundreds of tokens at once, so widening costs
-    /// little next to the product and the activations keep their precision.
+    /// fp8 and GGUF matrices are widened before the product, if they are not for products in e4m3: FLUX multiplies hundreds of tokens at
+    /// once, so widening costs little next to the product and the activations keep their precision.
     pub fn forward(&self, x: impl Into<Activations>) -> Result<Tensor> {
         self.apply(x.into(), false)
     }
