@@ -14,7 +14,9 @@ use std::process::ExitCode;
 
 use candle_core::{DType, Device};
 use clap::{Parser, ValueEnum};
+use darkroom::config::Config;
 use darkroom::engine::Kept;
+use darkroom::ops::Machine;
 use serde_json::json;
 
 /// Parity and speed on one device.
@@ -53,6 +55,12 @@ struct Options {
     /// A model's folder, for `--serve`.
     #[arg(long)]
     model: Option<PathBuf>,
+    /// What `--serve` keeps the model as, in the words of darkroom's own `--dtype`; by default as stored, computed with in `--dtype`.
+    #[arg(long, requires = "serve")]
+    keep: Option<darkroom::ops::generate::Precision>,
+    /// Bytes of the card that `--serve` may use: the model is made to fit, as darkroom makes it.
+    #[arg(long, requires = "serve")]
+    vram_limit: Option<u64>,
     /// Passed by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -119,7 +127,14 @@ fn main() -> anyhow::Result<ExitCode> {
     });
     if let (true, Some(model)) = (options.serve, &options.model) {
         kernels::use_fused(options.kernels == Kernels::Fused);
-        serve::run(&device, dtype, model)?;
+        let plan = match (options.keep, options.vram_limit) {
+            (None, None) => dtype.into(),
+            (keep, vram_limit) => {
+                let model = darkroom::ops::models::resolve(&model.to_string_lossy(), &Config::from_environment())?;
+                Machine { vram_limit, ..Machine::default() }.plan(&model, &device, keep)?
+            }
+        };
+        serve::run(&device, plan, model)?;
         return Ok(ExitCode::SUCCESS);
     }
     let (mut checks, mut parity, mut speed) = (Vec::new(), Vec::new(), Vec::new());

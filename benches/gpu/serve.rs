@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device};
-use darkroom::engine::{Adapter, Error, Event, Finished, Job, LoraMode, NoiseKind, Pipeline, Scales, Selected};
+use candle_core::Device;
+use darkroom::engine::{Adapter, Error, Event, Finished, Job, LoraMode, NoiseKind, Pipeline, Plan, Scales, Selected};
 use models::bundle::Bundle;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -68,8 +68,8 @@ struct Server {
 }
 
 /// Answers until stdin ends.
-pub(crate) fn run(device: &Device, dtype: DType, model: &Path) -> anyhow::Result<()> {
-    let pipeline = Pipeline::load(&Bundle::detect(model)?, device, dtype, &mut |_| {})?;
+pub(crate) fn run(device: &Device, plan: Plan, model: &Path) -> anyhow::Result<()> {
+    let pipeline = Pipeline::load(&Bundle::detect(model)?, device, plan, &mut |_| {})?;
     device.synchronize()?;
     let mut server = Server { pipeline, device: device.clone(), loras: Vec::new(), prompts: 0 };
     let mut answers = std::io::stdout().lock();
@@ -89,7 +89,8 @@ impl Server {
             Run::About => Ok(json!({"about": {
                 "config": "darkroom",
                 "version": env!("CARGO_PKG_VERSION"),
-                "dtype": format!("{:?}", self.pipeline.dtype()),
+                "dtype": self.pipeline.plan().name(),
+                "plan": self.pipeline.plan().to_string(),
                 "text_tokens": self.pipeline.traits().text_tokens,
             }})),
             Run::Step => self.step(request),
@@ -175,7 +176,8 @@ impl Server {
             set.push(Selected { adapter: Arc::new(Adapter::open(file)?), scales: Scales::uniform(request.scale) });
         }
         let read = start.elapsed();
-        self.pipeline.patches().apply(&set, LoraMode::Auto)?;
+        let mode = self.pipeline.lora_mode(LoraMode::Auto);
+        self.pipeline.patches().apply(&set, mode)?;
         self.device.synchronize()?;
         let time = start.elapsed();
         self.loras = set;

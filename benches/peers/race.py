@@ -36,6 +36,8 @@ PEERS = {
     "offload": ["picture"],
     "group_offload": ["step", "picture"],
 }
+# What darkroom's side is told besides, so that a race in fewer bits is one of both sides.
+OURS = {"fp8": ["--keep", "fp8-products"]}
 RUNS = list(REQUESTS) + LORA
 PIXELS = {"dev": 1024, "tiny": 64}
 SCALE = 0.9
@@ -86,11 +88,11 @@ def make_weights(o):
     subprocess.run(make + ["--gguf"] * gguf, check=True)
 
 
-def start_darkroom(o, folder):
+def start_darkroom(o, folder, arguments):
     if o.darkroom is None:
         return None
     device, dtype = ("cpu", "f32") if o.device == "cpu" else ("0", "bf16")
-    return Child("darkroom", [o.darkroom, "--serve", "--model", str(folder), "--device", device, "--dtype", dtype, *o.darkroom_arguments], o.timeout, logs=o.logs)
+    return Child("darkroom", [o.darkroom, "--serve", "--model", str(folder), "--device", device, "--dtype", dtype, *arguments, *o.darkroom_arguments], o.timeout, logs=o.logs)
 
 
 def start_peer(o, peer, folder, runs):
@@ -150,15 +152,19 @@ def run_all(o, clocks, told):
     for folder, runs in GROUPS:
         runs = [run for run in runs if run in o.runs]
         chosen = [(peer, [run for run in runs if run in PEERS[peer]]) for peer in o.peers]
-        # darkroom stays for all peers with the same model; those with GGUF come last, when it is loaded anew.
-        for model in (folder, "gguf"):
-            racing = [(peer, runs) for peer, runs in chosen if runs and peer.startswith("gguf") == (model == "gguf")]
-            darkroom = start_darkroom(o, o.folder / model) if racing else None
+        # darkroom stays for all peers that it meets with the same model and arguments.
+        ways = {}
+        for peer, runs_of_peer in chosen:
+            if runs_of_peer:
+                way = "gguf" if peer.startswith("gguf") else folder, tuple(OURS.get(peer, ()))
+                ways.setdefault(way, []).append((peer, runs_of_peer))
+        for (model, arguments), racing in ways.items():
+            darkroom = start_darkroom(o, o.folder / model, arguments)
             try:
                 for peer, runs_of_peer in racing:
                     pair(o, clocks, darkroom, peer, o.folder / model, runs_of_peer, told)
                     if darkroom and darkroom.gone:
-                        darkroom = start_darkroom(o, o.folder / model)
+                        darkroom = start_darkroom(o, o.folder / model, arguments)
             finally:
                 if darkroom:
                     darkroom.stop()

@@ -30,6 +30,8 @@ for i, line in enumerate(iter(sys.stdin.readline, "")):
     request = json.loads(line)
     if os.environ.get("FAKE_LOG"):
         open(os.environ["FAKE_LOG"], "a").write(f"{kind} {request['run']}\\n")
+    if os.environ.get("FAKE_ARGUMENTS") and "--serve" in arguments and i == 0:
+        open(os.environ["FAKE_ARGUMENTS"], "a").write(" ".join(arguments) + "\\n")
     if name == "crash" and i >= numbers[0]:
         print("all is well", file=sys.stderr)
         sys.exit("CUDA is out of memory")
@@ -133,7 +135,12 @@ class Races(unittest.TestCase):
         command = [sys.executable, str(HERE / "race.py"), "--folder", str(self.folder), "--size", "tiny", "--darkroom", str(self.fake),
                    "--python", str(self.fake), "--peers", "eager,compile,fp8,offload", "--runs", "step,picture", "--rounds", "2",
                    "--timeout", "2", "--json", str(out)]
-        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        told = self.folder / "told"
+        environment = {**os.environ, "FAKE_ARGUMENTS": str(told)}
+        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+        # darkroom is loaded once for the peers in 16 bits, and once for those in fp8, which it meets in fp8.
+        kept = ["--keep fp8-products" in line for line in told.read_text().splitlines()]
+        self.assertEqual(sorted(kept), [False, True])
         races = {(race["peer"], race["run"]): race for race in json.loads(out.read_text())["races"]}
         self.assertEqual(races["eager", "step"]["sides"]["B"]["measures"][""]["median"], 20.0)
         self.assertRegex(text, r"eager +step +10\.0 \(10\.0 to 10\.0\) +20\.0 \(20\.0 to 20\.0\) +2\.00 \(2\.00 to 2\.00\)")
