@@ -207,12 +207,18 @@ mod tests {
                     let want = if through_gelu { gelu(&want).unwrap() } else { want }.to_dtype(dtype).unwrap();
                     let got = y.copy().unwrap();
                     crate::emulated(|| scale_products(&got, [&row, &column], bias, through_gelu).unwrap());
-                    let apart = (wide(&got) - wide(&want)).unwrap().abs().unwrap().max_all().unwrap();
-                    let unit = if dtype == DType::F32 { 1e-5 } else { 2e-2 };
-                    assert!(apart.to_scalar::<f32>().unwrap() < unit, "{n} {d} {dtype:?} {through_gelu}: {apart}");
+                    // A unit in the last place: GELU's exponential is not the processor's.
+                    let unit = match dtype {
+                        DType::F32 => 1e-5,
+                        DType::F16 => 1. / 1024.,
+                        _ => 1. / 128.,
+                    };
+                    let values = |x: &Tensor| wide(x).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    let near = |(got, want): (&f32, &f32)| (got - want).abs() <= unit * want.abs().max(0.1);
+                    assert!(values(&got).iter().zip(&values(&want)).all(near), "{n} {d} {dtype:?} {through_gelu}");
                 }
             }
-            assert!(scale_products(&random(&[n, d]), [&column, &row], None, false).is_err() || n == d);
+            assert!(scale_products(&random(&[n, d]), [&column, &row], None, false).is_err());
         }
     }
 
