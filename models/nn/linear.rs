@@ -150,15 +150,10 @@ impl From<&Tensor> for Activations {
 }
 
 impl Activations {
-    fn dims(&self) -> &[usize] {
+    /// What tells its shape and where it is.
+    fn tensor(&self) -> &Tensor {
         match self {
-            Self::Values(x) | Self::Fp8(Fp8Rows { data: x, .. }, _) => x.dims(),
-        }
-    }
-
-    fn device(&self) -> &Device {
-        match self {
-            Self::Values(x) | Self::Fp8(Fp8Rows { data: x, .. }, _) => x.device(),
+            Self::Values(x) | Self::Fp8(Fp8Rows { data: x, .. }, _) => x,
         }
     }
 
@@ -228,12 +223,12 @@ impl Linear {
     fn apply(&self, x: Activations, gelu: bool) -> Result<Tensor> {
         let (weight, branch) = self.weight.current()?;
         let bias = self.bias.as_ref().map(Parameter::tensor).transpose()?;
-        let mut shape = x.dims().to_vec();
+        let mut shape = x.tensor().dims().to_vec();
         let dtype = x.dtype();
         let x = x.flat()?;
         // What a branch adds comes before GELU.
         let in_product = gelu && branch.is_empty();
-        let mut y = weight.visit(x.device(), dtype, |weight| match weight {
+        let mut y = weight.visit(x.tensor().device(), dtype, |weight| match weight {
             Weight::Fp8 { data, scale: Some(scale), products: true } => {
                 let weight = Fp8Rows { data: data.clone(), scale: scale.clone() };
                 kernels::linear_fp8(&x.fp8()?, &weight, bias.as_ref(), in_product, dtype)
