@@ -263,3 +263,52 @@ impl Patches {
 fn quantised((component, name): &Name, mode: Mode) -> bool {
     mode == Mode::Fp8 && *component == Component::Transformer && is_large(*component, name) && name.ends_with(".weight")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use candle_core::Tensor;
+
+    use super::*;
+
+    /// While the base's file is gone, neither the next set nor the one before can be made: then no set counts as being there, not even
+    /// the empty one, and the next switch makes everything anew.
+    #[test]
+    fn what_could_not_be_undone_is_never_taken_for_a_set() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/lora/norm_out.safetensors");
+        let adapter = Arc::new(Adapter::open(&path).unwrap());
+        let [update] = &adapter.updates[..] else { panic!("it changes one tensor") };
+        let (name, shape) = ((update.module.component, update.tensor()), update.change.kind.shape().unwrap());
+        let stored = Tensor::randn(0f32, 1., shape.clone(), &Device::Cpu).unwrap();
+        let gone = Arc::new(AtomicBool::new(false));
+        let reread = {
+            let (stored, gone) = (stored.clone(), gone.clone());
+            Arc::new(move || match gone.load(Ordering::Relaxed) {
+                true => candle_core::bail!("the file is gone"),
+                false => Ok(Weight::Dense(stored.clone())),
+            })
+        };
+        let parameter = Parameter::new(Weight::Dense(stored.clone()), &shape, &Device::Cpu, Some(reread));
+        let bits = || parameter.tensor().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let pristine = bits();
+        let mut patches = Patches::new(BTreeMap::from([(name, parameter.clone())]), &Device::Cpu, DType::F32);
+        patches.home = Home::File;
+        let at = |scale| [Selected { adapter: adapter.clone(), scales: Scales::uniform(scale) }];
+
+        patches.apply(&at(0.5), Mode::Auto).unwrap();
+        let half = bits();
+        assert_ne!(half, pristine);
+        for (next, want) in [(&[][..], &pristine), (&at(0.5)[..], &half)] {
+            patches.apply(&at(0.5), Mode::Auto).unwrap();
+            gone.store(true, Ordering::Relaxed);
+            assert!(patches.apply(&at(1.), Mode::Auto).is_err());
+            assert!(patches.live().is_empty());
+            assert!(patches.apply(next, Mode::Auto).is_err(), "nothing can be known to be there");
+            gone.store(false, Ordering::Relaxed);
+            patches.apply(next, Mode::Auto).unwrap();
+            assert_eq!(&bits(), want);
+        }
+    }
+}

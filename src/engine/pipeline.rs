@@ -364,3 +364,45 @@ fn tell(told: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>, event: Event<'_>) ->
         ControlFlow::Break(()) => Err(Error::Cancelled),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// More steps than are prepared at once: each is the model's answer at its own time, as if it were the only one.
+    #[test]
+    fn every_step_is_made_at_its_own_time() {
+        let pipeline = Pipeline::load(&models::pocket::bundle(), &Device::Cpu, DType::F32, &mut |_| {}).unwrap();
+        let job = Job {
+            prompt: "a red face".into(),
+            negative_prompt: String::new(),
+            width: 32,
+            height: 32,
+            steps: PREPARED + 2,
+            guidance: 3.5,
+            true_cfg: 1.,
+            seed: 7,
+            outputs: 1,
+            noise: models::sampler::NoiseKind::Cpu,
+            start: None,
+            loras: Vec::new(),
+            lora_mode: LoraMode::Auto,
+            previews: None,
+        };
+        let prompts = pipeline.encode(&job, &pipeline.patches(), &mut Vec::new()).unwrap();
+        let rope = Rope::new(pipeline.flux.config(), pipeline.text_tokens, 2, 2, &Device::Cpu).unwrap();
+        let sigmas: Vec<f32> = (0..=job.steps).map(|i| 1. - i as f32 / job.steps as f32).collect();
+        let (latents, times) = pipeline.denoise(&job, job.seed, &prompts, &sigmas, &rope, &mut |_, _| Ok(())).unwrap();
+        assert_eq!(times.len(), job.steps);
+
+        let noise = Generator::new(job.noise, job.seed).latents(&[1, 16, 4, 4], &Device::Cpu).unwrap();
+        let alone = sigmas.windows(2).fold(sampler::pack(&noise).unwrap(), |x, pair| {
+            let time = Tensor::new(&pair[..1], &Device::Cpu).unwrap();
+            let velocity = pipeline.flux.forward(&x, &time, &prompts.positive, &rope).unwrap();
+            sampler::euler_step(&x, &velocity, pair[0], pair[1]).unwrap()
+        });
+        let apart = (&latents - &alone).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+        let norm = alone.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(apart <= norm * 1e-8, "{apart} of {norm}");
+    }
+}
