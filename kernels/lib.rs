@@ -4,25 +4,25 @@
 //! |---|---|---|
 //! | [`add_gated`] | x + gate * update in one pass | composed candle ops, in tests |
 //! | [`add_gated_then_norm`] | that and the modulated norm of it in one pass | the two, in tests |
-//! | [`attention`] | softmax(q kᵀ / √e) v in chunks of queries | the same in one piece, in tests |
+//! | [`attention`] | softmax(scale q kᵀ + bias) v in chunks of queries | the same in one piece, in tests |
 //! | [`convolve`] | convolution, with doubling before it and a residual after it | candle's `conv2d`, in tests |
 //! | [`gelu`] | the tanh form | candle's, in tests |
 //! | [`gelu_beside`] | \[attended, gelu\] without a concatenation | composed candle ops, in tests |
 //! | [`group_norm`] | group norm, affine, SiLU in one pass | composed candle ops, in tests |
 //! | [`linear_fp8`] | x Wᵀ + b with both in e4m3, a scale for each row; cuBLASLt's on CUDA | its module |
-//! | [`quantise_fp8`], [`widen_fp8`] | to e4m3 and back, in one pass | composed candle ops, in tests |
+//! | [`quantise_fp8`], [`widen_fp8`] | to e4m3 and back (with LoRAs or without), in one pass | composed candle ops, in tests |
 //! | [`modulated_norm_fp8`], [`add_gated_then_norm_fp8`], [`gelu_beside_fp8`] | these to e4m3 in the same pass | one after the other, in tests |
 //! | [`joint_heads`] | q, k, v of all streams from their projections: split, norm, rotate, join | composed ops, in its module |
 //! | [`layer_norm`] | layer norm without weights, f32 statistics | composed candle ops, in tests |
 //! | [`linear`], [`linear_gelu`] | x Wᵀ + b, added onto the bias on the CPU; cuBLASLt's epilogues on CUDA | composed candle ops, in tests |
 //! | [`merge`] | W + Σ B A, one pass over W | composed ops, in its module |
 //! | [`modulated_norm`] | layer norm, scale and shift in one pass | composed candle ops, in tests |
-//! | [`widen_blocks`] | GGUF's blocks to the type of computation in one pass | candle's, in tests |
+//! | [`widen_blocks`] | GGUF's blocks to the type of computation in one pass, with LoRAs or without | candle's and [`merge`], in tests |
 //! | [`rms_norm`] | root-mean-square norm with scale, f32 statistics | composed candle ops, in tests |
 //! | [`rotate`] | rotary embedding of interleaved pairs | composed candle ops, in tests |
 //!
 //! The model never asks which device it runs on: a faster kernel for one device replaces the inside of its function here. Kernels for
-//! CUDA are in `cuda/`, one file for each file of `ops/`; `launch.rs` runs them, and [`use_fused`] turns them on. None of them has run
+//! CUDA are in `cuda/`, named as the files of `ops/` are; `launch.rs` runs them, and [`use_fused`] turns them on. None of them has run
 //! on a card yet: they have been compiled for cards and run, emulated, against the references above. [`settle_attention`] has cuDNN
 //! in the place of our kernel for attention, where it is installed and faster.
 
@@ -55,7 +55,7 @@ pub use ops::fp8::{Fp8Rows, linear_fp8, quantise_fp8, widen_fp8};
 pub use ops::group_norm::{After, group_norm};
 pub use ops::heads::{Heads, Projection, joint_heads};
 pub use ops::linear::{linear, linear_gelu};
-pub use ops::merge::{Addend, Delta, merge};
+pub use ops::merge::{Addend, Delta, merge, merges_while_widening};
 pub use ops::norm::{
     add_gated, add_gated_then_norm, add_gated_then_norm_fp8, layer_norm, modulated_norm, modulated_norm_fp8, rms_norm,
 };

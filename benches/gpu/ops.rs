@@ -211,7 +211,7 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
             bytes: blocks.storage_size_in_bytes() as f64 + (output * input) as f64 * value,
             flops: 0.,
             most: NEAR,
-            run: Box::new(move || widen_blocks(&blocks, dtype)),
+            run: Box::new(move || widen_blocks(&blocks, dtype, &[])),
         });
     }
 

@@ -222,6 +222,9 @@ void collective(const char *what, void *mine, const std::function<void(void *con
 void check(const void *p, size_t bytes, size_t alignment, bool writing) {
     const char *from = (const char *)p;
     if ((uintptr_t)p % alignment) fault("an access of " + std::to_string(bytes) + " bytes is not aligned");
+    // Shared memory may be read and written the same way, by what does not know which of them it is given.
+    const char *beyond = (const char *)shared_memory->data() + shared_memory->size() - GUARD;
+    if (from >= (const char *)shared() && from + bytes <= beyond) return;
     for (auto range = ranges->begin(); range != ranges->end(); range++)
         if (range->begin <= from && from + bytes <= range->end && (range->writable || !writing)) {
             std::rotate(ranges->begin(), range, range + 1);

@@ -3,39 +3,46 @@
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
 
+use super::merge::{Addend, Place, Source, composed, merge_from, merges_while_widening};
 use crate::launch::{Launch, Pointer, applies_on, launch, output, suffix};
 use crate::transfer;
 
-/// blocks `(n, d)` -> the values that they stand for, in `dtype`, rounded once.
-pub fn widen_blocks(blocks: &QTensor, dtype: DType) -> Result<Tensor> {
+/// blocks `(n, d)` -> the values that they stand for and the sum of all addends, in `dtype`, rounded once. See
+/// [`merges_while_widening`](super::merge::merges_while_widening) for when addends cost little.
+pub fn widen_blocks(blocks: &QTensor, dtype: DType, addends: &[Addend]) -> Result<Tensor> {
     let device = blocks.device();
-    let Some(kernel) = kernel(blocks.dtype(), dtype, &device) else {
-        return blocks.dequantize(&device)?.to_dtype(dtype);
-    };
-    let y = output(blocks.shape(), dtype, &device)?;
-    match &device {
+    let kernels = kernels(blocks, dtype, addends, &device);
+    match (&device, kernels) {
+        (_, None) => {
+            let wide = blocks.dequantize(&device)?;
+            if addends.is_empty() { wide } else { composed(&wide, addends)? }.to_dtype(dtype)
+        }
         #[cfg(feature = "cuda")]
-        Device::Cuda(card) => {
+        (Device::Cuda(card), Some(kernels)) => {
             let stream = card.cuda_stream();
             let (at, _used) = blocks.device_ptr_with_guard(&stream)?;
-            launch([], [&y], |[], [to]| widening(kernel, Pointer::to(at), to, &y))?;
+            kernels.run(Place::At(Pointer::to(at)), dtype, blocks.shape().dims2()?, addends, &device)
         }
-        _ => widen_bytes(kernel, &bytes_of(blocks)?, &y)?,
+        (_, Some(kernels)) => kernels.run(Place::Tensor(&bytes_of(blocks)?), dtype, blocks.shape().dims2()?, addends, &device),
     }
-    Ok(y)
 }
 
 /// Calls `work` with [`widen_blocks`] of blocks that wait in main memory, on `device`, see [`crate::visit`].
-pub fn visit_blocks<R>(blocks: &QTensor, dtype: DType, device: &Device, work: impl FnOnce(Tensor) -> Result<R>) -> Result<R> {
+pub fn visit_blocks<R>(
+    blocks: &QTensor,
+    dtype: DType,
+    addends: &[Addend],
+    device: &Device,
+    work: impl FnOnce(Tensor) -> Result<R>,
+) -> Result<R> {
     let data = blocks.data()?;
-    let Some(kernel) = kernel(blocks.dtype(), dtype, device) else {
+    let Some(kernels) = kernels(blocks, dtype, addends, device) else {
         let there = QStorage::from_data(data, device, blocks.dtype())?;
-        return work(widen_blocks(&QTensor::new(there, blocks.shape())?, dtype)?);
+        return work(widen_blocks(&QTensor::new(there, blocks.shape())?, dtype, addends)?);
     };
+    let shape = blocks.shape().dims2()?;
     let widened = transfer::visit_bytes(&data, DType::U8, &[data.len()], device, |bytes| {
-        let y = output(blocks.shape(), dtype, device)?;
-        widen_bytes(kernel, &bytes, &y)?;
-        Ok(y)
+        kernels.run(Place::Tensor(&bytes), dtype, shape, addends, device)
     })?;
     work(widened)
 }
@@ -55,32 +62,59 @@ const THREADS: usize = 256;
 const CHUNK: usize = 8 * THREADS;
 const CHUNK_BYTES: usize = CHUNK / 32 * 34;
 
-/// Which kernel, if there is one and it applies.
-fn kernel(kind: GgmlDType, dtype: DType, device: &Device) -> Option<&'static str> {
-    let name = match kind {
-        GgmlDType::Q4_0 => "widen_q4_0",
-        GgmlDType::Q4_1 => "widen_q4_1",
-        GgmlDType::Q5_0 => "widen_q5_0",
-        GgmlDType::Q5_1 => "widen_q5_1",
-        GgmlDType::Q8_0 => "widen_q8_0",
-        GgmlDType::Q2K => "widen_q2_k",
-        GgmlDType::Q3K => "widen_q3_k",
-        GgmlDType::Q4K => "widen_q4_k",
-        GgmlDType::Q5K => "widen_q5_k",
-        GgmlDType::Q6K => "widen_q6_k",
+/// Of one format.
+#[derive(Debug, Clone, Copy)]
+struct Kernels {
+    widen: &'static str,
+    merge: &'static str,
+}
+
+fn of_format(kind: GgmlDType) -> Option<Kernels> {
+    let (widen, merge) = match kind {
+        GgmlDType::Q4_0 => ("widen_q4_0", "merge_q4_0"),
+        GgmlDType::Q4_1 => ("widen_q4_1", "merge_q4_1"),
+        GgmlDType::Q5_0 => ("widen_q5_0", "merge_q5_0"),
+        GgmlDType::Q5_1 => ("widen_q5_1", "merge_q5_1"),
+        GgmlDType::Q8_0 => ("widen_q8_0", "merge_q8_0"),
+        GgmlDType::Q2K => ("widen_q2_k", "merge_q2_k"),
+        GgmlDType::Q3K => ("widen_q3_k", "merge_q3_k"),
+        GgmlDType::Q4K => ("widen_q4_k", "merge_q4_k"),
+        GgmlDType::Q5K => ("widen_q5_k", "merge_q5_k"),
+        GgmlDType::Q6K => ("widen_q6_k", "merge_q6_k"),
         _ => return None,
     };
-    (applies_on(device) && suffix(dtype).is_some()).then_some(name)
+    Some(Kernels { widen, merge })
 }
 
-fn widening(kernel: &'static str, x: Pointer, y_at: Pointer, y: &Tensor) -> Launch<Arguments> {
-    let n = y.elem_count();
-    let arguments = Arguments { x, y: y_at, n: n as u64 };
-    Launch { kernel, values: y.dtype(), grid: [n.div_ceil(CHUNK), 1, 1], threads: THREADS, shared: CHUNK_BYTES, arguments }
+/// Those that apply.
+fn kernels(blocks: &QTensor, dtype: DType, addends: &[Addend], device: &Device) -> Option<Kernels> {
+    let added = || merges_while_widening(addends, dtype, blocks.shape().dims2().unwrap_or((0, 0)), device);
+    let applies = applies_on(device) && suffix(dtype).is_some() && (addends.is_empty() || added());
+    of_format(blocks.dtype()).filter(|_| applies)
 }
 
-fn widen_bytes(kernel: &'static str, bytes: &Tensor, y: &Tensor) -> Result<()> {
-    launch([bytes], [y], |[x], [to]| widening(kernel, x, to, y))
+impl Kernels {
+    fn run(self, blocks: Place<'_>, dtype: DType, shape: (usize, usize), addends: &[Addend], device: &Device) -> Result<Tensor> {
+        if !addends.is_empty() {
+            return merge_from(&Source { kernel: self.merge, weight: blocks, scale: None }, addends, dtype, shape, device);
+        }
+        let y = output(shape, dtype, device)?;
+        let n = y.elem_count();
+        let held = if let Place::Tensor(blocks) = blocks { blocks } else { &y };
+        launch([held], [&y], |[x], [y]| {
+            let x = if let Place::At(there) = blocks { there } else { x };
+            let arguments = Arguments { x, y, n: n as u64 };
+            Launch {
+                kernel: self.widen,
+                values: dtype,
+                grid: [n.div_ceil(CHUNK), 1, 1],
+                threads: THREADS,
+                shared: CHUNK_BYTES,
+                arguments,
+            }
+        })?;
+        Ok(y)
+    }
 }
 
 /// A copy of the blocks, where they are.

@@ -7,21 +7,25 @@ use candle_core::{D, DType, Device, Result, Tensor, bail};
 
 use super::activation::{gelu, one_stride};
 use super::linear::linear;
+use super::merge::{Addend, Place, Source, composed, merge_from, merges_while_widening};
 use crate::launch::{Launch, Pointer, in_eights, launch, output, reachable, suffix};
 
 /// Largest number of e4m3.
 const LARGEST: f64 = 448.;
 
-/// data `(n, d)` e4m3, scale `()` or `(n, 1)` f32 -> `data * scale` in `dtype`, rounded once.
-pub fn widen_fp8(data: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Result<Tensor> {
-    if let Some(y) = widen_by_kernel(data, scale, dtype)? {
+/// data `(n, d)` e4m3, scale `()` or `(n, 1)` f32 -> `data * scale` and the sum of all addends, in `dtype`, rounded once. See
+/// [`merges_while_widening`] for when addends cost little.
+pub fn widen_fp8(data: &Tensor, scale: Option<&Tensor>, dtype: DType, addends: &[Addend]) -> Result<Tensor> {
+    if let Some(y) = widen_by_kernel(data, scale, dtype, addends)? {
         return Ok(y);
     }
-    match scale {
-        None => data.to_dtype(dtype),
+    let wide = match scale {
+        None if addends.is_empty() => return data.to_dtype(dtype),
+        None => data.to_dtype(DType::F32)?,
         // The product is rounded once: scales are f32.
-        Some(scale) => data.to_dtype(DType::F32)?.broadcast_mul(scale)?.to_dtype(dtype),
-    }
+        Some(scale) => data.to_dtype(DType::F32)?.broadcast_mul(scale)?,
+    };
+    if addends.is_empty() { wide } else { composed(&wide, addends)? }.to_dtype(dtype)
 }
 
 /// Rows of e4m3 `(.., d)` with a scale `(.., 1)` f32 for each.
@@ -41,7 +45,7 @@ impl Fp8Rows {
     /// The values, in `dtype`.
     pub fn widen(&self, dtype: DType) -> Result<Tensor> {
         let (data, scale) = (self.data.flatten_to(D::Minus2)?, self.scale.flatten_to(D::Minus2)?);
-        widen_fp8(&data, Some(&scale), dtype)?.reshape(self.data.shape())
+        widen_fp8(&data, Some(&scale), dtype, &[])?.reshape(self.data.shape())
     }
 }
 
@@ -139,7 +143,7 @@ pub(crate) fn scale_products(y: &Tensor, [row, column]: [&Tensor; 2], bias: Opti
     })
 }
 
-fn widen_by_kernel(data: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Result<Option<Tensor>> {
+fn widen_by_kernel(data: &Tensor, scale: Option<&Tensor>, dtype: DType, addends: &[Addend]) -> Result<Option<Tensor>> {
     let (n, d) = data.dims2()?;
     let scale_fits =
         |scale: &Tensor| scale.dtype() == DType::F32 && scale.is_contiguous() && [1, n].contains(&scale.elem_count());
@@ -147,6 +151,11 @@ fn widen_by_kernel(data: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Resul
     let aligned = data.layout().start_offset().is_multiple_of(16);
     if !(reachable(data) && suffix(dtype).is_some() && fits && aligned && scale.is_none_or(scale_fits)) {
         return Ok(None);
+    }
+    if !addends.is_empty() {
+        let source = Source { kernel: "merge_e4m3", weight: Place::Tensor(data), scale };
+        let applies = merges_while_widening(addends, dtype, (n, d), data.device());
+        return applies.then(|| merge_from(&source, addends, dtype, (n, d), data.device())).transpose();
     }
     let y = output((n, d), dtype, data.device())?;
     // The place of a scale that there is not is held by the data; its pointer is not passed on.

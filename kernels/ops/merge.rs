@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::cpu;
 use super::low_rank::{self, Packed};
-use crate::launch::{Launch, Pointer, applies, in_eights, launch, output};
+use crate::launch::{Launch, Pointer, applies_on, in_eights, launch, output};
 
 /// What is added to some rows of a weight.
 #[derive(Debug, Clone)]
@@ -59,13 +59,18 @@ impl Addend {
     }
 }
 
+fn check(addends: &[Addend], output: usize, input: usize) -> Result<()> {
+    match addends.iter().find(|addend| !addend.fits(output, input)) {
+        Some(addend) => bail!("rows {:?} of {:?} cannot take {:?}", addend.rows, [output, input], addend.delta),
+        None => Ok(()),
+    }
+}
+
 /// weight `(output, input)` -> a new tensor of the same shape and dtype: the weight and all addends, summed in f32 in the order
 /// given and rounded once. Errors if an addend does not fit.
 pub fn merge(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
     let (output, input) = weight.dims2()?;
-    if let Some(addend) = addends.iter().find(|addend| !addend.fits(output, input)) {
-        bail!("rows {:?} of {:?} cannot take {:?}", addend.rows, weight.shape(), addend.delta);
-    }
+    check(addends, output, input)?;
     if let Some(merged) = by_kernel(weight, addends)? {
         return Ok(merged);
     }
@@ -97,9 +102,11 @@ const AT_ONCE: usize = 8;
 #[repr(C)]
 struct Arguments {
     weight: Pointer,
+    scale: Pointer,
     merged: Pointer,
     rows: u32,
     columns: u32,
+    of_rows: u32,
     count: u32,
     addends: [AddendArguments; AT_ONCE],
 }
@@ -109,63 +116,115 @@ const THREADS: usize = 256;
 const BLOCK: [usize; 2] = [128, 64];
 const DEPTH: usize = 16;
 
+/// A weight that a kernel merges into, as it is stored.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Source<'a> {
+    /// Of the way in which it is stored.
+    pub(super) kernel: &'static str,
+    pub(super) weight: Place<'a>,
+    /// f32, of e4m3: for all values or for each row.
+    pub(super) scale: Option<&'a Tensor>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place<'a> {
+    Tensor(&'a Tensor),
+    /// In memory that no tensor holds; the caller does.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "blocks on a card"))]
+    At(Pointer),
+}
+
+/// Whether a kernel merges `addends`, of type `factors`, into a weight of this shape there, with a result in `dtype`.
+fn fits(addends: &[Addend], factors: DType, dtype: DType, (rows, columns): (usize, usize), device: &Device) -> bool {
+    let here = |x: &Tensor| x.dtype() == factors && x.is_contiguous() && x.device().same_device(device);
+    let addend_fits = |addend: &Addend| match &addend.delta {
+        Delta::LowRank { up, down } => up.dim(1).is_ok_and(|r| r > 0) && here(up) && here(down),
+        Delta::Dense(delta) => here(delta) && in_eights(delta),
+    };
+    // For results of 32 bits the kernel's products, which keep 16 bits of the factors, are not fine enough.
+    applies_on(device)
+        && matches!(dtype, DType::F16 | DType::BF16)
+        && rows > 0
+        && columns > 0
+        && columns.is_multiple_of(8)
+        && addends.len() <= AT_ONCE
+        && addends.iter().all(addend_fits)
+}
+
+/// Whether [`widen_blocks`](super::blocks::widen_blocks) and [`widen_fp8`](super::fp8::widen_fp8) of a weight `(output, input)` into
+/// `dtype` on `device` make no pass more for these, which are of that type.
+#[must_use]
+pub fn merges_while_widening(addends: &[Addend], dtype: DType, shape: (usize, usize), device: &Device) -> bool {
+    fits(addends, dtype, dtype, shape, device)
+}
+
 /// `None` if the kernel does not apply.
 fn by_kernel(weight: &Tensor, addends: &[Addend]) -> Result<Option<Tensor>> {
-    let (rows, columns) = weight.dims2()?;
-    let fits = |x: &Tensor| x.dtype() == DType::F32 && x.is_contiguous() && x.device().same_device(weight.device());
-    let addend_fits = |addend: &Addend| match &addend.delta {
-        Delta::LowRank { up, down } => up.dim(1).is_ok_and(|r| r > 0) && fits(up) && fits(down),
-        Delta::Dense(delta) => fits(delta) && in_eights(delta),
-    };
-    // For weights of 32 bits the kernel's products, which keep 16 bits of the factors, are not fine enough.
-    let weight_fits = matches!(weight.dtype(), DType::F16 | DType::BF16)
-        && weight.is_contiguous()
-        && in_eights(weight)
-        && weight.elem_count() > 0;
-    if !(applies(weight) && weight_fits && addends.len() <= AT_ONCE && addends.iter().all(addend_fits)) {
+    let (shape, dtype, device) = (weight.dims2()?, weight.dtype(), weight.device());
+    if !(weight.is_contiguous() && in_eights(weight) && fits(addends, DType::F32, dtype, shape, device)) {
         return Ok(None);
     }
-    let merged = output((rows, columns), weight.dtype(), weight.device())?;
-    // The places of addends that there are not are held by the weight; nothing reads them.
+    let source = Source { kernel: "merge", weight: Place::Tensor(weight), scale: None };
+    merge_from(&source, addends, dtype, shape, device).map(Some)
+}
+
+/// What is stored, and all addends, which [`fits`] has seen -> `(rows, columns)` in `dtype`.
+pub(super) fn merge_from(
+    source: &Source<'_>,
+    addends: &[Addend],
+    dtype: DType,
+    (rows, columns): (usize, usize),
+    device: &Device,
+) -> Result<Tensor> {
+    check(addends, rows, columns)?;
+    let merged = output((rows, columns), dtype, device)?;
+    // The places of what there is not are held by the result; nothing reads them.
     let factors = |addend: Option<&'_ Addend>| match addend.map(|addend| &addend.delta) {
         Some(Delta::LowRank { up, down }) => [up.clone(), down.clone()],
         Some(Delta::Dense(delta)) => [delta.clone(), delta.clone()],
-        None => [weight.clone(), weight.clone()],
+        None => [merged.clone(), merged.clone()],
     };
     let held: [[Tensor; 2]; AT_ONCE] = std::array::from_fn(|i| factors(addends.get(i)));
-    let inputs: [&Tensor; 1 + 2 * AT_ONCE] =
-        std::array::from_fn(|i| if i == 0 { weight } else { &held[(i - 1) / 2][(i - 1) % 2] });
-    launch(inputs, [&merged], |pointers, [merged]| {
+    let weight = if let Place::Tensor(weight) = source.weight { weight } else { &merged };
+    let inputs: [&Tensor; 2 + 2 * AT_ONCE] = std::array::from_fn(|i| match i {
+        0 => weight,
+        1 => source.scale.unwrap_or(&merged),
+        _ => &held[(i - 2) / 2][i % 2],
+    });
+    launch(inputs, [&merged], |[weight, scale, factors @ ..], [merged]| {
         let place = |i: usize| {
-            let [up, down] = [pointers[1 + 2 * i], pointers[2 + 2 * i]];
+            let [up, down] = [factors[2 * i], factors[2 * i + 1]];
             addends.get(i).map_or(AddendArguments { up, down, from: 0, to: 0, rank: 0 }, |addend| {
                 let rank = if let Delta::LowRank { down, .. } = &addend.delta { down.dims()[0] } else { 0 };
                 AddendArguments { up, down, from: addend.rows.start as u32, to: addend.rows.end as u32, rank: rank as u32 }
             })
         };
         Launch {
-            kernel: "merge",
-            values: weight.dtype(),
+            kernel: source.kernel,
+            values: dtype,
             grid: [rows.div_ceil(BLOCK[0]), columns.div_ceil(BLOCK[1]), 1],
             threads: THREADS,
             shared: (BLOCK[0] + BLOCK[1]) * (DEPTH + 4) * size_of::<f32>(),
             arguments: Arguments {
-                weight: pointers[0],
+                weight: if let Place::At(there) = source.weight { there } else { weight },
+                scale: if source.scale.is_some() { scale } else { Pointer::NULL },
                 merged,
                 rows: rows as u32,
                 columns: columns as u32,
+                of_rows: u32::from(source.scale.is_some_and(|scale| scale.elem_count() == rows)),
                 count: addends.len() as u32,
                 addends: std::array::from_fn(place),
             },
         }
     })?;
-    Ok(Some(merged))
+    Ok(merged)
 }
 
 /// By candle's own operations, on any device.
-fn composed(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
+pub(super) fn composed(weight: &Tensor, addends: &[Addend]) -> Result<Tensor> {
     let mut sum = weight.to_dtype(DType::F32)?;
     for addend in addends {
+        let addend = addend.to_dtype(DType::F32)?;
         let rows = (sum.narrow(0, addend.rows.start, addend.rows.len())? + addend.dense()?)?;
         let after = weight.dim(0)? - addend.rows.end;
         sum = match (addend.rows.start, after) {

@@ -58,13 +58,18 @@ impl fmt::Debug for Mapped {
 impl Weight {
     /// The whole matrix in `dtype`, shape `(output, input)`.
     pub fn dense(&self, dtype: DType) -> Result<Tensor> {
+        self.widened(dtype, &[])
+    }
+
+    /// [`Self::dense`] with what is added to a matrix that is widened.
+    fn widened(&self, dtype: DType, addends: &[Addend]) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => weight.to_dtype(dtype),
             Self::Fp8 { data, scale, .. } => {
                 let scale = scale.as_ref().map(|scale| scale.to_device(data.device())).transpose()?;
-                kernels::widen_fp8(data, scale.as_ref(), dtype)
+                kernels::widen_fp8(data, scale.as_ref(), dtype, addends)
             }
-            Self::Quantised(blocks) => kernels::widen_blocks(blocks, dtype),
+            Self::Quantised(blocks) => kernels::widen_blocks(blocks, dtype, addends),
             Self::Mapped(mapped) => mapped.tensor()?.to_dtype(dtype),
         }
     }
@@ -117,8 +122,19 @@ impl Weight {
         })
     }
 
-    /// Calls `work` with itself on `device`, for a product in `dtype`: what waits in main memory is sent there for this one product.
-    fn visit<R>(&self, device: &Device, dtype: DType, work: impl FnOnce(&Self) -> Result<R>) -> Result<R> {
+    /// Whether widening it on `device` into `dtype` takes these in the same pass.
+    fn takes(&self, addends: &[Addend], dtype: DType, device: &Device) -> bool {
+        let shape = match self {
+            Self::Fp8 { data, products: false, .. } => data.dims2(),
+            Self::Quantised(blocks) => blocks.shape().dims2(),
+            _ => return false,
+        };
+        shape.is_ok_and(|shape| kernels::merges_while_widening(addends, dtype, shape, device))
+    }
+
+    /// Calls `work` with itself on `device`, for a product in `dtype` of itself and what widening it takes: what waits in main memory is
+    /// sent there for this one product.
+    fn visit<R>(&self, device: &Device, dtype: DType, taken: &[Addend], work: impl FnOnce(&Self) -> Result<R>) -> Result<R> {
         match self {
             here if here.device().same_device(device) => work(here),
             Self::Dense(weight) => kernels::visit(weight, device, |weight| work(&Self::Dense(weight))),
@@ -126,7 +142,7 @@ impl Weight {
                 let (products, scale) = (*products, scale.as_ref().map(|scale| scale.to_device(device)).transpose()?);
                 kernels::visit(data, device, |data| work(&Self::Fp8 { data, scale, products }))
             }
-            Self::Quantised(blocks) => kernels::visit_blocks(blocks, dtype, device, |weight| work(&Self::Dense(weight))),
+            Self::Quantised(blocks) => kernels::visit_blocks(blocks, dtype, taken, device, |weight| work(&Self::Dense(weight))),
             Self::Mapped(Mapped { bytes, stored, shape, dtype }) => {
                 let widened = |weight: Tensor| work(&Self::Dense(weight.to_dtype(*dtype)?));
                 kernels::visit_bytes((**bytes).as_ref(), *stored, shape, device, widened)
@@ -221,20 +237,23 @@ impl Linear {
     }
 
     fn apply(&self, x: Activations, gelu: bool) -> Result<Tensor> {
-        let (weight, branch) = self.weight.current()?;
+        let (weight, addends) = self.weight.current()?;
         let bias = self.bias.as_ref().map(Parameter::tensor).transpose()?;
         let mut shape = x.tensor().dims().to_vec();
         let dtype = x.dtype();
         let x = x.flat()?;
+        let device = x.tensor().device();
+        // What stands beside the weight is added to it while it is widened for this product, or else has a product of its own.
+        let (taken, branch) = addends.split_at(if weight.takes(&addends, dtype, device) { addends.len() } else { 0 });
         // What a branch adds comes before GELU.
         let in_product = gelu && branch.is_empty();
-        let mut y = weight.visit(x.tensor().device(), dtype, |weight| match weight {
+        let mut y = weight.visit(device, dtype, taken, |weight| match weight {
             Weight::Fp8 { data, scale: Some(scale), products: true } => {
                 let weight = Fp8Rows { data: data.clone(), scale: scale.clone() };
                 kernels::linear_fp8(&x.fp8()?, &weight, bias.as_ref(), in_product, dtype)
             }
-            weight if in_product => kernels::linear_gelu(&x.values()?, &weight.dense(dtype)?, bias.as_ref()),
-            weight => kernels::linear(&x.values()?, &weight.dense(dtype)?, bias.as_ref()),
+            weight if in_product => kernels::linear_gelu(&x.values()?, &weight.widened(dtype, taken)?, bias.as_ref()),
+            weight => kernels::linear(&x.values()?, &weight.widened(dtype, taken)?, bias.as_ref()),
         })?;
         for addend in branch.iter() {
             y = add_branch(y, &x.values()?, addend)?;

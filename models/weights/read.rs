@@ -70,7 +70,7 @@ pub(super) fn dense(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], dty
         return kernels::upload(&parts(checkpoint, rows), dtype, shape, device);
     }
     if rows.iter().any(|part| matches!(part.stored.kind, Kind::Gguf(_))) {
-        return kernels::widen_blocks(&quantised(checkpoint, rows, shape, device)?, dtype);
+        return kernels::widen_blocks(&quantised(checkpoint, rows, shape, device)?, dtype, &[]);
     }
     let host = match dtype {
         DType::F32 => Tensor::from_vec(gather::<f32>(checkpoint, rows)?, shape, &Device::Cpu),

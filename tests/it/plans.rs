@@ -11,7 +11,7 @@ use darkroom::engine::{Error, Event, Job, LoraMode, Pipeline, Plan, Scales, Sele
 use models::bundle::Bundle;
 use models::flux;
 use models::lora::Adapter;
-use models::nn::{Home, Weight};
+use models::nn::{Home, Linear, Weight};
 use models::pocket::people;
 use models::pocket::probe::{ATTRIBUTES, Probe};
 use models::weights::{Component, Keep, OnHost};
@@ -78,6 +78,38 @@ fn a_weak_lora_moves_a_quantised_base_as_far_as_a_dense_one() {
             let ratio = moved(kept(keep), scale) / dense;
             println!("scale {scale}, {keep}: {ratio:.3} of {dense:.1e}");
             assert!((0.9..1.1).contains(&ratio), "scale {scale}, {keep}: moves {ratio} as far");
+        }
+    }
+}
+
+/// With kernels for cards, what stands beside a matrix that is widened is added on the way: one matrix, one product, GELU in it.
+#[test]
+fn with_kernels_for_cards_a_lora_is_added_while_its_weight_is_widened() {
+    let random = |n: usize| Tensor::randn(0f32, 1., (3, n), &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
+    let values = |x: &Tensor| x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for keep in [Keep::Fp8, Keep::Gguf(GgmlDType::Q8_0)] {
+        let pipeline = load(&tiny(), Plan { transformer: keep, ..DType::BF16.into() });
+        let set = [Selected { adapter: adapter(), scales: Scales::uniform(0.9) }];
+        let mut patches = pipeline.patches();
+        patches.apply(&set, LoraMode::Auto).unwrap();
+        for name in ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"] {
+            let parameter = patches.parameter(Component::Transformer, name).unwrap();
+            let (weight, addends) = parameter.current().unwrap();
+            assert!(!addends.is_empty(), "{name} stays as it is, with something beside it");
+            let linear = Linear::new(parameter.clone(), None);
+            let x = random(parameter.shape()[1]);
+            let beside = linear.forward_gelu(&x).unwrap();
+            let (added, expected) = kernels::emulated(|| {
+                let merged = match &weight {
+                    Weight::Fp8 { data, scale, .. } => kernels::widen_fp8(data, scale.as_ref(), DType::BF16, &addends),
+                    Weight::Quantised(blocks) => kernels::widen_blocks(blocks, DType::BF16, &addends),
+                    other => panic!("{name} is {other:?}"),
+                };
+                (linear.forward_gelu(&x).unwrap(), kernels::linear_gelu(&x, &merged.unwrap(), None).unwrap())
+            });
+            assert_eq!(values(&added), values(&expected), "{keep} {name}");
+            let apart = relative_l2(&beside.to_dtype(DType::F32).unwrap(), &added.to_dtype(DType::F32).unwrap());
+            assert!(apart > 0. && apart < 2e-2, "{keep} {name}: {apart} from a product of its own");
         }
     }
 }

@@ -4,7 +4,7 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
 use kernels::{Fp8Rows, emulated, launches, linear, linear_fp8, quantise_fp8, visit_blocks, widen_blocks, widen_fp8};
 
-use super::{ALL, places, random, relative, to_f32};
+use super::{ALL, HALF, addends_on, assert_rounded_once, places, random, relative, sets_of_addends, to_f32};
 
 /// What is sent to a card by way of page-locked buffers, for good or for one product, is what was in main memory.
 #[test]
@@ -79,9 +79,10 @@ fn fp8_and_back() {
                         &data.to_device(&Device::Cpu).unwrap(),
                         scale.map(|s| s.to_device(&Device::Cpu).unwrap()).as_ref(),
                         dtype,
+                        &[],
                     );
                     let before = launches();
-                    let got = run(&|| widen_fp8(&data, scale, dtype).unwrap());
+                    let got = run(&|| widen_fp8(&data, scale, dtype, &[]).unwrap());
                     assert_eq!(
                         (launches() - before, relative(&got, &to_f32(&want.unwrap()))),
                         (1, 0.0),
@@ -94,8 +95,10 @@ fn fp8_and_back() {
     let all: Vec<u8> = (0..=255).collect();
     let data = Tensor::from_raw_buffer(&all, DType::F8E4M3, &[16, 16], &Device::Cpu).unwrap();
     let values = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let (want, got) =
-        (values(widen_fp8(&data, None, DType::F32).unwrap()), values(emulated(|| widen_fp8(&data, None, DType::F32).unwrap())));
+    let (want, got) = (
+        values(widen_fp8(&data, None, DType::F32, &[]).unwrap()),
+        values(emulated(|| widen_fp8(&data, None, DType::F32, &[]).unwrap())),
+    );
     assert!(want.iter().zip(&got).all(|(a, b)| a == b || (a.is_nan() && b.is_nan())), "{got:?}");
     // Each finite one, scaled so that the largest is 448, is itself again.
     let finite: Vec<f32> = want.iter().copied().filter(|x| x.is_finite()).chain([448.; 2]).collect();
@@ -123,8 +126,8 @@ fn blocks_of_any_bytes() {
                 for (place, run) in places() {
                     let there = on(&place);
                     let before = launches();
-                    let widened = run(&|| widen_blocks(&there, dtype).unwrap());
-                    let visited = run(&|| visit_blocks(&here, dtype, &place, Ok).unwrap());
+                    let widened = run(&|| widen_blocks(&there, dtype, &[]).unwrap());
+                    let visited = run(&|| visit_blocks(&here, dtype, &[], &place, Ok).unwrap());
                     assert_eq!(launches() - before, 2, "{kind:?} {dtype:?} on {place:?}");
                     // Products are exact in f32, and sums rounded once: there is one right value.
                     for got in [widened, visited] {
@@ -138,8 +141,58 @@ fn blocks_of_any_bytes() {
     }
     let other = QTensor::quantize(&random(&[2, 256]), GgmlDType::Q8K).unwrap();
     let before = launches();
-    assert_eq!(emulated(|| widen_blocks(&other, DType::F32).unwrap()).dims(), [2, 256]);
+    assert_eq!(emulated(|| widen_blocks(&other, DType::F32, &[]).unwrap()).dims(), [2, 256]);
     assert_eq!(launches(), before, "a format without a kernel is left to candle");
+}
+
+/// A LoRA beside a weight that is widened for each product: merged in the same pass, as if the weight had been of 32 bits.
+#[test]
+fn loras_are_merged_while_weights_are_widened() {
+    use GgmlDType::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+    let cpu = &Device::Cpu;
+    for (rows, columns) in [(1, 256), (131, 512)] {
+        let weight = random(&[rows, columns]);
+        let Fp8Rows { data, scale } = quantise_fp8(&weight).unwrap();
+        for (i, addends) in sets_of_addends(rows, columns).iter().enumerate().filter(|(_, addends)| !addends.is_empty()) {
+            for dtype in HALF {
+                let addends: Vec<_> = addends.iter().map(|addend| addend.to_dtype(dtype).unwrap()).collect();
+                for (place, run) in places() {
+                    let placed = addends_on(&addends, &place);
+                    let once = |work: &dyn Fn() -> Tensor, want: Tensor, of: String| {
+                        let before = launches();
+                        let got = run(work);
+                        assert_eq!(launches() - before, 1, "{of}");
+                        assert_eq!((got.dims(), got.dtype()), (&[rows, columns][..], dtype), "{of}");
+                        assert_rounded_once(&got, &want, dtype, &of);
+                    };
+                    for scale in [Some(scale.clone()), Some(Tensor::new(0.25f32, cpu).unwrap()), None] {
+                        let there =
+                            (data.to_device(&place).unwrap(), scale.as_ref().map(|scale| scale.to_device(&place).unwrap()));
+                        let want = widen_fp8(&data, scale.as_ref(), dtype, &addends).unwrap();
+                        let widened = || widen_fp8(&there.0, there.1.as_ref(), dtype, &placed).unwrap();
+                        once(&widened, want, format!("set {i}, e4m3, scale {scale:?}"));
+                    }
+                    for kind in [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K] {
+                        let here = QTensor::quantize(&weight, kind).unwrap();
+                        let moved = QStorage::from_data(here.data().unwrap(), &place, kind).unwrap();
+                        let there = QTensor::new(moved, (rows, columns)).unwrap();
+                        let want = || widen_blocks(&here, dtype, &addends).unwrap();
+                        once(&|| widen_blocks(&there, dtype, &placed).unwrap(), want(), format!("set {i}, {kind:?}"));
+                        let visited = || visit_blocks(&here, dtype, &placed, &place, Ok).unwrap();
+                        once(&visited, want(), format!("set {i}, {kind:?} that waits"));
+                    }
+                }
+            }
+        }
+    }
+    // What a kernel does not take is composed.
+    let blocks = QTensor::quantize(&random(&[2, 256]), Q8_0).unwrap();
+    let wide = sets_of_addends(2, 256)[0].clone();
+    let before = launches();
+    let got = emulated(|| widen_blocks(&blocks, DType::BF16, &wide).unwrap());
+    assert_eq!(launches(), before, "factors are to be of the product's type");
+    assert_rounded_once(&got, &widen_blocks(&blocks, DType::BF16, &wide).unwrap(), DType::BF16, "composed");
+    assert!(emulated(|| widen_blocks(&blocks, DType::BF16, &sets_of_addends(3, 256)[0])).is_err());
 }
 
 /// The compute capability of a card made of software.
