@@ -7,23 +7,28 @@ use candle_core::cuda_backend::cudarc::driver;
 /// Lowest compute capability that the kernels, ours and candle's, are compiled for: matrix units for bf16 came with it.
 const LOWEST: (i32, i32) = (8, 0);
 
-/// Free bytes on a CUDA card; `None` on devices that do not say.
-#[cfg(feature = "cuda")]
+/// Free bytes on a CUDA card, or of what macOS recommends to use of the memory on Metal; `None` on devices that do not say.
 #[must_use]
 pub fn free_memory(device: &Device) -> Option<u64> {
-    let Device::Cuda(cuda) = device else { return None };
-    let stream = cuda.cuda_stream();
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(card) => free_on_card(card),
+        #[cfg(feature = "metal")]
+        Device::Metal(metal) => {
+            let metal = metal.metal_device();
+            Some(metal.recommended_max_working_set_size().saturating_sub(metal.current_allocated_size()) as u64)
+        }
+        _ => None,
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn free_on_card(card: &candle_core::CudaDevice) -> Option<u64> {
+    let stream = card.cuda_stream();
     // The query answers for the context that is current on this thread.
     stream.context().bind_to_thread().ok()?;
     let kept = if crate::launch::fused() { kept_memory(stream.context()).unwrap_or(0) } else { 0 };
     driver::result::mem_get_info().ok().map(|(free, _)| free as u64 + kept)
-}
-
-/// Free bytes on a CUDA card; `None` on devices that do not say.
-#[cfg(not(feature = "cuda"))]
-#[must_use]
-pub fn free_memory(_device: &Device) -> Option<u64> {
-    None
 }
 
 /// Operations (multiplications and additions) on 16-bit matrices that a card of this capability makes in a cycle on each multiprocessor, as
@@ -107,7 +112,10 @@ pub fn open_cuda(ordinal: usize) -> Result<Device, String> {
         unsafe {
             cuda.disable_event_tracking();
         }
-        keep_freed_memory(&context).map_err(|e| e.to_string())?;
+        // Some virtual ones have no pools; then nothing is kept.
+        if context.has_async_alloc() {
+            keep_freed_memory(&context).map_err(|e| e.to_string())?;
+        }
     }
     Ok(device)
 }
@@ -120,6 +128,26 @@ fn keep_freed_memory(context: &driver::CudaContext) -> Result<(), driver::Driver
     // SAFETY: the attribute is a number of 64 bits.
     #[expect(unsafe_code, reason = "a call of the driver")]
     unsafe { driver::sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut most).cast()) }.result()
+}
+
+/// Waits for the device and lets what was freed on it be given out anew in other pieces: on a card memory is freed in the order of its work,
+/// so that it may seem full when it is not.
+pub fn gather_memory(device: &Device) -> candle_core::Result<()> {
+    device.synchronize()?;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(card) = device {
+        use candle_core::cuda_backend::WrapErr;
+
+        let stream = card.cuda_stream();
+        let context = stream.context();
+        if context.has_async_alloc() {
+            let pool = pool(context).w()?;
+            // SAFETY: what is in use stays.
+            #[expect(unsafe_code, reason = "a call of the driver")]
+            unsafe { driver::sys::cuMemPoolTrimTo(pool, 0) }.result().w()?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(feature = "cuda")]

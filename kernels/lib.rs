@@ -15,6 +15,7 @@
 //! | [`joint_heads`] | q, k, v of all streams from their projections: split, norm, rotate, join | composed ops, in its module |
 //! | [`layer_norm`] | layer norm without weights, f32 statistics | composed candle ops, in tests |
 //! | [`linear`], [`linear_gelu`] | x Wᵀ + b, added onto the bias on the CPU; cuBLASLt's epilogues on CUDA | composed candle ops, in tests |
+//! | [`linear_blocks`] | x Wᵀ + b of GGUF's blocks | [`widen_blocks`] and [`linear`] |
 //! | [`merge`] | W + Σ B A, one pass over W | composed ops, in its module |
 //! | [`modulated_norm`] | layer norm, scale and shift in one pass | composed candle ops, in tests |
 //! | [`widen_blocks`] | GGUF's blocks to the type of computation in one pass, with LoRAs or without | candle's and [`merge`], in tests |
@@ -40,7 +41,7 @@ mod ops;
 mod settle;
 mod transfer;
 
-pub use card::{arithmetic_rate, free_memory, has_fp8_products, machine, open_cuda};
+pub use card::{arithmetic_rate, free_memory, gather_memory, has_fp8_products, machine, open_cuda};
 pub use choices::{Keeper, keep_choices, recall, remember};
 pub use cudnn::{cudnn_status, has_cudnn};
 #[cfg(feature = "emulator")]
@@ -49,7 +50,7 @@ pub use launch::{fused, launches, use_fused};
 pub use memory::zeros;
 pub use ops::activation::{gelu, gelu_beside, gelu_beside_fp8};
 pub use ops::attention::{Attention, Budget, attention, choose_attention, chosen_attention};
-pub use ops::blocks::{visit_blocks, widen_blocks};
+pub use ops::blocks::{linear_blocks, visit_blocks, widen_blocks};
 pub use ops::convolve::{Window, convolve};
 pub use ops::fp8::{Fp8Rows, linear_fp8, quantise_fp8, widen_fp8};
 pub use ops::group_norm::{After, group_norm};

@@ -64,7 +64,7 @@ pub fn visit<R>(x: &Tensor, device: &Device, work: impl FnOnce(Tensor) -> Result
     if let (true, Some(card)) = (x.device().is_cpu(), cuda::link(device, x.dtype())) {
         return cuda::with_bytes(x, |bytes| cuda::visit(card, bytes, x.dtype(), x.dims(), work));
     }
-    work(to_device(x, device)?)
+    waited_for(work(to_device(x, device)?), device)
 }
 
 /// As [`visit`], of a tensor of these bytes; see [`upload`].
@@ -79,7 +79,15 @@ pub fn visit_bytes<R>(
     if let Some(card) = cuda::link(device, dtype) {
         return cuda::visit(card, bytes, dtype, shape, work);
     }
-    work(upload(&[bytes], dtype, shape, device)?)
+    waited_for(work(upload(&[bytes], dtype, shape, device)?), device)
+}
+
+/// On Metal nothing that was sent is given back before the work with it is waited for.
+fn waited_for<R>(done: Result<R>, device: &Device) -> Result<R> {
+    if device.is_metal() {
+        device.synchronize()?;
+    }
+    done
 }
 
 /// Gives the memory of the places for [`visit`] back.

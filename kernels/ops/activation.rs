@@ -1,6 +1,6 @@
 //! Activation functions, each in one vectorised pass on the CPU (libm's tanh and exp took a fifth of a step).
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 
 use super::cpu;
 use super::fp8::{Fp8Rows, quantise_fp8};
@@ -17,6 +17,9 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
             #[inline(always)]
             |_, x, y| y.iter_mut().zip(x).for_each(|(y, x)| *y = cpu::gelu(*x)),
         )
+    } else if x.device().is_metal() {
+        // candle's kernel rounds between its steps there.
+        x.to_dtype(DType::F32)?.gelu()?.to_dtype(x.dtype())
     } else {
         x.gelu()
     }

@@ -1,8 +1,12 @@
-//! GGUF's blocks, widened before a product.
+//! GGUF's blocks, widened before a product, and the product.
 
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
-use candle_core::{DType, Device, Result, Tensor};
+use std::sync::Arc;
 
+use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
+use candle_core::{DType, Device, Module, Result, Tensor};
+
+use super::activation::gelu;
+use super::linear::{linear, linear_gelu};
 use super::merge::{Addend, Place, Source, composed, merge_from, merges_while_widening};
 use crate::launch::{Launch, Pointer, applies_on, launch, output, suffix};
 use crate::transfer;
@@ -25,6 +29,25 @@ pub fn widen_blocks(blocks: &QTensor, dtype: DType, addends: &[Addend]) -> Resul
         }
         (_, Some(kernels)) => kernels.run(Place::Tensor(&bytes_of(blocks)?), dtype, blocks.shape().dims2()?, addends, &device),
     }
+}
+
+/// x `(n, input)`, blocks `(output, input)` and addends -> `x Wᵀ + b` with what [`widen_blocks`] makes of them, through GELU if asked, in
+/// x's dtype.
+pub fn linear_blocks(
+    x: &Tensor,
+    blocks: &Arc<QTensor>,
+    addends: &[Addend],
+    bias: Option<&Tensor>,
+    through_gelu: bool,
+) -> Result<Tensor> {
+    if x.device().is_metal() && addends.is_empty() {
+        // candle's product of blocks: it would widen them by the processor.
+        let y = QMatMul::from_arc(blocks.clone())?.forward(&x.to_dtype(DType::F32)?.contiguous()?)?;
+        let y = if let Some(bias) = bias { y.broadcast_add(&bias.to_dtype(DType::F32)?)? } else { y };
+        return if through_gelu { gelu(&y)? } else { y }.to_dtype(x.dtype());
+    }
+    let weight = widen_blocks(blocks, x.dtype(), addends)?;
+    if through_gelu { linear_gelu(x, &weight, bias) } else { linear(x, &weight, bias) }
 }
 
 /// Calls `work` with [`widen_blocks`] of blocks that wait in main memory, on `device`, see [`crate::visit`].

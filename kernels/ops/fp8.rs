@@ -13,19 +13,27 @@ use crate::launch::{Launch, Pointer, in_eights, launch, output, reachable, suffi
 /// Largest number of e4m3.
 const LARGEST: f64 = 448.;
 
-/// data `(n, d)` e4m3, scale `()` or `(n, 1)` f32 -> `data * scale` and the sum of all addends, in `dtype`, rounded once. See
+/// data `(n, d)` e4m3 (or, for devices without such values, its bytes), scale `()` or `(n, 1)` f32 -> `data * scale` and the sum of all addends, in `dtype`, rounded once. See
 /// [`merges_while_widening`] for when addends cost little.
 pub fn widen_fp8(data: &Tensor, scale: Option<&Tensor>, dtype: DType, addends: &[Addend]) -> Result<Tensor> {
     if let Some(y) = widen_by_kernel(data, scale, dtype, addends)? {
         return Ok(y);
     }
+    let values = |dtype| if data.dtype() == DType::U8 { of_bytes(data, dtype) } else { data.to_dtype(dtype) };
     let wide = match scale {
-        None if addends.is_empty() => return data.to_dtype(dtype),
-        None => data.to_dtype(DType::F32)?,
+        None if addends.is_empty() => return values(dtype),
+        None => values(DType::F32)?,
         // The product is rounded once: scales are f32.
-        Some(scale) => data.to_dtype(DType::F32)?.broadcast_mul(scale)?,
+        Some(scale) => values(DType::F32)?.broadcast_mul(scale)?,
     };
     if addends.is_empty() { wide } else { composed(&wide, addends)? }.to_dtype(dtype)
+}
+
+/// Looked up. (The one byte that candle's lookup takes for no index at all is a NaN, which weights do not have.)
+fn of_bytes(bytes: &Tensor, dtype: DType) -> Result<Tensor> {
+    let all: Vec<u8> = (0..=u8::MAX).collect();
+    let table = Tensor::from_raw_buffer(&all, DType::F8E4M3, &[all.len()], &Device::Cpu)?.to_dtype(dtype)?;
+    table.to_device(bytes.device())?.index_select(&bytes.flatten_all()?, 0)?.reshape(bytes.shape())
 }
 
 /// Rows of e4m3 `(.., d)` with a scale `(.., 1)` f32 for each.
@@ -228,6 +236,20 @@ mod tests {
                 }
             }
             assert!(scale_products(&random(&[n, d]), [&column, &row], None, false).is_err());
+        }
+    }
+
+    #[test]
+    fn bytes_are_what_they_stand_for() {
+        let (bytes, cpu): (Vec<u8>, _) = ((0..=254).collect(), &Device::Cpu);
+        let as_type = |dtype| Tensor::from_raw_buffer(&bytes, dtype, &[5, 51], cpu).unwrap();
+        let scale = Tensor::rand(0.5f32, 2., (5, 1), cpu).unwrap();
+        for (scale, dtype) in [(None, DType::F32), (Some(&scale), DType::F32), (Some(&scale), DType::BF16)] {
+            let values = |data: DType| {
+                let wide = widen_fp8(&as_type(data), scale, dtype, &[]).unwrap().to_dtype(DType::F32).unwrap();
+                wide.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            assert_eq!(values(DType::U8), values(DType::F8E4M3));
         }
     }
 

@@ -1,6 +1,6 @@
 //! What modulates every block: time, guidance and the pooled prompt, as one vector.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::Config;
 use crate::Result;
@@ -18,9 +18,11 @@ const MAX_PERIOD: f32 = 10_000.0;
 pub fn sinusoid(values: &Tensor) -> Result<Tensor> {
     let half = SINUSOID / 2;
     let frequency = |i: usize| f64::from(-MAX_PERIOD.ln() * i as f32 / half as f32).exp() as f32;
-    let frequencies = Tensor::from_vec((0..half).map(frequency).collect(), (1, half), values.device())?;
-    let angles = values.to_dtype(DType::F32)?.unsqueeze(1)?.broadcast_mul(&frequencies)?; // (b, 128)
-    Tensor::cat(&[angles.cos()?, angles.sin()?], 1)
+    // On the processor: not every device's cosine is exact so far from zero.
+    let frequencies = Tensor::from_vec((0..half).map(frequency).collect(), (1, half), &Device::Cpu)?;
+    let values_here = values.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+    let angles = values_here.unsqueeze(1)?.broadcast_mul(&frequencies)?; // (b, 128)
+    Tensor::cat(&[angles.cos()?, angles.sin()?], 1)?.to_device(values.device())
 }
 
 /// Two linear layers with SiLU between them.

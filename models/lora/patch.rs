@@ -232,13 +232,19 @@ impl Patches {
             return Ok(parameter.branch(plan::addends(planned, &pristine, &self.device)?, self.dtype)?);
         }
         // A merge is made where the weight is, a branch where the activations are.
-        let addends = plan::addends(planned, &pristine, &parameter.device())?;
+        let there = parameter.device();
+        // By the processor for Metal: candle would give the weight a buffer of wider values that it was summed in, for good.
+        let made = if there.is_metal() { Device::Cpu } else { there.clone() };
+        let addends = plan::addends(planned, &pristine, &made)?;
         let dense = match pristine {
             Weight::Dense(dense) => dense,
             Weight::Mapped(mapped) => mapped.tensor()?,
             other => other.dense(self.dtype)?,
         };
-        let merged = if addends.is_empty() { dense } else { plan::merged(&dense, &addends)? };
+        let merged = match &addends[..] {
+            [] => dense,
+            addends => plan::merged(&dense.to_device(&made)?, addends)?.to_device(&there)?,
+        };
         let weight = if quantised(name, mode) { Keep::Fp8Products.convert(merged)? } else { Weight::Dense(merged) };
         Ok(parameter.replace(weight, self.home)?)
     }

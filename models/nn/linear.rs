@@ -252,6 +252,7 @@ impl Linear {
                 let weight = Fp8Rows { data: data.clone(), scale: scale.clone() };
                 kernels::linear_fp8(&x.fp8()?, &weight, bias.as_ref(), in_product, dtype)
             }
+            Weight::Quantised(blocks) => kernels::linear_blocks(&x.values()?, blocks, taken, bias.as_ref(), in_product),
             weight if in_product => kernels::linear_gelu(&x.values()?, &weight.widened(dtype, taken)?, bias.as_ref()),
             weight => kernels::linear(&x.values()?, &weight.widened(dtype, taken)?, bias.as_ref()),
         })?;

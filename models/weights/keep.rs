@@ -39,13 +39,19 @@ impl Keep {
         }
     }
 
+    /// Whether it is made of e4m3.
+    #[must_use]
+    pub fn is_fp8(self) -> bool {
+        matches!(self, Self::Fp8 | Self::Fp8Products | Self::Fp8Merged)
+    }
+
     /// Itself, or the nearest with blocks that fit into rows of `columns`.
     #[must_use]
     pub fn fitting(self, columns: usize) -> Self {
         let kind = match self {
             Self::Gguf(kind) => kind,
             // The kernels read sixteen at a time.
-            Self::Fp8 | Self::Fp8Products | Self::Fp8Merged if !columns.is_multiple_of(16) => return Self::Stored,
+            fp8 if fp8.is_fp8() && !columns.is_multiple_of(16) => return Self::Stored,
             other => return other,
         };
         let smaller = match kind {

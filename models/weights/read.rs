@@ -81,9 +81,10 @@ pub(super) fn dense(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], dty
     kernels::to_device(&host, device)
 }
 
-/// Weights stored as fp8 e4m3, kept so.
+/// Weights stored as fp8 e4m3, kept so; on Metal, which has no such values, as their bytes.
 pub(super) fn fp8(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], device: &Device) -> Result<Tensor> {
-    kernels::upload(&parts(checkpoint, rows), DType::F8E4M3, shape, device)
+    let kept = if device.is_metal() { DType::U8 } else { DType::F8E4M3 };
+    kernels::upload(&parts(checkpoint, rows), kept, shape, device)
 }
 
 /// GGUF blocks, kept so. Rows are whole numbers of blocks, so parts are put together by their bytes.

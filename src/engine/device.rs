@@ -1,6 +1,6 @@
 //! Which device runs the model.
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use models::nn::Home;
 use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 
@@ -25,13 +25,12 @@ pub fn device(choice: DeviceChoice) -> Result<Device, Error> {
         DeviceChoice::Cuda(ordinal) => cuda(ordinal),
         DeviceChoice::Metal => metal(),
         DeviceChoice::Auto => {
-            let found = cuda(0).or_else(|e| {
-                if cfg!(feature = "cuda") {
-                    tracing::warn!("no CUDA card is used: {e}");
-                }
-                metal()
-            });
-            Ok(found.unwrap_or(Device::Cpu))
+            let built = [cfg!(feature = "cuda").then(|| cuda(0)), cfg!(feature = "metal").then(metal)];
+            let mut found = built
+                .into_iter()
+                .flatten()
+                .filter_map(|opened| opened.inspect_err(|error| tracing::warn!("the processor is used: {error}")).ok());
+            Ok(found.next().unwrap_or(Device::Cpu))
         }
     }
 }
@@ -44,7 +43,20 @@ fn metal() -> Result<Device, Error> {
     if !cfg!(feature = "metal") {
         return Err(Error::NoDevice { name: "metal", hint: "this build has no Metal; build with --features metal".into() });
     }
-    Device::new_metal(0).map_err(|e| Error::NoDevice { name: "metal", hint: e.to_string() })
+    let refused = |hint: String| Error::NoDevice { name: "metal", hint };
+    // candle panics where macOS lacks what it asks for or shows no GPU.
+    let opened = std::panic::catch_unwind(|| Device::new_metal(0));
+    let device = opened.map_err(|_| refused("candle needs macOS 15 or newer, and a GPU that the system shows".into()))?;
+    let device = device.map_err(|e| refused(e.to_string()))?;
+    let narrow = |shape: (usize, usize)| Tensor::ones(shape, DType::F32, &device)?.to_dtype(DType::BF16);
+    let tried = narrow((1, 32)).and_then(|x| x.matmul(&narrow((32, 8))?)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>());
+    match tried {
+        Ok(256.) => Ok(device),
+        Ok(other) => Err(refused(format!("a product in bf16 that is 256 came out as {other}"))),
+        Err(e) => {
+            Err(refused(format!("its kernels for bf16 are missing ({e}); build with MACOSX_DEPLOYMENT_TARGET=15.0 or newer")))
+        }
+    }
 }
 
 /// What FLUX.1 was trained in on GPUs; f32 on the CPU, which has no fast 16-bit arithmetic.

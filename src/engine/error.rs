@@ -13,7 +13,7 @@ pub enum Error {
     )]
     CardTooSmall { need: u64, have: u64 },
     #[error(
-        "the device has no memory left for this job, also after a second attempt with less; {free}; take a smaller picture, fewer LoRAs or \
+        "the device has no memory left for this job, also after another attempt with less; {free}; take a smaller picture, fewer LoRAs or \
          --dtype fp8 or q4_k"
     )]
     OutOfMemory {
@@ -39,13 +39,24 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
 }
 
+/// How drivers and candle say it: CUDA and its libraries, then Metal.
+const NO_MEMORY: [&str; 7] = [
+    "out of memory",
+    "out_of_memory",
+    "alloc_failed",
+    "allocation_failed",
+    "failed to create metal resource",
+    "insufficient memory",
+    "outofmemory",
+];
+
 impl Error {
     /// Whether the device had no memory left. candle tells it in words only, wherever it happened.
     pub(super) fn is_out_of_memory(&self) -> bool {
         let mut error: Option<&dyn std::error::Error> = Some(self);
         while let Some(one) = error {
             let text = one.to_string().to_ascii_lowercase();
-            if text.contains("out of memory") || text.contains("out_of_memory") || text.contains("alloc_failed") {
+            if NO_MEMORY.iter().any(|words| text.contains(words)) {
                 return true;
             }
             error = one.source();

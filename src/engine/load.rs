@@ -21,7 +21,8 @@ use models::weights::{Component, Keep, Source};
 use serde_json::Value;
 
 use super::encoded::Encoded;
-use super::plan::{Plan, TOKENS};
+use super::plan::Plan;
+use super::sizes::TOKENS;
 use super::{Error, LoraMode, Pipeline, device};
 
 /// T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained with.

@@ -62,13 +62,14 @@ mod tests {
     use candle_core::DType;
     use models::weights::Keep;
 
-    use super::super::plan::{CONTEXT, Sizes};
+    use super::super::plan::{CONTEXT, Room};
+    use super::super::sizes::Sizes;
     use super::*;
 
     #[test]
     fn times_are_kept_for_what_they_depend_on() {
         let plan = |sizes: &Sizes, gigabytes: f64, asked| {
-            Plan::fitting(DType::BF16, sizes, (gigabytes * 1e9) as u64 - CONTEXT, asked).unwrap()
+            Plan::fitting(DType::BF16, sizes, Room::Card((gigabytes * 1e9) as u64 - CONTEXT), asked).unwrap()
         };
         let (dev, config) = (Sizes::FLUX1, Config::DEV);
         let dense = plan(&dev, 80., None);

@@ -12,6 +12,7 @@ mod pixels;
 mod plan;
 mod preview;
 mod resize;
+mod sizes;
 
 pub use device::{DeviceChoice, default_dtype, device};
 pub use error::Error;
@@ -19,4 +20,5 @@ pub use job::{Adapter, Event, Finished, Job, LoraMode, NoiseKind, Scales, Select
 pub use kept::Kept;
 pub use load::LoadEvent;
 pub use pipeline::{Pipeline, Traits};
-pub use plan::{CONTEXT, Need, Plan, Sizes};
+pub use plan::{CONTEXT, Need, Plan, Room};
+pub use sizes::Sizes;

@@ -4,25 +4,16 @@ use std::fmt;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device};
-use models::bundle::{Bundle, Files};
 use models::flux;
 use models::lora::RESIDENT;
 use models::nn::Home;
-use models::weights::{Component, Keep, Kind, OnHost};
+use models::weights::{Keep, OnHost};
 
+use super::sizes::Sizes;
 use super::{Error, measured};
 
 /// How fast main memory reaches a card, to say what waiting costs: PCIe 4.0 with 16 lanes, from memory that is not pinned.
 const BYTES_PER_SECOND: f64 = 10e9;
-
-/// The picture that plans leave room for, in tokens of latents and of text.
-pub(super) const TOKENS: u64 = 64 * 64 + 512;
-
-/// Scores of attention that are alive at once: in f32, their softmax, and in 16 bits.
-const SCORES: u64 = 3 * (256 << 20);
-
-/// What files call T5's table of tokens.
-const TABLES: [&str; 3] = ["shared.weight", "encoder.embed_tokens.weight", "token_embd.weight"];
 
 /// One part in so many of the weights is lost between them.
 const FRAGMENTS: u64 = 20;
@@ -32,19 +23,6 @@ const RANK: u64 = 16;
 
 /// What the driver and its libraries take of a card before the first tensor.
 pub const CONTEXT: u64 = 600 << 20;
-
-/// What a model's parts weigh.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sizes {
-    pub transformer: flux::Config,
-    /// Values of each; of T5 without its table of tokens, which stays where it is used and as it is computed with.
-    pub t5: u64,
-    pub table: u64,
-    pub clip: u64,
-    pub vae: u64,
-    /// Bytes of transformer and T5 whose file is quantised already: they stay as they are.
-    pub quantised: [Option<u64>; 2],
-}
 
 /// Where everything is, and what it takes.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,93 +74,6 @@ impl From<DType> for Plan {
     }
 }
 
-impl Sizes {
-    /// FLUX.1-dev's in bf16, with T5-XXL, CLIP-L and its autoencoder: for plans before the files are there.
-    pub const FLUX1: Self = Self {
-        transformer: flux::Config::DEV,
-        t5: 4_630_714_368,
-        table: 131_596_288,
-        clip: 123_060_480,
-        vae: 83_819_683,
-        quantised: [None; 2],
-    };
-
-    /// Of the files of a model whose transformer has these sizes.
-    pub fn of(bundle: &Bundle, transformer: &flux::Config) -> Result<Self, Error> {
-        // Values, of them the table's, and bytes if it is quantised.
-        let values = |component: Component, files: &Files| -> Result<(u64, u64, Option<u64>), Error> {
-            // One file may hold all components.
-            let checkpoint = files.checkpoint()?.of(component);
-            let (mut values, mut table, mut bytes, mut quantised) = (0, 0, 0, false);
-            for (key, stored) in checkpoint.keys().filter_map(|key| Some((key, checkpoint.get(key)?))) {
-                let here = stored.shape.iter().product::<usize>() as u64;
-                if TABLES.iter().any(|name| key.ends_with(name)) {
-                    // Some files have it under two names; it is used once.
-                    table = here;
-                    continue;
-                }
-                values += here;
-                bytes += checkpoint.bytes(stored).len() as u64;
-                quantised |= match stored.kind {
-                    Kind::Plain(dtype) => dtype == safetensors::Dtype::F8_E4M3,
-                    Kind::Gguf(kind) => kind.block_size() > 1,
-                };
-            }
-            Ok((values, table, quantised.then_some(bytes)))
-        };
-        let (_, _, transformer_quantised) = values(Component::Transformer, &bundle.transformer)?;
-        let (t5, table, t5_quantised) = values(Component::T5, &bundle.t5)?;
-        let (clip, vae) = (values(Component::Clip, &bundle.clip)?.0, values(Component::Vae, &bundle.vae)?.0);
-        Ok(Self { transformer: transformer.clone(), t5, table, clip, vae, quantised: [transformer_quantised, t5_quantised] })
-    }
-
-    /// Values of one double block's and one single block's large matrices.
-    fn blocks(&self) -> [u64; 2] {
-        let (d, mlp) = (self.transformer.hidden as u64, self.transformer.mlp as u64);
-        [2 * (4 * d * d + 2 * d * mlp), d * (3 * d + mlp) + d * (d + mlp)]
-    }
-
-    /// Values of the matrices that make the modulations of all blocks.
-    fn modulations(&self) -> u64 {
-        let config = &self.transformer;
-        let d = config.hidden as u64;
-        d * d * (12 * config.double_blocks as u64 + 3 * config.single_blocks as u64)
-    }
-
-    /// Values of a LoRA of this rank on every large matrix of the blocks, with q, k, v and the MLP of fused ones apart, as most are.
-    fn factors(&self, rank: u64) -> u64 {
-        let config = &self.transformer;
-        let (d, mlp) = (config.hidden as u64, config.mlp as u64);
-        let [double, single] = [2 * (10 * d + 2 * mlp), 9 * d + 2 * mlp];
-        rank * (double * config.double_blocks as u64 + single * config.single_blocks as u64)
-    }
-
-    /// Values of what is outside the blocks.
-    fn ends(&self) -> u64 {
-        let config = &self.transformer;
-        let (d, embedders) = (config.hidden as u64, 1 + u64::from(config.guidance));
-        let inputs = (2 * config.channels + config.text_width + config.pooled_width) as u64 + 3 * d;
-        d * inputs + embedders * (256 * d + d * d)
-    }
-
-    /// Operations of a step of a picture: each value of a single block's matrices is used for every token, of a double block's for those of its
-    /// stream, which are half of it; and attention's two products.
-    fn operations(&self) -> u64 {
-        let config = &self.transformer;
-        let ([double, single], d) = (self.blocks(), config.hidden as u64);
-        let (doubles, singles) = (config.double_blocks as u64, config.single_blocks as u64);
-        TOKENS * (doubles * double + 2 * singles * single) + 4 * TOKENS * TOKENS * d * (doubles + singles)
-    }
-
-    /// Activations of a picture: what a single block has at once, the scores, a widened matrix (through f32).
-    fn work(&self, value: u64) -> u64 {
-        let config = &self.transformer;
-        let (d, mlp, heads) = (config.hidden as u64, config.mlp as u64, config.heads as u64);
-        let scores = SCORES.min(3 * heads * TOKENS * TOKENS * 4);
-        TOKENS * (10 * d + 3 * mlp) * value + scores + d * (3 * d + mlp) * (4 + value)
-    }
-}
-
 /// What is tried, best first: what the transformer is kept as, what is in main memory, where pristine weights are. T5 stays as it is
 /// stored, so that pictures depend on the transformer's format only.
 fn options(blocks: [usize; 2]) -> Vec<(Keep, OnHost, Home)> {
@@ -212,6 +103,23 @@ fn options(blocks: [usize; 2]) -> Vec<(Keep, OnHost, Home)> {
     options
 }
 
+/// The same where main memory is the device's own: nothing is gained by waiting there, and Metal has no e4m3.
+fn options_in_shared() -> Vec<(Keep, OnHost, Home)> {
+    let blocks = [GgmlDType::Q8_0, GgmlDType::Q6K, GgmlDType::Q5K, GgmlDType::Q4K].map(Keep::Gguf);
+    let kept =
+        [(Keep::Stored, Home::Device), (Keep::Stored, Home::File)].into_iter().chain(blocks.map(|keep| (keep, Home::File)));
+    kept.map(|(keep, home)| (keep, OnHost::default(), home)).collect()
+}
+
+/// Bytes that a plan may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Room {
+    /// Of a card, without the driver's part.
+    Card(u64),
+    /// Of main memory, which is the device's too.
+    Shared(u64),
+}
+
 impl Plan {
     /// The same with what is known of how fast `device` is with a transformer of this size.
     #[must_use]
@@ -228,12 +136,13 @@ impl Plan {
         }
     }
 
-    /// The best plan for `have` bytes of a card (without the driver's part). `asked` fixes what the transformer is kept as.
+    /// The best plan that fits. `asked` fixes what the transformer is kept as.
     ///
     /// Errors if even the smallest does not fit.
-    pub fn fitting(dtype: DType, sizes: &Sizes, have: u64, asked: Option<Keep>) -> Result<Self, Error> {
+    pub fn fitting(dtype: DType, sizes: &Sizes, room: Room, asked: Option<Keep>) -> Result<Self, Error> {
+        let (Room::Card(have) | Room::Shared(have)) = room;
         let mut smallest = u64::MAX;
-        for plan in Self::all(dtype, sizes, have, asked) {
+        for plan in Self::all(dtype, sizes, room, asked) {
             let need = plan.need.map_or(0, |need| need.all());
             if need <= have {
                 return Ok(plan);
@@ -244,10 +153,14 @@ impl Plan {
     }
 
     /// Every plan that is tried, best first.
-    fn all(dtype: DType, sizes: &Sizes, have: u64, asked: Option<Keep>) -> Vec<Self> {
+    fn all(dtype: DType, sizes: &Sizes, room: Room, asked: Option<Keep>) -> Vec<Self> {
         let config = &sizes.transformer;
         let mut plans: Vec<Self> = Vec::new();
-        for (transformer, on_host, home) in options([config.double_blocks, config.single_blocks]) {
+        let (have, options) = match room {
+            Room::Card(have) => (have, options([config.double_blocks, config.single_blocks])),
+            Room::Shared(have) => (have, options_in_shared()),
+        };
+        for (transformer, on_host, home) in options {
             // What is quantised in its file stays so; what was asked for is not bargained over.
             let transformer = match (sizes.quantised[0], asked) {
                 (Some(_), _) => Keep::Stored,
@@ -381,7 +294,7 @@ mod tests {
     }
 
     fn fitting(gigabytes: f64, asked: Option<Keep>) -> Result<Plan, Error> {
-        Plan::fitting(DType::BF16, &dev(), (gigabytes * 1e9) as u64 - CONTEXT, asked)
+        Plan::fitting(DType::BF16, &dev(), Room::Card((gigabytes * 1e9) as u64 - CONTEXT), asked)
     }
 
     #[test]
@@ -413,6 +326,25 @@ mod tests {
             assert_eq!((plan.on_host.modulations, plan.home), (modulations_away, Some(home)), "{gigabytes}: {plan}");
             assert!(plan.need.unwrap().all() + CONTEXT <= (gigabytes * 1e9) as u64);
         }
+    }
+
+    /// Of a Mac's memory: what waits in it takes as much of it as what is used.
+    #[test]
+    fn shared_memory_has_plans_of_its_own() {
+        let fitting = |gigabytes: u64, asked| Plan::fitting(DType::BF16, &dev(), Room::Shared(gigabytes * 1_000_000_000), asked);
+        let (stored, blocks) = (Keep::Stored, Keep::Gguf);
+        for (gigabytes, transformer, home) in [
+            (96, stored, Home::Device),
+            (48, stored, Home::File),
+            (30, blocks(GgmlDType::Q8_0), Home::File),
+            (25, blocks(GgmlDType::Q4K), Home::File),
+        ] {
+            let plan = fitting(gigabytes, None).unwrap();
+            assert_eq!((plan.transformer, plan.home), (transformer, Some(home)), "{gigabytes}: {plan}");
+            assert_eq!(plan.on_host, OnHost::default());
+        }
+        assert!(matches!(fitting(12, None), Err(Error::CardTooSmall { .. })));
+        assert_eq!(fitting(30, Some(blocks(GgmlDType::Q4_0))).unwrap().transformer, blocks(GgmlDType::Q4_0));
     }
 
     #[test]
@@ -476,7 +408,7 @@ mod tests {
         assert!(whole.transformer == Keep::Stored && whole.need.unwrap().sent[0] > 13_000_000_000, "{whole}");
         // A Q4_0 file of 6.7 GB.
         let sizes = Sizes { quantised: [Some(6_700_000_000), Some(2_600_000_000)], ..dev() };
-        let plan = Plan::fitting(DType::BF16, &sizes, 16_000_000_000 - CONTEXT, None).unwrap();
+        let plan = Plan::fitting(DType::BF16, &sizes, Room::Card(16_000_000_000 - CONTEXT), None).unwrap();
         assert_eq!((plan.transformer, plan.on_host, plan.home), (Keep::Stored, OnHost::default(), Some(Home::Host)), "{plan}");
         let need = plan.need.unwrap();
         assert!((need.transformer as f64 / 6.7e9 - 1.).abs() < 0.03 && need.loras == 130_744_320, "{need:?}");

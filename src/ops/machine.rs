@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 use super::Error;
 use super::generate::Precision;
 use super::models::Model;
-use crate::engine::{self, CONTEXT, DeviceChoice, Plan, Sizes};
+use crate::engine::{self, CONTEXT, DeviceChoice, Plan, Room, Sizes};
 
 /// What cards compute in.
 const CARD: DType = DType::BF16;
@@ -44,28 +44,29 @@ impl Machine {
         precision.map_or(Ok(()), |precision| precision.fits(device))?;
         // What the last model had is free only when the device is done with it.
         device.synchronize().map_err(engine::Error::from)?;
-        let Some(have) = self.have(device) else {
+        let Some(room) = self.room(device) else {
             // Main memory is not planned: the system swaps and caches as it likes.
             return Ok(Plan { transformer: asked.unwrap_or_default(), ..dtype.into() });
         };
         // On a CPU the plan is that of the card which the limit stands for; what is computed in is the CPU's.
         let planned = if device.is_cpu() { precision.and_then(Precision::dtype).unwrap_or(CARD) } else { dtype };
-        Ok(Plan { dtype, ..Plan::fitting(planned, &sizes, have, asked)? }.timed(device, &sizes.transformer))
+        Ok(Plan { dtype, ..Plan::fitting(planned, &sizes, room, asked)? }.timed(device, &sizes.transformer))
     }
 
-    /// Bytes of the card without the driver's part; `None` if there is neither a card nor a limit.
-    fn have(&self, device: &Device) -> Option<u64> {
-        Some(kernels::free_memory(device).into_iter().chain(self.vram_limit).min()?.saturating_sub(CONTEXT))
+    /// What there is on the device; `None` if there is neither a card nor a limit.
+    fn room(&self, device: &Device) -> Option<Room> {
+        let have = kernels::free_memory(device).into_iter().chain(self.vram_limit).min()?.saturating_sub(CONTEXT);
+        Some(if device.is_metal() { Room::Shared(have) } else { Room::Card(have) })
     }
 
     /// What the plan is for a model of these sizes on this device; on a CPU, on the card that the limit stands for, in bf16. `None`
     /// where there is no plan.
     #[must_use]
     pub fn reckon(&self, device: &Device, sizes: &dyn Fn() -> Result<Sizes, Error>) -> Option<Result<Plan, Error>> {
-        let have = self.have(device)?;
+        let room = self.room(device)?;
         let dtype = if device.is_cpu() { CARD } else { engine::default_dtype(device) };
         let plan = |sizes: Sizes| -> Result<Plan, Error> {
-            Ok(Plan::fitting(dtype, &sizes, have, None)?.timed(device, &sizes.transformer))
+            Ok(Plan::fitting(dtype, &sizes, room, None)?.timed(device, &sizes.transformer))
         };
         Some(sizes().and_then(plan))
     }

@@ -138,8 +138,11 @@ impl Precision {
         }
     }
 
-    /// Errors if the device has no units for such products.
+    /// Errors if the device has no values of this kind, or no units for such products.
     pub fn fits(self, device: &Device) -> Result<(), Error> {
+        if self.keep().is_fp8() && device.is_metal() {
+            return Err(Error::invalid("dtype", &self.name(), "q8_0, or another: Metal has no e4m3 (files in fp8 are read)"));
+        }
         if !matches!(self, Self::Fp8Products | Self::Fp8Merged) || kernels::has_fp8_products(device) {
             return Ok(());
         }

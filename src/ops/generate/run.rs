@@ -242,6 +242,7 @@ pub(crate) fn device_name(device: &candle_core::Device) -> String {
     match device.location() {
         candle_core::DeviceLocation::Cpu => "cpu".into(),
         candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
-        candle_core::DeviceLocation::Metal { gpu_id } => format!("metal:{gpu_id}"),
+        // Its number is the system's and names nothing that one could ask for.
+        candle_core::DeviceLocation::Metal { .. } => "metal".into(),
     }
 }

@@ -36,7 +36,6 @@ pub(super) fn generate(common: &[String], values: &[(Axis, &Value)], device: &st
             other => words.push(format!("--{other}={value}")),
         }
     }
-    let device = if device.starts_with("metal") { "metal" } else { device };
     words.extend([format!("--dtype={dtype}"), format!("--device={device}")]);
     words.extend(common.iter().filter(|flag| set.is_some() || !OF_LORAS.iter().any(|of| flag.starts_with(of))).cloned());
     words.extend(text(Axis::Prompt).into_iter().flat_map(|prompt| ["--".to_owned(), prompt]));
@@ -80,7 +79,7 @@ mod tests {
         ];
         let values: Vec<_> = values.iter().map(|(axis, value)| (*axis, value)).collect();
         let common = ["--noise=cuda".to_owned(), "--lora-blocks=double:0-18=1".into()];
-        let words = shlex::split(&generate(&common, &values, "metal:0", "f32")).unwrap();
+        let words = shlex::split(&generate(&common, &values, "metal", "f32")).unwrap();
         let expected = "darkroom|generate|--lora=a.safetensors@0.25|--lora=b c.safetensors@0.5|--model=pocket|--prompt-strength=0.25|\
                         --seed=7|--dtype=f32|--device=metal|--noise=cuda|--lora-blocks=double:0-18=1|--|it's a \"cat\" $HOME";
         assert_eq!(words.join("|"), expected);
