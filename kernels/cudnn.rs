@@ -126,6 +126,12 @@ mod card {
                 Entry::Occupied(entry) => entry.into_mut(),
                 Entry::Vacant(entry) => {
                     let plan = Plan::new(library, entry.key(), Target::Card(&self.handle));
+                    if let Err(why) = &plan
+                        && why.contains("ALLOCATION_FAILED")
+                    {
+                        // Whose attention it is must not depend on how full the card was.
+                        candle_core::bail!("{why}");
+                    }
                     let plan = noted(plan.map_err(|why| format!("no plan for {:?}: {why}", entry.key())));
                     entry.insert(plan)
                 }

@@ -215,6 +215,7 @@ impl Library {
         }
         let candidates = self.candidates(&description, [&a, &b, &c])?;
         let Some(fastest) = fastest(stream, &candidates, &call)? else {
+            tracing::warn!("cuBLASLt has no algorithm for {shape:?} here; another way is taken, which is slower");
             self.without.insert(shape.clone());
             return Ok(false);
         };
@@ -250,7 +251,7 @@ impl Library {
                 &raw mut count,
             )
         };
-        if status == sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
+        if matches!(status, Status::CUBLAS_STATUS_NOT_SUPPORTED | Status::CUBLAS_STATUS_INVALID_VALUE) {
             return Ok(Vec::new());
         }
         status.result().map_err(candle_core::Error::wrap)?;

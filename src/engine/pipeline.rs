@@ -112,17 +112,25 @@ impl Pipeline {
 
     /// Runs a job. `told` hears of progress and may cancel between two steps.
     ///
-    /// If the device has no memory left, everything that can wait in main memory goes there, and the job is tried once more.
+    /// If the device has no memory left, what was freed there is put together and the job tried again; then everything that can wait in
+    /// main memory goes there, and it is tried once more.
     pub fn run(&self, job: &Job, told: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>) -> Result<Finished, Error> {
         let mut switched = None;
-        match self.attempt(job, &mut switched, told) {
-            Err(error) if error.is_out_of_memory() => {
-                tracing::warn!(%error, "no memory is left on the device; once more, with less on it");
-                self.save_memory()?;
-                self.attempt(job, &mut switched, told).map_err(|error| self.give_up(error))
+        for (before, more) in [Self::gather_memory, Self::save_memory].into_iter().zip(["", ", with less on it"]) {
+            match self.attempt(job, &mut switched, told) {
+                Err(error) if error.is_out_of_memory() => {
+                    tracing::warn!(%error, "no memory is left on the device; once more{more}");
+                    before(self)?;
+                }
+                other => return other,
             }
-            other => other,
         }
+        self.attempt(job, &mut switched, told).map_err(|error| self.give_up(error))
+    }
+
+    /// What is free may lie in pieces.
+    fn gather_memory(&self) -> Result<(), Error> {
+        Ok(kernels::gather_memory(&self.device)?)
     }
 
     /// Frees what the device can do without: kept prompts, T5, the matrices that make the modulations. From now on they are sent to it

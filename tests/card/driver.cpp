@@ -391,6 +391,11 @@ CUresult cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute attribute, void
     card().keeps = *(cuuint64_t *)value;
     return CUDA_SUCCESS;
 }
+CUresult cuMemPoolTrimTo(CUmemoryPool, size_t left) {
+    std::lock_guard<std::mutex> held(card().lock);
+    card().reserved = std::max(card().used, std::min(card().reserved, left));
+    return CUDA_SUCCESS;
+}
 
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CUstream stream) {
     ON_STREAM(stream)
