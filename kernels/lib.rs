@@ -49,7 +49,7 @@ pub use launch::emulated;
 pub use launch::{fused, launches, use_fused};
 pub use memory::zeros;
 pub use ops::activation::{gelu, gelu_beside, gelu_beside_fp8};
-pub use ops::attention::{Attention, Budget, attention, choose_attention, chosen_attention};
+pub use ops::attention::{Attention, SCORES_BYTES, attention, attention_in_chunks, choose_attention, chosen_attention};
 pub use ops::blocks::{linear_blocks, visit_blocks, widen_blocks};
 pub use ops::convolve::{Window, convolve};
 pub use ops::fp8::{Fp8Rows, linear_fp8, quantise_fp8, widen_fp8};

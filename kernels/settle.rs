@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use crate::ops::attention::{Attention, Budget, attention, choose_attention, chosen_attention};
+use crate::ops::attention::{Attention, attention, choose_attention, chosen_attention};
 use crate::{choices, cudnn};
 
 /// Runs of each that are timed, after one that is not.
@@ -68,7 +68,7 @@ enum Timed {
 fn faster([heads, tokens, width]: [usize; 3], dtype: DType, device: &Device) -> Result<Timed> {
     let scale = 1. / (width as f64).sqrt();
     let random = |tokens: usize| Tensor::randn(0f32, 1., (1, heads, tokens, width), device)?.to_dtype(dtype);
-    let own = |[q, k, v]: &[Tensor; 3]| attention(q, k, v, scale, None, Budget::default());
+    let own = |[q, k, v]: &[Tensor; 3]| attention(q, k, v, scale, None);
     // What does not run here is not an answer, whatever the reason.
     let theirs = |[q, k, v]: &[Tensor; 3]| cudnn::attention(q, k, v, scale).map_err(|error| error.to_string());
     let (mut whole, status) = (None, cudnn::cudnn_status);

@@ -1,6 +1,6 @@
 //! FLUX.1 and its encoders: tensors in, tensors out. No clock, network, threads, SQL or environment.
 //!
-//! Start at [`flux::Flux::forward`], which reads like the paper. Around it: [`t5`] and [`clip`] read the prompt, [`vae`] turns
+//! Start at [`flux::Flux::prepare`] and [`flux::Flux::step`], which read like the paper. Around them: [`t5`] and [`clip`] read the prompt, [`vae`] turns
 //! latents into pictures and back, [`sampler`] walks from noise to latents, [`weights`] reads any published layout, [`nn`]
 //! holds the layers; [`judge`] looks at finished pictures. Letters in shapes, everywhere: `b` batch, `l` tokens (`l_img`, `l_txt`), `d` hidden width, `h` heads,
 //! `e` head width, `c` channels, `y x` rows and columns.

@@ -5,8 +5,8 @@ use std::time::Instant;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
-    Addend, After, Attention, Budget, Delta, Projection, Window, add_gated_then_norm, attention, choose_attention, convolve,
-    gelu_beside, group_norm, joint_heads, linear, linear_fp8, linear_gelu, merge, modulated_norm, quantise_fp8, widen_blocks,
+    Addend, After, Attention, Delta, Projection, Window, add_gated_then_norm, attention, choose_attention, convolve, gelu_beside,
+    group_norm, joint_heads, linear, linear_fp8, linear_gelu, merge, modulated_norm, quantise_fp8, widen_blocks,
 };
 use serde_json::{Value, json};
 
@@ -96,7 +96,7 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
             bytes: 4. * rows,
             flops: 4. * (l * l * d) as f64,
             most: NEAR,
-            run: Box::new(|| attention(&q, &k, &v, 1. / (e as f64).sqrt(), None, Budget::default())),
+            run: Box::new(|| attention(&q, &k, &v, 1. / (e as f64).sqrt(), None)),
         },
         Case {
             name: "group norm, SiLU, 128 channels".into(),
@@ -114,7 +114,7 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
             most: NEAR,
             run: Box::new(|| {
                 choose_attention(Attention::Cudnn);
-                let y = attention(&q, &k, &v, 1. / (e as f64).sqrt(), None, Budget::default());
+                let y = attention(&q, &k, &v, 1. / (e as f64).sqrt(), None);
                 choose_attention(Attention::Own);
                 y
             }),

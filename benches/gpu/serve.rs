@@ -91,7 +91,7 @@ impl Server {
                 "version": env!("CARGO_PKG_VERSION"),
                 "dtype": self.pipeline.plan().name(),
                 "plan": self.pipeline.plan().to_string(),
-                "text_tokens": self.pipeline.traits().text_tokens,
+                "text_tokens": self.pipeline.text_tokens(),
             }})),
             Run::Step => self.step(request),
             Run::Picture => self.jobs(request, request.steps, |_, whole| whole),

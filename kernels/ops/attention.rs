@@ -1,4 +1,4 @@
-//! Attention without a mask, in chunks of queries so that the score matrix stays under a budget.
+//! Attention, in chunks of queries so that the score matrix stays small.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -29,22 +29,14 @@ pub fn chosen_attention() -> Option<Attention> {
     *CHOSEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Largest score matrix, in bytes, that is held at once.
-#[derive(Debug, Clone, Copy)]
-pub struct Budget(pub usize);
-
-impl Default for Budget {
-    /// 256 MiB: every FLUX.1 call below 1024 x 1024 in bf16 stays in one or a few chunks.
-    fn default() -> Self {
-        Self(256 << 20)
-    }
-}
+/// Largest score matrix, in bytes, that is held at once: every FLUX.1 call below 1024 x 1024 in bf16 stays in one or a few chunks.
+pub const SCORES_BYTES: usize = 256 << 20;
 
 /// q `(b, h, l, e)`, k and v `(b, h, l_kv, e)`, `bias` broadcastable to `(b, h, l, l_kv)` -> `(b, h, l, e)` in q's dtype.
 ///
 /// `scale` multiplies the scores. Scores and softmax are f32 whatever the dtype of q is (but scores are rounded to it on Metal); on the
 /// CPU, which gains nothing from 16-bit products, so is the second product. Errors if the shapes do not fit.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>, budget: Budget) -> Result<Tensor> {
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
     if bias.is_none() {
         if chosen_attention() == Some(Attention::Cudnn)
             && let Some(y) = cudnn::attention(q, k, v, scale)?
@@ -55,12 +47,25 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&T
             return Ok(y);
         }
     }
+    attention_in_chunks(q, k, v, scale, bias, SCORES_BYTES)
+}
+
+/// [`attention`] by candle's operations, with scores of no more than so many bytes at once if that holds a row.
+#[doc(hidden)]
+pub fn attention_in_chunks(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f64,
+    bias: Option<&Tensor>,
+    bytes: usize,
+) -> Result<Tensor> {
     let (b, h, l, _) = q.dims4()?;
     let (l_kv, dtype) = (k.dim(2)?, q.dtype());
     let product = if q.device().is_cpu() { DType::F32 } else { dtype };
     let (q, k, v) = (q.to_dtype(product)?, k.to_dtype(product)?.contiguous()?, v.to_dtype(product)?.contiguous()?);
     let row_bytes = b * h * l_kv * DType::F32.size_in_bytes();
-    let rows = (budget.0 / row_bytes.max(1)).clamp(1, l);
+    let rows = (bytes / row_bytes.max(1)).clamp(1, l);
     let chunk = |start: usize| {
         let rows = rows.min(l - start);
         let scores = scores(&q.narrow(2, start, rows)?.contiguous()?, &k, scale)?;

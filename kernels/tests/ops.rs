@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use candle_core::{D, DType, Device, Result, Tensor};
-use kernels::{Budget, add_gated, attention, gelu, layer_norm, linear, modulated_norm, rms_norm, rotate};
+use kernels::{add_gated, attention, attention_in_chunks, gelu, layer_norm, linear, modulated_norm, rms_norm, rotate};
 
 fn devices() -> Vec<Device> {
     let mut devices = vec![Device::Cpu];
@@ -51,8 +51,9 @@ fn check(
     }
 }
 
-fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
+fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
     let scores = (q.contiguous()?.matmul(&k.t()?.contiguous()?)? * scale)?;
+    let scores = bias.map_or(Ok(scores.clone()), |bias| scores.broadcast_add(bias))?;
     let exp = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?.matmul(&v.contiguous()?)
 }
@@ -62,13 +63,13 @@ fn attention_whole_and_in_chunks() {
     let (b, h, l, l_kv, e) = (2, 3, 37, 53, 32);
     let inputs = [random(&[b, h, l, e]), random(&[b, h, l_kv, e]), random(&[b, h, l_kv, e])];
     let scale = 1. / (e as f64).sqrt();
-    // The smaller budgets hold one and five rows of scores at a time.
-    for budget in [usize::MAX, b * h * l_kv * 4, b * h * l_kv * 4 * 5] {
+    // The smaller ones hold one and five rows of scores at a time.
+    for bytes in [usize::MAX, b * h * l_kv * 4, b * h * l_kv * 4 * 5] {
         check(
             "attention",
             &inputs,
-            |x| attention(&x[0], &x[1], &x[2], scale, None, Budget(budget)),
-            |x| plain_attention(&x[0], &x[1], &x[2], scale),
+            |x| attention_in_chunks(&x[0], &x[1], &x[2], scale, None, bytes),
+            |x| plain_attention(&x[0], &x[1], &x[2], scale, None),
         );
     }
 }
@@ -78,11 +79,18 @@ fn attention_adds_its_bias_to_the_right_rows() {
     let (h, l, e) = (2, 21, 16);
     let inputs = [random(&[1, h, l, e]), random(&[1, h, l, e]), random(&[1, h, l, e])];
     let bias = random(&[1, h, l, l]);
-    let run = |budget| attention(&inputs[0], &inputs[1], &inputs[2], 1., Some(&bias), Budget(budget)).unwrap();
-    let (whole, rows) = (run(usize::MAX), run(h * l * 4 * 4));
-    let difference = (whole - rows).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-    // Scores of up to 50 have an ulp of 4e-6; another row's bias moves values by about 1.
-    assert!(difference < 1e-4, "{difference}");
+    let [q, k, v] = &inputs;
+    // One of every row, and one for all of them, as a mask of tokens is.
+    for bias in [bias, random(&[1, 1, 1, l])] {
+        let want = plain_attention(q, k, v, 1., Some(&bias)).unwrap();
+        let whole = attention(q, k, v, 1., Some(&bias)).unwrap();
+        let rows = attention_in_chunks(q, k, v, 1., Some(&bias), h * l * 4 * 4).unwrap();
+        for got in [whole, rows] {
+            let difference = (got - &want).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            // Scores of up to 50 have an ulp of 4e-6; another row's bias moves values by about 1.
+            assert!(difference < 1e-4, "{difference}");
+        }
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::Sizes;
 use crate::Result;
-use crate::nn::{Budget, LayerNorm, Linear, attention};
+use crate::nn::{LayerNorm, Linear, attention};
 use crate::weights::{Config, Error, Source};
 
 /// The feed-forward's nonlinearity.
@@ -92,7 +92,7 @@ impl SelfAttention {
         let split = |x: Tensor| x.reshape((b, l, self.heads, e))?.transpose(1, 2); // (b, h, l, e)
         let (q, k, v) = (split(self.q.forward(x)?)?, split(self.k.forward(x)?)?, split(self.v.forward(x)?)?);
         let scale = (e as f64).powf(-0.5);
-        let attended = attention(&q, &k, &v, scale, Some(mask), Budget::default())?;
+        let attended = attention(&q, &k, &v, scale, Some(mask))?;
         self.out.forward(&attended.transpose(1, 2)?.reshape((b, l, d))?) // heads side by side again
     }
 }

@@ -76,7 +76,7 @@ impl HeadNorms {
 fn attend(streams: &[Projection<'_>], heads: usize, rope: &Rope) -> Result<Tensor> {
     let Heads { q, k, v } = kernels::joint_heads(streams, heads, &rope.cos, &rope.sin, EPS)?; // (b, h, l, e)
     let scale = 1. / (q.dim(D::Minus1)? as f64).sqrt();
-    nn::attention(&q, &k, &v, scale, None, nn::Budget::default())?.transpose(1, 2)?.flatten_from(2)
+    nn::attention(&q, &k, &v, scale, None)?.transpose(1, 2)?.flatten_from(2)
 }
 
 /// The layers that one stream (image or text) owns inside a double block.

@@ -10,7 +10,7 @@ use crate::Result;
 use crate::nn::Linear;
 use crate::weights::{Error, Source};
 
-/// What a prompt becomes, and where the tokens stand: the same for every step.
+/// What a prompt becomes: the same for every step.
 #[derive(Debug, Clone)]
 pub struct Conditioning {
     /// T5's output `(b, l_txt, d_t5)`.
@@ -75,7 +75,7 @@ impl Flux {
         &self.config
     }
 
-    /// Packed latents img `(b, l_img, 64)`, time `(b)` in 0..=1 (1 is noise) -> velocity `(b, l_img, 64)` in img's dtype.
+    /// One step by itself, of packed latents img `(b, l_img, 64)`, time `(b)` in 0..=1 (1 is noise) -> velocity `(b, l_img, 64)` in img's dtype.
     pub fn forward(&self, img: &Tensor, time: &Tensor, conditioning: &Conditioning, rope: &Rope) -> Result<Tensor> {
         self.step(0, img, &self.prepare(time, conditioning)?, rope)
     }

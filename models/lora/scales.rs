@@ -1,7 +1,5 @@
 //! How strongly an adapter acts, and where.
 
-use std::fmt;
-
 use super::modules::Module;
 use crate::weights::Component;
 
@@ -81,12 +79,6 @@ pub fn parse_blocks(text: &str) -> Result<Box<[f64; DOUBLE + SINGLE]>, String> {
         blocks[before + first..=before + last].fill(number(factor)?);
     }
     Ok(blocks)
-}
-
-impl fmt::Display for Scales {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.model)
-    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ mod norm;
 mod parameter;
 
 pub use embedding::Embedding;
-pub use kernels::{Budget, attention};
+pub use kernels::attention;
 pub use linear::{Activations, Linear, Mapped, Weight};
 pub use norm::{LayerNorm, RmsNorm};
 pub(crate) use parameter::Reread;

@@ -6,31 +6,24 @@ use super::Parameter;
 use crate::Result;
 use crate::weights::{Error, Source};
 
-/// Layer norm without weights of its own, as FLUX modulates it (eps 1e-6).
+/// Layer norm with weights of its own, as CLIP has it; FLUX.1's, which are modulated, are [`kernels::modulated_norm`].
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
+    weight: Parameter,
+    bias: Parameter,
     eps: f32,
-    affine: Option<(Parameter, Parameter)>,
 }
 
 impl LayerNorm {
-    #[must_use]
-    pub fn plain(eps: f32) -> Self {
-        Self { eps, affine: None }
-    }
-
     /// With `weight` and `bias` of width `d`.
     pub fn load(source: &Source, d: usize, eps: f32) -> Result<Self, Error> {
-        Ok(Self { eps, affine: Some((source.vector("weight", d)?, source.vector("bias", d)?)) })
+        Ok(Self { weight: source.vector("weight", d)?, bias: source.vector("bias", d)?, eps })
     }
 
     /// x `(.., d)` -> the same shape and dtype.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = kernels::layer_norm(x, self.eps)?;
-        match &self.affine {
-            Some((weight, bias)) => y.broadcast_mul(&weight.tensor()?)?.broadcast_add(&bias.tensor()?),
-            None => Ok(y),
-        }
+        y.broadcast_mul(&self.weight.tensor()?)?.broadcast_add(&self.bias.tensor()?)
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Follows diffusers 0.42.1 `pipelines/flux/pipeline_flux.py`.
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 
 /// Latents `(b, c, y, x)` -> tokens `(b, (y/2)(x/2), 4c)`, row by row; a token holds each channel's 2 x 2 patch in turn.
 ///
@@ -33,14 +33,10 @@ pub fn unpack(tokens: &Tensor, rows: usize, columns: usize) -> Result<Tensor> {
         .reshape((b, c, 2 * rows, 2 * columns))
 }
 
-/// Where each of `rows * columns` tokens stands: f32 `(rows * columns, 3)` of (0, row, column).
-pub fn image_ids(rows: usize, columns: usize, device: &Device) -> Result<Tensor> {
-    let ids = (0..rows).flat_map(|row| (0..columns).flat_map(move |column| [0, row as u32, column as u32])).collect::<Vec<_>>();
-    Tensor::from_vec(ids, (rows * columns, 3), device)?.to_dtype(DType::F32)
-}
-
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device};
+
     use super::*;
 
     #[test]
@@ -67,12 +63,6 @@ mod tests {
         let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(flat(&pack(latents).unwrap()), flat(tokens));
         assert_eq!(flat(&unpack(tokens, latents.dim(2).unwrap() / 2, latents.dim(3).unwrap() / 2).unwrap()), flat(latents));
-    }
-
-    #[test]
-    fn ids_are_rows_and_columns() {
-        let ids = image_ids(2, 3, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
-        assert_eq!(ids, [[0., 0., 0.], [0., 0., 1.], [0., 0., 2.], [0., 1., 0.], [0., 1., 1.], [0., 1., 2.]]);
     }
 
     #[test]

@@ -11,6 +11,6 @@ mod schedule;
 
 pub use error::Error;
 pub use guidance::true_cfg;
-pub use latents::{image_ids, pack, unpack};
+pub use latents::{pack, unpack};
 pub use noise::{Generator, NoiseKind};
 pub use schedule::{Schedule, add_noise, euler_step, first_step};

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::Sizes;
 use crate::Result;
-use crate::nn::{Budget, Linear, attention};
+use crate::nn::{Linear, attention};
 use crate::weights::{Error, Source};
 
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl SelfAttention {
         let (b, l, _) = x.dims3()?;
         let split = |x: Tensor| x.reshape((b, l, self.heads, ()))?.transpose(1, 2); // (b, h, l, e)
         let (q, k, v) = (split(self.q.forward(x)?)?, split(self.k.forward(x)?)?, split(self.v.forward(x)?)?);
-        let attended = attention(&q, &k, &v, 1.0, Some(bias), Budget::default())?;
+        let attended = attention(&q, &k, &v, 1.0, Some(bias))?;
         self.o.forward(&attended.transpose(1, 2)?.reshape((b, l, ()))?) // heads side by side again
     }
 }

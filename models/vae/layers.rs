@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use kernels::{After, Window, convolve, group_norm, linear};
 
 use crate::Result;
-use crate::nn::{Budget, Linear, attention};
+use crate::nn::{Linear, attention};
 use crate::weights::{Error, Source};
 
 /// Epsilon of every group norm; no configuration names it.
@@ -113,7 +113,7 @@ impl Attention {
         let (b, height, width, c) = x.dims4()?;
         let pixels = self.norm.forward(x, After::Nothing)?.reshape((b, 1, height * width, c))?;
         let (q, k, v) = (self.q.forward(&pixels)?, self.k.forward(&pixels)?, self.v.forward(&pixels)?);
-        let attended = attention(&q, &k, &v, (c as f64).powf(-0.5), None, Budget::default())?;
+        let attended = attention(&q, &k, &v, (c as f64).powf(-0.5), None)?;
         x + self.out.forward(&attended)?.reshape(x.shape())?
     }
 }

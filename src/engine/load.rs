@@ -135,6 +135,7 @@ fn load(bundle: &Bundle, device: &Device, plan: Plan, done: &Arc<AtomicU64>, tot
         device: device.clone(),
         dtype,
         plan,
+        kernels,
         patches,
         encoded: Encoded::default(),
         preview: OnceLock::new(),

@@ -19,6 +19,6 @@ pub use error::Error;
 pub use job::{Adapter, Event, Finished, Job, LoraMode, NoiseKind, Scales, Selected, Start, Switch, Timings, Truncation};
 pub use kept::Kept;
 pub use load::LoadEvent;
-pub use pipeline::{Pipeline, Traits};
+pub use pipeline::Pipeline;
 pub use plan::{CONTEXT, Need, Plan, Room};
 pub use sizes::Sizes;

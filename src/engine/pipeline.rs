@@ -22,15 +22,6 @@ use super::preview::Preview;
 use super::{Error, Event, Finished, Job, LoraMode, Start, Timings, Truncation};
 use super::{device, measured, pixels};
 
-/// What callers need to know of a model to fill in a job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Traits {
-    /// The model reads distilled guidance (dev); schnell does not.
-    pub guidance: bool,
-    /// T5 tokens of a prompt.
-    pub text_tokens: usize,
-}
-
 /// The picture that plans are for.
 const PLANNED: (usize, usize) = (1024, 1024);
 
@@ -53,6 +44,7 @@ pub struct Pipeline {
     pub(super) device: Device,
     pub(super) dtype: DType,
     pub(super) plan: Plan,
+    pub(super) kernels: String,
     /// Locked while a job runs: its weights are its own.
     pub(super) patches: Mutex<Patches>,
     /// Prompts that were encoded lately.
@@ -81,9 +73,10 @@ struct Origin {
 }
 
 impl Pipeline {
+    /// T5 tokens of a prompt.
     #[must_use]
-    pub fn traits(&self) -> Traits {
-        Traits { guidance: self.flux.config().guidance, text_tokens: self.text_tokens }
+    pub fn text_tokens(&self) -> usize {
+        self.text_tokens
     }
 
     /// What it was loaded by.
@@ -92,10 +85,10 @@ impl Pipeline {
         &self.plan
     }
 
-    /// What is computed in.
+    /// Whose kernels compute it, in words.
     #[must_use]
-    pub fn dtype(&self) -> DType {
-        self.dtype
+    pub fn kernels(&self) -> &str {
+        &self.kernels
     }
 
     /// How LoRAs act in a job that asks for this mode.

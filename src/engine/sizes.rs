@@ -10,7 +10,7 @@ use super::Error;
 pub(super) const TOKENS: u64 = 64 * 64 + 512;
 
 /// Scores of attention that are alive at once: in f32, their softmax, and in 16 bits.
-const SCORES: u64 = 3 * (256 << 20);
+const SCORES: u64 = 3 * kernels::SCORES_BYTES as u64;
 
 /// What files call T5's table of tokens.
 const TABLES: [&str; 3] = ["shared.weight", "encoder.embed_tokens.weight", "token_embd.weight"];

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 
 use super::Error;
 
@@ -36,7 +36,8 @@ pub(super) fn sweep_up(folder: &Path) {
     }
 }
 
-fn temporary(folder: &Path) -> io::Result<NamedTempFile> {
+/// A file that is gone again unless it is finished.
+pub(super) fn temporary(folder: &Path) -> io::Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(PREFIX).suffix(SUFFIX);
     #[cfg(unix)]
@@ -48,11 +49,30 @@ fn temporary(folder: &Path) -> io::Result<NamedTempFile> {
     builder.tempfile_in(folder)
 }
 
+/// The same of a folder.
+pub(super) fn temporary_folder(folder: &Path) -> io::Result<TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(PREFIX).suffix(SUFFIX);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(fs::Permissions::from_mode(0o777));
+    }
+    builder.tempdir_in(folder)
+}
+
 /// Writes a file under another name in the same folder and renames it, so that nobody sees half of it.
 pub(super) fn write(path: &Path, force: bool, bytes: &[u8]) -> Result<(), Error> {
     let failed = |source| Error::Write { path: path.into(), source };
     let mut file = temporary(folder_of(path)).map_err(failed)?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
+    finish(file, path, force)
+}
+
+/// Gives a temporary file in the folder of `path` that name, once all of it is on the disk.
+pub(super) fn finish(file: NamedTempFile, path: &Path, force: bool) -> Result<(), Error> {
+    let failed = |source| Error::Write { path: path.into(), source };
+    file.as_file().sync_all().map_err(failed)?;
     let renamed = if force { file.persist(path) } else { file.persist_noclobber(path) };
     match renamed {
         Ok(_) => Ok(()),

@@ -30,7 +30,7 @@ fn picture(pipeline: &Pipeline, job: &Job) -> image::RgbImage {
 #[test]
 fn latents_equal_those_of_diffusers() {
     let pipeline = load();
-    assert_eq!(pipeline.traits().text_tokens, 64);
+    assert_eq!(pipeline.text_tokens(), 64);
     let job = Job { outputs: 2, ..job(PROMPT, 3) };
     let finished = pipeline.run(&job, &mut |_| ControlFlow::Continue(())).unwrap();
     let error = relative_l2(&finished.latents, &Fixture::open("pocket/pocket.safetensors").get("latents"));

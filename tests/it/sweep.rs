@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::cli::{Place, Ran};
 use crate::fixtures;
@@ -62,6 +62,8 @@ fn a_grid_becomes_a_folder_that_can_be_read() {
         "sheets",
     ];
     assert_eq!(names(&run), expected.map(str::to_owned).into());
+    let environment: Value = serde_json::from_slice(&fs::read(run.join("environment.json")).unwrap()).unwrap();
+    assert_eq!((&environment["device"], &environment["kernels"]), (&json!("cpu"), &json!("plain")));
     let rows = rows(&run);
     // The grid's order: guidance, then steps, then the seed.
     let place_of =

@@ -7,9 +7,9 @@ mod weights;
 
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
-    Addend, After, Budget, Delta, Fp8Rows, Projection, Window, add_gated, add_gated_then_norm, add_gated_then_norm_fp8,
-    attention, convolve, emulated, gelu, gelu_beside, gelu_beside_fp8, group_norm, joint_heads, launches, linear, linear_gelu,
-    merge, modulated_norm, modulated_norm_fp8, quantise_fp8, rms_norm,
+    Addend, After, Delta, Fp8Rows, Projection, Window, add_gated, add_gated_then_norm, add_gated_then_norm_fp8, attention,
+    convolve, emulated, gelu, gelu_beside, gelu_beside_fp8, group_norm, joint_heads, launches, linear, linear_gelu, merge,
+    modulated_norm, modulated_norm_fp8, quantise_fp8, rms_norm,
 };
 
 fn random(shape: &[usize]) -> Tensor {
@@ -177,9 +177,7 @@ fn what_does_not_fit_is_left_to_plain_operations() {
     check("width of 12", &ALL, &[x.clone(), row.clone(), row.clone()], 0, |x| modulated_norm(&x[0], &x[1], &x[2], 1e-6));
     check("gelu of 301", &ALL, &[random(&[5, 301])], 0, |x| gelu(&x[0]));
     let one = random(&[1, 2, 9, 24]);
-    check("heads of 24", &HALF, &[one.clone(), one.clone(), one], 0, |x| {
-        attention(&x[0], &x[1], &x[2], 0.2, None, Budget(usize::MAX))
-    });
+    check("heads of 24", &HALF, &[one.clone(), one.clone(), one], 0, |x| attention(&x[0], &x[1], &x[2], 0.2, None));
 }
 
 #[test]
@@ -218,7 +216,7 @@ fn attention_of_all_widths() {
     for (b, h, l, l_kv, e) in [(1, 1, 1, 1, 16), (2, 2, 37, 53, 32), (1, 2, 130, 64, 64), (1, 1, 150, 200, 128)] {
         let inputs = [random(&[b, h, l, e]), random(&[b, h, l_kv, e]), random(&[b, h, l_kv, e])];
         let scale = 1. / (e as f64).sqrt();
-        let op = |x: &[Tensor]| attention(&x[0], &x[1], &x[2], scale, None, Budget(usize::MAX));
+        let op = |x: &[Tensor]| attention(&x[0], &x[1], &x[2], scale, None);
         for dtype in HALF {
             let rounded: Vec<Tensor> = inputs.iter().map(|x| x.to_dtype(dtype).unwrap()).collect();
             let exact: Vec<Tensor> = rounded.iter().map(to_f32).collect();
@@ -243,7 +241,7 @@ fn attention_of_views_and_large_scores() {
     let (l, h, e) = (70, 2, 64);
     let all = (random(&[1, l, 3 * h * e]) * 8.).unwrap().to_dtype(DType::BF16).unwrap();
     let part = |i: usize| all.narrow(2, i * h * e, h * e).unwrap().reshape((1, l, h, e)).unwrap().transpose(1, 2).unwrap();
-    let op = |x: [Tensor; 3]| attention(&x[0], &x[1], &x[2], 1., None, Budget(usize::MAX)).unwrap();
+    let op = |x: [Tensor; 3]| attention(&x[0], &x[1], &x[2], 1., None).unwrap();
     let strided = [0, 1, 2].map(|i| all.clone().narrow(2, i * h * e, h * e).unwrap());
     let want = op([part(0), part(1), part(2)].map(|x| to_f32(&x)));
     for (place, run) in places() {
@@ -268,7 +266,7 @@ fn attention_by_cudnn() {
     let by_cudnn = |x: &[Tensor; 3], scale: f64| {
         let before = launches();
         choose_attention(Attention::Cudnn);
-        let y = attention(&x[0], &x[1], &x[2], scale, None, Budget(usize::MAX)).unwrap();
+        let y = attention(&x[0], &x[1], &x[2], scale, None).unwrap();
         choose_attention(Attention::Own);
         // Neither our kernel nor plain operations, whose heads do not lie side by side.
         assert_eq!(launches(), before, "{}", cudnn_status());
@@ -277,7 +275,7 @@ fn attention_by_cudnn() {
     };
     let check = |name: &str, x: [Tensor; 3], scale: f64| {
         let exact = [0, 1, 2].map(|i: usize| to_f32(&x[i]));
-        let want = attention(&exact[0], &exact[1], &exact[2], scale, None, Budget(usize::MAX)).unwrap();
+        let want = attention(&exact[0], &exact[1], &exact[2], scale, None).unwrap();
         let (got, again) = (by_cudnn(&x, scale), by_cudnn(&x, scale));
         let (error, bound) = (relative(&got, &want), if x[0].dtype() == DType::F16 { 1e-3 } else { 6e-3 });
         println!("cuDNN, {name} {:?} {:?}: {error:.2e}", x[0].dims(), x[0].dtype());

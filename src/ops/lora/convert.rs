@@ -12,8 +12,8 @@ use serde::Serialize;
 use super::{Sources, target};
 use crate::config::Config;
 use crate::fetch::{Progress, shown};
-use crate::ops::Error;
 use crate::ops::generate::Precision;
+use crate::ops::{Error, files};
 
 /// What of a header stays true under other names: not ranks and alphas, which are in the tensors now.
 const KEPT: &[&str] = &["ss_tag_frequency", "ss_base_model_version", "ss_output_name", "ss_sd_model_name", "modelspec."];
@@ -60,12 +60,11 @@ pub fn convert(
         let shape = tensor.dims().to_vec();
         write::Entry { name, dtype, shape, bytes: Box::new(move || write::bytes(&tensor).map_err(std::io::Error::other)) }
     };
-    let mut temporary = BufWriter::new(tempfile::NamedTempFile::new_in(folder).map_err(failed)?);
+    let mut temporary = BufWriter::new(files::temporary(folder).map_err(failed)?);
     write::write(&mut temporary, Some(metadata), tensors.into_iter().map(entry).collect()).map_err(failed)?;
     temporary.flush().map_err(failed)?;
     let temporary = temporary.into_inner().map_err(|error| failed(error.into_error()))?;
     let bytes = temporary.as_file().metadata().map_err(failed)?.len();
-    temporary.as_file().sync_all().map_err(failed)?;
-    temporary.persist(out).map_err(|error| failed(error.error))?;
+    files::finish(temporary, out, order.force)?;
     Ok(Converted { path: out.into(), tensors: count, bytes })
 }

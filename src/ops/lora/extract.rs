@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::target;
 use crate::fetch;
-use crate::ops::Error;
+use crate::ops::{Error, files};
 
 #[derive(Debug, Clone, Serialize)]
 pub struct Extracted {
@@ -24,9 +24,8 @@ pub fn extract(archive: &Path, out: &Path, force: bool) -> Result<Extracted, Err
     let write = |source| Error::Write { path: out.into(), source };
     let folder = target::check(out, force)?;
     let from = File::open(archive).map_err(|source| failed(fetch::Error::Read { path: archive.into(), source }))?;
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(write)?;
+    let mut file = files::temporary(folder).map_err(write)?;
     let member = fetch::extract(from, &mut file).map_err(failed)?;
-    file.as_file().sync_all().map_err(write)?;
-    file.persist(out).map_err(|e| write(e.error))?;
+    files::finish(file, out, force)?;
     Ok(Extracted { path: out.into(), member: member.name, bytes: member.bytes })
 }

@@ -14,7 +14,7 @@ use super::{Lora, Sources, target};
 use crate::config::Config;
 use crate::engine::Selected;
 use crate::fetch::Progress;
-use crate::ops::{Error, models};
+use crate::ops::{Error, files, models};
 
 #[derive(Debug, Clone)]
 pub struct MergeOrder {
@@ -61,17 +61,17 @@ pub fn merge(
             let problem = format!("has its transformer in {} files", bundle.transformer.weights.len());
             return Err(Error::Combination { field: "base", problem, hint });
         };
-        let temporary = tempfile::NamedTempFile::new_in(folder).map_err(|source| Error::Write { path: out.into(), source })?;
+        let temporary = files::temporary(folder).map_err(|source| Error::Write { path: out.into(), source })?;
         let to = |_: &Path| Ok(temporary.path().to_owned());
         changed += bake(Component::Transformer, &bundle.transformer, &selected, &mut remarks, &to)?;
-        temporary.persist(out).map_err(|e| Error::Write { path: out.into(), source: e.error })?;
+        files::finish(temporary, out, order.force)?;
     } else {
         let root = root(&bundle.transformer).ok_or_else(|| Error::Combination {
             field: "base",
             problem: "is no folder in the diffusers layout".into(),
             hint: "give an output that ends in .safetensors, for the transformer alone".into(),
         })?;
-        let temporary = tempfile::Builder::new().prefix(".merging").tempdir_in(folder);
+        let temporary = files::temporary_folder(folder);
         let temporary = temporary.map_err(|source| Error::Write { path: out.into(), source })?;
         let parts = [(Component::Transformer, &bundle.transformer), (Component::T5, &bundle.t5), (Component::Clip, &bundle.clip)];
         for (component, files) in parts {
@@ -105,7 +105,7 @@ fn bake(
     for (i, path) in checkpoint.paths().into_iter().enumerate() {
         let to = place(path)?;
         let write = |source| Error::Write { path: to.clone(), source };
-        fs::create_dir_all(target::parent(&to)).map_err(write)?;
+        fs::create_dir_all(files::folder_of(&to)).map_err(write)?;
         let mut file = BufWriter::new(File::create(&to).map_err(write)?);
         baking.write(i, &mut file).and_then(|()| file.flush()).and_then(|()| file.get_ref().sync_all()).map_err(write)?;
     }

@@ -51,8 +51,6 @@ pub struct Defaults {
     /// Pixels: the size that the model was trained for.
     pub width: usize,
     pub height: usize,
-    /// T5 tokens of a prompt, for people; the engine reads it from the model.
-    pub text_tokens: Option<usize>,
 }
 
 /// One file of a model.

@@ -18,7 +18,6 @@ pub(super) fn environment(device: &Device) -> BTreeMap<String, String> {
         ("darkroom".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
         ("device".into(), device_name(device)),
         ("system".into(), format!("{} {}", std::env::consts::OS, std::env::consts::ARCH)),
-        ("kernels".into(), kernels_of(device).into()),
     ]);
     if let Ok(system) = System::new_with_specifics(kinds) {
         let brand = system.cpus().first().map(|cpu| cpu.brand().trim().to_owned()).unwrap_or_default();
@@ -30,15 +29,6 @@ pub(super) fn environment(device: &Device) -> BTreeMap<String, String> {
         found.insert("card".into(), card);
     }
     found
-}
-
-/// What computes the forward pass.
-fn kernels_of(device: &Device) -> &'static str {
-    match device {
-        Device::Cpu => "candle's processor operations, attention in blocks of queries",
-        Device::Cuda(_) => "candle's CUDA operations",
-        Device::Metal(_) => "candle's Metal operations",
-    }
 }
 
 fn card(device: &Device) -> Option<String> {

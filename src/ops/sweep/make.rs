@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
@@ -111,6 +112,7 @@ pub(super) fn make(sweep: &Sweep, config: &Config, folder: &mut Folder, told: To
     }
     let mut maker = Maker {
         sweep,
+        run: &path,
         device: &device,
         sources: &sources,
         loaded: None,
@@ -139,6 +141,7 @@ fn tell(told: Told, stage: Stage<'_>) -> Result<(), Error> {
 /// The loaded model and what was last used with it.
 struct Maker<'a> {
     sweep: &'a Sweep,
+    run: &'a Path,
     device: &'a Device,
     sources: &'a Sources,
     loaded: Option<(Base, Precision, Pipeline)>,
@@ -172,6 +175,8 @@ impl Maker<'_> {
                     accepted()?;
                     self.pace.begin(cells, order, self.sweep.repeats);
                 }
+                let kernels = self.pipeline().kernels().to_owned();
+                report::keep_environment(self.run, &BTreeMap::from([("kernels".to_owned(), kernels)]))?;
             }
             match self.make(cell, &asked, base, (i + 1, order.len()), told) {
                 Ok(picture) => {
