@@ -256,6 +256,7 @@ fn finite(dtype: Dtype, bytes: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device, Tensor};
     use half::{bf16, f16};
 
     use super::*;
@@ -279,6 +280,36 @@ mod tests {
         let other = open();
         assert_eq!(first.digest(), other.digest());
         assert_ne!(first.identity(), other.identity());
+    }
+
+    /// Without that file nobody knows the scale, and whoever uses the adapter is told.
+    #[test]
+    fn an_adapter_of_pefts_that_came_without_its_config_says_so() {
+        let peft = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/lora/writers/peft/adapter_model.safetensors");
+        let alone = tempfile::tempdir().unwrap().path().with_extension("safetensors");
+        std::fs::copy(&peft, &alone).unwrap();
+        let told = |path: &Path| Adapter::inspect(path).warnings().iter().any(|warning| warning.contains("adapter_config.json"));
+        assert_eq!((told(&peft), told(&alone)), (false, true));
+        std::fs::remove_file(alone).unwrap();
+    }
+
+    /// kohya's extraction writes alpha as Python has it.
+    #[test]
+    fn alphas_may_be_whole_numbers() {
+        let kohya = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/lora/kohya.safetensors");
+        let folder = tempfile::tempdir().unwrap();
+        let factors = |dtype: DType| {
+            let mut tensors = candle_core::safetensors::load(&kohya, &Device::Cpu).unwrap();
+            for (_, alpha) in tensors.iter_mut().filter(|(name, _)| name.ends_with(".alpha")) {
+                *alpha = Tensor::full(3f32, (), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            }
+            let path = folder.path().join("a.safetensors");
+            candle_core::safetensors::save(&tensors, &path).unwrap();
+            Adapter::open(&path).unwrap().updates.iter().map(|update| update.change.factor).collect::<Vec<_>>()
+        };
+        let of_floats = factors(DType::F32);
+        assert!(of_floats.len() > 3 && of_floats.iter().all(|factor| *factor != 1.));
+        assert_eq!(factors(DType::I64), of_floats);
     }
 
     #[test]

@@ -271,6 +271,9 @@ impl Assembly<'_> {
 
     /// A number in a tensor of one element.
     fn number(&self, key: &str) -> Result<f64, Error> {
+        if let Some(whole) = self.checkpoint.get(key).and_then(|stored| self.checkpoint.whole_number(stored)) {
+            return Ok(whole as f64);
+        }
         let tensor = self.tensor(key)?;
         if tensor.elem_count() != 1 {
             return Err(self.bad(&format!("{key} should be one number and has shape {:?}", tensor.dims())));

@@ -36,7 +36,7 @@ pub struct Report {
     pub unmatched_keys: Vec<String>,
     /// Modules by rank.
     pub ranks: BTreeMap<usize, usize>,
-    /// Distinct values of alpha, and whether they came from tensors or the header; none where the rank stands in.
+    /// Distinct values of alpha; none where the rank stands in.
     pub alphas: Vec<f64>,
     /// Tensors by type.
     pub dtypes: BTreeMap<String, usize>,
@@ -66,6 +66,13 @@ impl Report {
         }
         if self.modules_matched > 0 && self.modules_empty == self.modules_matched {
             warnings.push("every change in the LoRA is zero: the picture will be the base model's".into());
+        }
+        let by_peft = self.prefix.iter().any(|prefix| prefix.contains("base_model"));
+        if by_peft && self.alphas.is_empty() && self.algorithms.contains_key("lora") {
+            let advice = "give alpha / rank as its scale, or a folder with both files";
+            warnings.push(format!(
+                "PEFT wrote the LoRA, and no adapter_config.json is with it: alpha is taken to be the rank; else {advice}"
+            ));
         }
         warnings
     }

@@ -126,6 +126,18 @@ impl Checkpoint {
         &self.files[stored.file].bytes()[stored.start..stored.end]
     }
 
+    /// The one whole number that it is, if it is one.
+    #[must_use]
+    pub fn whole_number(&self, stored: &Stored) -> Option<i64> {
+        let bytes = self.bytes(stored);
+        match stored.kind {
+            Kind::Plain(safetensors::Dtype::I64) => bytes.try_into().ok().map(i64::from_le_bytes),
+            Kind::Plain(safetensors::Dtype::I32) => bytes.try_into().ok().map(|bytes| i32::from_le_bytes(bytes).into()),
+            Kind::Plain(safetensors::Dtype::I16) => bytes.try_into().ok().map(|bytes| i16::from_le_bytes(bytes).into()),
+            _ => None,
+        }
+    }
+
     /// The texts that the first file's header carries.
     #[must_use]
     pub fn metadata(&self) -> &BTreeMap<String, String> {

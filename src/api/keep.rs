@@ -50,16 +50,18 @@ impl Server {
     }
 
     async fn clear_old(&self) -> Result<(), Error> {
-        let removed = |result: Result<(), crate::blobs::Error>| {
-            result.unwrap_or_else(|error| tracing::warn!(%error, "a file is not removed"));
-        };
+        // First the files: what is not named any more is never removed.
         for id in self.store.expired_uploads().await? {
-            removed(self.blobs.delete(&upload_key(&id)).await);
+            if removed(self.blobs.delete(&upload_key(&id)).await) {
+                self.store.forget_upload(&id).await?;
+            }
         }
         if let Some(age) = self.keep.pictures.or(self.keep.jobs) {
-            for id in self.store.strip(age, &REST).await? {
-                removed(self.blobs.remove(&outputs(id.as_str())).await);
-                removed(self.blobs.delete(&preview(id.as_str())).await);
+            for job in self.store.old(age).await? {
+                let id = job.id.as_str();
+                if removed(self.blobs.remove(&outputs(id)).await) && removed(self.blobs.delete(&preview(id)).await) {
+                    self.store.strip(&job, &REST).await?;
+                }
             }
         }
         if let Some(age) = self.keep.jobs {
@@ -67,4 +69,8 @@ impl Server {
         }
         Ok(())
     }
+}
+
+fn removed(done: Result<(), crate::blobs::Error>) -> bool {
+    done.inspect_err(|error| tracing::warn!(%error, "a file is not removed")).is_ok()
 }

@@ -6,6 +6,7 @@ use axum::http::HeaderMap;
 use base64::Engine as _;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
 
 use super::auth::Caller;
 use super::problem::{Problem, faulty};
@@ -13,7 +14,6 @@ use super::{Server, Unit};
 use crate::failpoint::failpoint;
 use crate::fetch::decode_picture;
 use crate::hex::hex;
-use crate::image;
 use crate::jobs::{Job, JobId, NewJob, NewUpload, Upload, Webhook};
 use crate::ops::generate::{Picture, prepare};
 use crate::ops::serve::{Order, Origin, Tokens};
@@ -74,8 +74,14 @@ impl Server {
         submission: Submission,
     ) -> Result<(Job, bool), Problem> {
         self.accepting()?;
-        let Submission { order, model, version, input, mut notes, within, webhook, idempotency } = submission;
+        let Submission { mut order, model, version, input, mut notes, within, webhook, idempotency } = submission;
         self.gate.create(&caller.tenant)?;
+        for lora in order.loras.iter_mut().filter(|lora| lora.reference.starts_with("data:")) {
+            // Rows of jobs are read again and again, and should be short.
+            let text = std::mem::take(&mut lora.reference).into_bytes();
+            let stored = self.keep(caller, "lora_weights", "text/plain", json!({}), text).await?;
+            (lora.reference, lora.stored) = (format!("data:{}", stored.sha256), Some(upload_key(&stored.id)));
+        }
         if let Some(webhook) = &webhook {
             self.web.check(&webhook.url).map_err(|error| faulty("webhook", &error))?;
         }
@@ -208,9 +214,9 @@ fn own_file(base: &str, text: &str) -> Option<JobId> {
     id.trim_end_matches('/').parse().ok()
 }
 
-/// Of a request's body, whatever the order of its keys.
-pub(super) fn fingerprint(body: &Map<String, Value>) -> String {
-    hex(&Sha256::digest(Value::Object(body.clone()).to_string()))
+/// Of a request: the model that it is to, and its body, whatever the order of its keys.
+pub(super) fn fingerprint(model: &str, body: &Map<String, Value>) -> String {
+    hex(&Sha256::new().chain_update(model).chain_update([0]).chain_update(Value::Object(body.clone()).to_string()).finalize())
 }
 
 /// A picture's bytes as a data URI's content.
@@ -218,7 +224,16 @@ pub(super) fn base64(bytes: &[u8]) -> String {
     base64::engine::general_purpose::STANDARD.encode(bytes)
 }
 
-/// Whether these are a picture's bytes that can be read at all.
-pub(super) fn is_picture(bytes: &[u8]) -> Result<(), image::Error> {
-    image::decode_picture(bytes, image::Limits { side: 8192, bytes: 256 << 20 }).map(drop)
+/// Pictures that are decoded at once, of all callers: each takes up to 256 MiB and a core for seconds.
+static DECODED: Semaphore = Semaphore::const_new(2);
+
+/// Does what decodes pictures where nobody else waits for it, when its turn has come.
+pub(super) async fn decoding<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {
+    let place = DECODED.acquire().await.map_err(|_| Problem::Internal)?;
+    let work = move || {
+        // Held to the end, also if the caller goes away.
+        let _place = place;
+        work()
+    };
+    tokio::task::spawn_blocking(work).await.map_err(|_| Problem::Internal)
 }

@@ -1,5 +1,6 @@
 //! One `.safetensors` file out of a tar, streamed: nothing else is ever unpacked.
 
+use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Component, Path};
 
@@ -9,6 +10,9 @@ use tar::{Archive, EntryType};
 use super::{Error, MOST_BYTES};
 
 const MOST_MEMBERS: usize = 4096;
+
+/// Bytes that all headers of one member may take.
+const MOST_HEAD: usize = 256 << 10;
 
 /// How much larger than itself an archive may become. Weights hardly shrink.
 const MOST_RATIO: u64 = 20;
@@ -33,9 +37,15 @@ pub fn extract(archive: impl Read, out: &mut impl Write) -> Result<Member, Error
 }
 
 fn members(reader: impl Read, out: &mut impl Write) -> Result<Member, Error> {
-    let mut archive = Archive::new(reader);
+    let head = Cell::new(None);
+    let mut archive = Archive::new(Heads { inner: reader, left: &head });
     let mut found: Option<Member> = None;
-    for (i, entry) in archive.entries().map_err(unreadable)?.enumerate() {
+    let mut entries = archive.entries().map_err(unreadable)?;
+    for i in 0.. {
+        // Long names and attributes are read whole before anybody sees how long they are.
+        head.set(Some(MOST_HEAD));
+        let Some(entry) = entries.next() else { break };
+        head.set(None);
         if i >= MOST_MEMBERS {
             return Err(Error::TooManyMembers(MOST_MEMBERS));
         }
@@ -46,15 +56,23 @@ fn members(reader: impl Read, out: &mut impl Write) -> Result<Member, Error> {
         if !stays_inside(&path) {
             return bad("a path that leaves the archive");
         }
+        if name.contains(char::is_control) {
+            return bad("a name with control characters");
+        }
         match entry.header().entry_type() {
             EntryType::Regular | EntryType::Continuous => {}
-            EntryType::Directory | EntryType::XGlobalHeader => continue,
+            EntryType::Directory => continue,
+            EntryType::XGlobalHeader => {
+                skip(&mut entry)?;
+                continue;
+            }
             EntryType::Symlink | EntryType::Link => return bad("a link"),
             // A few bytes can state gigabytes of zeros, which weights never are.
             EntryType::GNUSparse => return bad("a sparse file"),
             _ => return bad("no plain file"),
         }
         if !path.extension().is_some_and(|end| end.eq_ignore_ascii_case("safetensors")) {
+            skip(&mut entry)?;
             continue;
         }
         if let Some(first) = found {
@@ -67,6 +85,10 @@ fn members(reader: impl Read, out: &mut impl Write) -> Result<Member, Error> {
         found = Some(Member { name, bytes });
     }
     found.ok_or(Error::NoMember)
+}
+
+fn skip(entry: &mut impl Read) -> Result<(), Error> {
+    copy(entry, &mut io::sink()).map(drop)
 }
 
 fn copy(from: &mut impl Read, to: &mut impl Write) -> Result<u64, Error> {
@@ -94,6 +116,25 @@ fn unreadable(error: io::Error) -> Error {
 #[derive(Debug, thiserror::Error)]
 #[error("too large when unpacked")]
 struct Bomb;
+
+/// Of what is read while `left` says so, so many bytes.
+struct Heads<'a, R> {
+    inner: R,
+    left: &'a Cell<Option<usize>>,
+}
+
+impl<R: Read> Read for Heads<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(left) = self.left.get() else { return self.inner.read(buffer) };
+        if left == 0 {
+            return Err(io::Error::other(format!("a member's name and attributes take more than {MOST_HEAD} bytes")));
+        }
+        let most = buffer.len().min(left);
+        let n = self.inner.read(&mut buffer[..most])?;
+        self.left.set(Some(left - n));
+        Ok(n)
+    }
+}
 
 /// Counts what goes through.
 struct Counted<R> {
@@ -204,6 +245,24 @@ mod tests {
         assert!(run(b"<!doctype html>").is_err());
         let good = archive(&[("a.safetensors", FILE, &[7; 2000])]);
         assert!(matches!(run(&good[..1000]).unwrap_err(), Error::Archive(_)));
+    }
+
+    /// Names and attributes are read whole by the library.
+    #[test]
+    fn a_member_with_an_endless_name_is_refused() {
+        let name = vec![b'a'; MOST_HEAD + 1];
+        for kind in [EntryType::GNULongName, EntryType::GNULongLink, EntryType::XHeader] {
+            let error = run(&archive(&[("././@LongLink", kind, &name), ("a.safetensors", FILE, b"x")])).unwrap_err();
+            assert!(error.to_string().contains("cannot be read") || matches!(error, Error::Archive(_)), "{error}");
+            let Error::Archive(why) = error else { unreachable!() };
+            assert!(why.to_string().contains("name and attributes take more"), "{why}");
+        }
+        // Members before it may be as long as they like, and names as long as names are.
+        let long = [&[b'd'; 300][..], b"/a.safetensors\0"].concat();
+        let bytes = archive(&[("x.bin", FILE, &name), ("././@LongLink", EntryType::GNULongName, &long), ("a", FILE, b"weights")]);
+        assert_eq!(run(&bytes).unwrap().1, b"weights");
+        let error = run(&archive(&[("a\nb.safetensors", FILE, b"x")])).unwrap_err();
+        assert!(error.to_string().contains("control characters"), "{error}");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER};
+use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE, RETRY_AFTER};
 use reqwest::{Response, StatusCode, redirect};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
@@ -68,6 +68,12 @@ impl Client {
             }
             self.pause(attempt, pause).await;
         }
+    }
+
+    /// An error unless whoever asks may have it: its first byte is asked for.
+    pub(super) async fn reach(&self, ask: &Ask) -> Result<(), Error> {
+        let first = HeaderMap::from_iter([(RANGE, HeaderValue::from_static("bytes=0-0"))]);
+        self.get(ask, &first).await.map(drop)
     }
 
     /// One request with a body, and its answer whatever the status.

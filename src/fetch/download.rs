@@ -117,9 +117,12 @@ async fn attempt(
     }
     let mut response = client.get(ask, &headers).await?;
     let host = client::host(response.url());
-    let begun = begun.map_or(0, |(length, _)| length);
+    let (begun, mark) = begun.unwrap_or_default();
+    // Some heed Range and not If-Range: what follows must be of the same file.
+    let same = client::header(&response, &ETAG).is_none_or(|etag| etag == mark);
     let start = match response.status() {
         StatusCode::NOT_MODIFIED if known.is_some() && begun == 0 => return Ok(Some(Outcome::Unchanged)),
+        StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE if begun > 0 && !same => return Ok(None),
         StatusCode::PARTIAL_CONTENT if begun > 0 && range(&response).is_some_and(|(start, _)| start == Some(begun)) => begun,
         StatusCode::RANGE_NOT_SATISFIABLE if begun > 0 && range(&response).is_some_and(|(_, total)| total == Some(begun)) => {
             let sha256 = whole(partial).await?;

@@ -199,6 +199,9 @@ impl Inner {
             if located.bytes.is_some_and(|bytes| bytes > limits.bytes) {
                 return Err(Error::TooLarge(limits.bytes));
             }
+            if located.gated {
+                self.client.reach(&located.ask).await?;
+            }
             match known {
                 Some((held, record)) if located.version.is_some() && located.version == record.version => return Ok(held),
                 _ => {}

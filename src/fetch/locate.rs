@@ -14,6 +14,8 @@ pub(super) struct Located {
     pub(super) version: Option<String>,
     pub(super) sha256: Option<String>,
     pub(super) bytes: Option<u64>,
+    /// Its name is for everybody, its content for some: what is in the cache is for those who could fetch it now.
+    pub(super) gated: bool,
 }
 
 /// Where the services are.
@@ -41,7 +43,7 @@ impl Services {
             Reference::Link(url) => {
                 let unauthorized = "the link is a private one or has expired; ask for a new signed link".into();
                 let ask = Ask { url: url.clone(), bearer: None, unauthorized, not_found: CHECK_LINK.into() };
-                Ok(Located { ask, version: None, sha256: None, bytes: None })
+                Ok(Located { ask, version: None, sha256: None, bytes: None, gated: false })
             }
             _ => Err(Error::Unknown("a file".into())),
         }
@@ -99,6 +101,7 @@ impl Services {
             version: Some(format!("{commit}/{file}")),
             sha256: found["lfs"]["sha256"].as_str().map(str::to_owned),
             bytes: found["size"].as_u64(),
+            gated: !matches!(listing["gated"], Value::Bool(false) | Value::Null),
         })
     }
 
@@ -115,7 +118,7 @@ impl Services {
         let not_found =
             "the number must be that of the version, which the download link ends with, not that of the model's page".into();
         let ask = Ask { url, bearer: credentials.civitai.clone(), unauthorized, not_found };
-        Ok(Located { ask, version: None, sha256: None, bytes: None })
+        Ok(Located { ask, version: None, sha256: None, bytes: None, gated: false })
     }
 
     async fn civitai_model(&self, client: &Client, id: u64, credentials: &Credentials) -> Result<Located, Error> {

@@ -15,6 +15,11 @@ pub struct Limits {
     pub bytes: u64,
 }
 
+impl Limits {
+    /// For pictures that come over the network.
+    pub const STRANGERS: Self = Self { side: 8192, bytes: 256 << 20 };
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self { side: 16_384, bytes: 1 << 30 }
@@ -36,8 +41,8 @@ pub fn decode_mask(bytes: &[u8], limits: Limits) -> Result<GrayImage, Error> {
 
 /// A mask as some services have it, painted where it is transparent, as one of ours: a PNG that is white there. `None` if it has no
 /// transparency, and so is one of ours already.
-pub fn mask_of_alpha(bytes: &[u8]) -> Result<Option<Vec<u8>>, Error> {
-    let mask = decode(bytes, Limits::default())?;
+pub fn mask_of_alpha(bytes: &[u8], limits: Limits) -> Result<Option<Vec<u8>>, Error> {
+    let mask = decode(bytes, limits)?;
     if !mask.color().has_alpha() {
         return Ok(None);
     }

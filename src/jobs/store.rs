@@ -256,7 +256,7 @@ impl Store {
     pub async fn log(&self, claim: &Claim, text: &str) -> Result<(), Error> {
         let mut transaction = self.begin().await?;
         let add = "UPDATE jobs SET logs = logs || $1 WHERE id = $2 AND epoch = $3 AND status = 'running'";
-        let add = self.query(add).bind(text).bind(claim.job.id.as_str()).bind(claim.job.epoch);
+        let add = self.query(add).bind(storable(text)).bind(claim.job.id.as_str()).bind(claim.job.epoch);
         if add.execute(&mut *transaction).await?.rows_affected() == 0 {
             return Err(Error::Lost);
         }
@@ -268,7 +268,7 @@ impl Store {
     pub async fn finish(&self, claim: &Claim, outcome: &Outcome) -> Result<Job, Error> {
         let (status, result, code, message) = match outcome {
             Outcome::Succeeded(result) => (Status::Succeeded, Some(result.to_string()), None, None),
-            Outcome::Failed { code, message } => (Status::Failed, None, Some(code.clone()), Some(message.clone())),
+            Outcome::Failed { code, message } => (Status::Failed, None, Some(code.clone()), Some(storable(message))),
             Outcome::Canceled => (Status::Canceled, None, None, None),
         };
         let mut transaction = self.begin().await?;
@@ -350,4 +350,9 @@ impl Store {
 
 pub(super) fn milliseconds(time: Duration) -> i64 {
     i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// PostgreSQL has no texts with NUL in them.
+fn storable(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
 }

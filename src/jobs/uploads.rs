@@ -64,10 +64,16 @@ impl Store {
         Ok(remove.execute(self.pool()).await?.rows_affected() > 0)
     }
 
-    /// Forgets the files whose time is over, and names them so that their bytes can go as well.
+    /// The files whose time is over, at most 100.
     pub async fn expired_uploads(&self) -> Result<Vec<JobId>, Error> {
-        let expired = self.query("DELETE FROM uploads WHERE expires_at <= {now} RETURNING id").fetch_all(self.pool()).await?;
+        let expired = self.query("SELECT id FROM uploads WHERE expires_at <= {now} LIMIT 100").fetch_all(self.pool()).await?;
         expired.iter().map(id).collect()
+    }
+
+    /// After its file.
+    pub async fn forget_upload(&self, id: &JobId) -> Result<(), Error> {
+        self.query("DELETE FROM uploads WHERE id = $1").bind(id.as_str()).execute(self.pool()).await?;
+        Ok(())
     }
 }
 

@@ -57,20 +57,18 @@ impl Store {
         next.fetch_all(self.pool()).await?.iter().map(job).collect()
     }
 
-    /// Removes input, logs and result of jobs that ended longer ago than `age`, and names them so that their pictures can go as well. Of
-    /// the requests the members `kept` stay.
-    pub async fn strip(&self, age: Duration, kept: &[&str]) -> Result<Vec<JobId>, Error> {
+    /// Jobs that ended longer ago than `age` and whose data was not removed, at most 100.
+    pub async fn old(&self, age: Duration) -> Result<Vec<Job>, Error> {
         let old = "SELECT {columns} FROM jobs WHERE data_removed = 0 AND completed_at < {now} - $1 AND id NOT IN (SELECT job FROM outbox) LIMIT 100";
-        let mut stripped = Vec::new();
-        for row in self.query(old).bind(milliseconds(age)).fetch_all(self.pool()).await? {
-            let Job { id, request, .. } = job(&row)?;
-            let rest: Map<String, Value> = kept.iter().map(|name| ((*name).into(), request[*name].clone())).collect();
-            let strip = "UPDATE jobs SET data_removed = 1, logs = '', result = NULL, request = $1, progress = NULL, webhook = NULL \
-                 WHERE id = $2";
-            self.query(strip).bind(Value::Object(rest).to_string()).bind(id.as_str()).execute(self.pool()).await?;
-            stripped.push(id);
-        }
-        Ok(stripped)
+        self.query(old).bind(milliseconds(age)).fetch_all(self.pool()).await?.iter().map(job).collect()
+    }
+
+    /// Removes input, logs and result of a job whose pictures were removed. Of the request the members `kept` stay.
+    pub async fn strip(&self, Job { id, request, .. }: &Job, kept: &[&str]) -> Result<(), Error> {
+        let rest: Map<String, Value> = kept.iter().map(|name| ((*name).into(), request[*name].clone())).collect();
+        let strip = "UPDATE jobs SET data_removed = 1, logs = '', result = NULL, request = $1, progress = NULL, webhook = NULL WHERE id = $2";
+        self.query(strip).bind(Value::Object(rest).to_string()).bind(id.as_str()).execute(self.pool()).await?;
+        Ok(())
     }
 
     /// Forgets jobs that ended longer ago than `age` and whose data was removed.

@@ -101,6 +101,29 @@ fn one_tenants_token_opens_nothing_to_another() {
     assert!(as_(&hub_token("broken\nheader")).is_err());
 }
 
+/// The hub lists gated repositories to everybody: what is in the cache is for those who could fetch it.
+#[test]
+fn a_gated_repository_is_asked_for_its_file_every_time() {
+    let site = Site::serve(|request| {
+        if request.path.starts_with("/api/models/") {
+            let sibling = json!({"rfilename": "a.safetensors", "lfs": {"sha256": sha256(&weights())}});
+            return Reply::json(&json!({"sha": "c0ffee", "gated": "auto", "siblings": [sibling]}));
+        }
+        match request.header("authorization") {
+            Some("Bearer hf_right") => Reply::new("200 OK", &[("ETag", "\"x\"")], &weights()),
+            _ => Reply::new("403 Forbidden", &[("X-Error-Code", "GatedRepo")], b""),
+        }
+    });
+    let bench = Bench::with(|options| options.hub = site.address.clone());
+    let as_ = |credentials: &Credentials| get(&bench.fetcher, "me/mine", credentials);
+    assert!(as_(&Credentials::default()).is_err());
+    let path = as_(&hub_token("hf_right")).unwrap().path().to_owned();
+    for other in [Credentials::default(), hub_token("hf_wrong")] {
+        assert_eq!(as_(&other).map(|held| held.path().to_owned()).unwrap_err().code(), "unauthorized");
+    }
+    assert_eq!(as_(&hub_token("hf_right")).unwrap().path(), path);
+}
+
 #[test]
 fn an_outage_or_no_network_at_all_leaves_what_is_cached() {
     let down = Arc::new(Mutex::new(false));

@@ -100,7 +100,9 @@ fn uploads_belong_to_their_tenant_and_end() {
         assert_eq!(store.upload("you", &id).await.unwrap(), None);
         assert_eq!(store.upload("me", &gone).await.unwrap(), None);
         assert_eq!(store.uploads("me", None, 10).await.unwrap(), [stored]);
-        assert_eq!(store.expired_uploads().await.unwrap(), [gone]);
+        assert_eq!(store.expired_uploads().await.unwrap(), std::slice::from_ref(&gone));
+        store.forget_upload(&gone).await.unwrap();
+        assert_eq!(store.expired_uploads().await.unwrap(), []);
         assert!(!store.remove_upload("you", &id).await.unwrap() && store.remove_upload("me", &id).await.unwrap());
         assert_eq!(store.uploads("me", None, 10).await.unwrap(), []);
     });
@@ -124,9 +126,12 @@ fn what_ended_what_waits_and_what_grew_old() {
         assert_eq!(store.ended(ended.now + 1).await.unwrap().jobs, []);
 
         let hour = Duration::from_secs(3600);
-        assert_eq!(store.strip(hour, &[]).await.unwrap(), [], "too young");
+        assert!(store.old(hour).await.unwrap().is_empty(), "too young");
         tokio::time::sleep(Duration::from_millis(5)).await;
-        assert_eq!(store.strip(Duration::ZERO, &["seed"]).await.unwrap(), std::slice::from_ref(&first.id), "what waits stays");
+        let old = store.old(Duration::ZERO).await.unwrap();
+        assert_eq!(old.iter().map(|job| &job.id).collect::<Vec<_>>(), [&first.id], "what waits stays");
+        store.strip(&old[0], &["seed"]).await.unwrap();
+        assert!(store.old(Duration::ZERO).await.unwrap().is_empty());
         let left = store.get("me", &first.id).await.unwrap().unwrap();
         assert!(left.data_removed && left.logs.is_empty() && left.result.is_none() && left.status == Status::Succeeded);
         assert_eq!(left.request, json!({"seed": 5}));
@@ -138,7 +143,7 @@ fn what_ended_what_waits_and_what_grew_old() {
         assert_eq!(store.submit(&keyed).await.unwrap().0.id, once.id);
         store.cancel("me", &once.id).await.unwrap();
         tokio::time::sleep(Duration::from_millis(5)).await;
-        store.strip(Duration::ZERO, &[]).await.unwrap();
+        store.strip(&store.old(Duration::ZERO).await.unwrap()[0], &[]).await.unwrap();
         assert_eq!(store.forget(Duration::ZERO).await.unwrap(), 1);
         assert_ne!(store.submit(&keyed).await.unwrap().0.id, once.id);
     });

@@ -43,11 +43,13 @@ fn pictures_for_replicates_clients() {
 
     let mut seen = service.get("/v1/predictions").json()["results"].as_array().unwrap().len();
     assert_eq!(seen, 4);
-    let create = |headers: &[(&str, &str)]| {
-        service.post(DEV_LORA, headers, &json!({ "input": { "prompt": "x", "num_inference_steps": 1 } }))
-    };
+    let sent = json!({ "input": { "prompt": "x", "num_inference_steps": 1 } });
+    let create = |headers: &[(&str, &str)]| service.post(DEV_LORA, headers, &sent);
     let one = create(&[("idempotency-key", "k1")]).json();
     assert_eq!(create(&[("idempotency-key", "k1")]).json()["id"], one["id"]);
+    let elsewhere = DEV_LORA.replace("flux-dev-lora", "flux-schnell-lora");
+    let to_another = service.post(&elsewhere, &[("idempotency-key", "k1")], &sent);
+    assert_eq!(to_another.status, 422, "the same words to another model: {}", to_another.json());
     let other = service.post(DEV_LORA, &[("idempotency-key", "k1")], &json!({ "input": { "prompt": "y" } }));
     assert_eq!(other.status, 422);
     seen += 1;

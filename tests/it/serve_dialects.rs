@@ -161,6 +161,7 @@ fn openais_edits_and_streams() {
         (form().part("image", part(b"<html>".to_vec())), "not a picture"),
         (form().part("image[]", part(png(64))).part("image[]", part(png(64))), "2 pictures"),
         (Form::new().part("image", part(png(64))), "prompt is required"),
+        (form().part("mask", part(png(64))).part("mask", part(png(64))).part("image", part(png(64))), "a picture has one"),
     ] {
         let answer = edit(form);
         let error = answer.json()["error"]["message"].as_str().unwrap().to_owned();
@@ -438,6 +439,9 @@ fn webhooks_do_not_reach_into_the_network() {
         let image = service.post(DEV_LORA, &[], &json!({ "input": { "prompt": "x", "image": link } }));
         assert_eq!(image.status, 422, "{link}");
     }
+    // PostgreSQL could not store it.
+    let nul = json!({ "input": { "prompt": "x" }, "webhook": "https://example.com/\0x" });
+    assert_eq!(service.post(DEV_LORA, &[], &nul).status, 422);
     // A name is resolved only when it is asked.
     let named = json!({ "input": { "prompt": "x", "num_inference_steps": 1 }, "webhook": "https://localhost/x" });
     let id = service.post(DEV_LORA, &[], &named).json()["id"].as_str().unwrap().to_owned();

@@ -7,10 +7,13 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use candle_core::{DType, Device};
 use serde_json::{Value, json};
 
 use crate::cli::Place;
-use crate::service::{DEV_LORA, Service, bytes, long};
+use crate::service::{DEV_LORA, Service, bytes, long, user1001};
 use crate::site::{Reply, Site};
 
 /// What comes back on a plain connection within `patience` of sending the parts, with a pause before each but the first.
@@ -255,6 +258,42 @@ fn a_storm_of_cancels() {
         assert_eq!(service.wait(id)["status"], "canceled");
     }
     assert_eq!(service.picture(&json!({ "prompt": "x", "num_inference_steps": 1 }))["status"], "succeeded");
+}
+
+/// One whose training went astray: its numbers are finite, and those that come of them are not. It fails its own job alone.
+#[test]
+fn a_lora_that_overflows_costs_no_worker() {
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    let mut tensors = candle_core::safetensors::load(user1001(), &Device::Cpu).unwrap();
+    for tensor in tensors.values_mut() {
+        *tensor = tensor.to_dtype(DType::F32).unwrap().affine(0., 3e37).unwrap();
+    }
+    let path = place.path("astray.safetensors");
+    candle_core::safetensors::save(&tensors, &path).unwrap();
+    let uri = format!("data:application/octet-stream;base64,{}", STANDARD.encode(std::fs::read(&path).unwrap()));
+    let plain = json!({ "prompt": "x", "num_inference_steps": 1, "seed": 1 });
+    let before = service.picture(&plain);
+    let worker = service.worker();
+    let mut with = plain.clone();
+    with["lora_weights"] = json!(uri);
+    for _ in 0..2 {
+        let failed = service.picture(&with);
+        assert_eq!(
+            (failed["status"].as_str(), failed["error_code"].as_str()),
+            (Some("failed"), Some("numerical_error")),
+            "{failed}"
+        );
+        assert_eq!(service.picture(&plain)["output"], before["output"]);
+    }
+    assert_eq!(service.worker(), worker, "the worker lives");
+    // A file that came inside a request is kept beside the jobs, not in their rows, which are read again and again.
+    let sent = &uri.as_bytes()[uri.len() - 4000..];
+    let data = place.path("data");
+    for file in std::fs::read_dir(&data).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
+        let bytes = std::fs::read(&file).unwrap();
+        assert!(!bytes.windows(64).any(|part| part == &sent[..64]), "{}", file.display());
+    }
 }
 
 /// Rows 98 and 99: a storage that cannot be written to fails the job in clear words; once it can be, all is well again.

@@ -10,7 +10,7 @@ use crate::api::Server;
 use crate::api::auth::Caller;
 use crate::api::problem::{Invalid, Problem, faulty};
 use crate::api::replicate::{self, Served};
-use crate::api::submit::Sent;
+use crate::api::submit::{Sent, decoding};
 use crate::hex::hex;
 use crate::image;
 use crate::ops::serve::{LONGEST_PROMPT, MOST_LORAS, Order, OrderedLora, Tokens};
@@ -95,9 +95,11 @@ impl Request {
             }
             match name.as_str() {
                 "image" | "image[]" => images.push(bytes.to_vec()),
+                "mask" if mask.is_some() => return Err(invalid("mask", "several were sent, but a picture has one")),
                 "mask" => {
-                    let painted = image::mask_of_alpha(&bytes).map_err(|error| faulty("mask", &error))?;
-                    mask = Some(painted.unwrap_or_else(|| bytes.to_vec()));
+                    let sent = bytes.clone();
+                    let painted = decoding(move || image::mask_of_alpha(&sent, image::Limits::STRANGERS)).await?;
+                    mask = Some(painted.map_err(|error| faulty("mask", &error))?.unwrap_or_else(|| bytes.to_vec()));
                 }
                 _ => {
                     let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -185,11 +187,8 @@ impl Request {
         };
         let (tried, unit, pictures) = (order.clone(), unit.clone(), [image, mask].map(|sent| sent.and_then(|sent| sent.picture)));
         // Pictures are decoded to be checked.
-        let tried = tokio::task::spawn_blocking(move || {
-            let [image, mask] = pictures;
-            Server::check(&unit, &tried, image, mask)
-        });
-        tried.await.map_err(|_| Problem::Internal)??;
+        let [picture, painted] = pictures;
+        decoding(move || Server::check(&unit, &tried, picture, painted)).await??;
         Ok(Submission {
             order,
             model: format!("{}/{}", self.served.owner, self.served.name),
@@ -210,7 +209,9 @@ impl Request {
         bytes: &Option<Vec<u8>>,
     ) -> Result<Option<Sent>, Problem> {
         let Some(bytes) = bytes else { return Ok(None) };
-        crate::api::submit::is_picture(bytes).map_err(|error| faulty(field, &error))?;
+        let sent = bytes.clone();
+        let picture = decoding(move || image::decode_picture(&sent, image::Limits::STRANGERS).map(drop)).await?;
+        picture.map_err(|error| faulty(field, &error))?;
         server.sent_bytes(caller, field, bytes.clone()).await.map(Some)
     }
 
@@ -227,8 +228,11 @@ impl Request {
         match self.body.get("lora_weights") {
             None | Some(Value::Null) => {}
             Some(Value::String(text)) if text.trim().is_empty() => {}
-            Some(Value::String(text)) => loras
-                .push(OrderedLora { reference: text.trim().into(), scale: scale("lora_scale", self.body.get("lora_scale"))? }),
+            Some(Value::String(text)) => loras.push(OrderedLora {
+                reference: text.trim().into(),
+                scale: scale("lora_scale", self.body.get("lora_scale"))?,
+                stored: None,
+            }),
             Some(_) => return Err(invalid("lora_weights", "must be a text")),
         }
         match self.body.get("loras") {
@@ -238,7 +242,11 @@ impl Request {
                     let reference = lora["weights"]
                         .as_str()
                         .ok_or_else(|| invalid("loras", "each must be {\"weights\": ..., \"scale\": ...}"))?;
-                    loras.push(OrderedLora { reference: reference.trim().into(), scale: scale("loras", lora.get("scale"))? });
+                    loras.push(OrderedLora {
+                        reference: reference.trim().into(),
+                        scale: scale("loras", lora.get("scale"))?,
+                        stored: None,
+                    });
                 }
             }
             Some(_) => return Err(invalid("loras", "must be a list")),

@@ -17,7 +17,7 @@ use super::{Answer, input};
 use crate::api::Server;
 use crate::api::auth::Caller;
 use crate::api::problem::{Body, Invalid, Problem};
-use crate::api::submit::{Submission, fingerprint};
+use crate::api::submit::{Submission, decoding, fingerprint};
 use crate::jobs::Job;
 
 /// A client that waits for 60 s in all gives up, and asks a second time, if the answer takes as long.
@@ -106,8 +106,7 @@ pub(in crate::api) async fn accept(
     let tried = order.clone();
     let picture = pictures.pop().and_then(|sent| sent.picture);
     // Pictures are decoded to be checked.
-    let tried = tokio::task::spawn_blocking(move || Server::check(&model, &tried, picture, None));
-    tried.await.map_err(|_| Problem::Internal)??;
+    decoding(move || Server::check(&model, &tried, picture, None)).await??;
     let mut notes = checked.notes;
     if unit.model.shape.guidance != served.is_dev() {
         notes.push(format!("this server has no model of this kind; {} is used", unit.model.name));
@@ -123,7 +122,7 @@ pub(in crate::api) async fn accept(
         idempotency: headers
             .get("idempotency-key")
             .and_then(|key| key.to_str().ok())
-            .map(|key| (key.to_owned(), fingerprint(body))),
+            .map(|key| (key.to_owned(), fingerprint(served.name, body))),
     };
     Ok(server.submit(caller, unit, headers, submission).await?.0)
 }

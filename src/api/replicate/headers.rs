@@ -83,7 +83,7 @@ pub(super) fn within(headers: &HeaderMap) -> Result<Option<i64>, Problem> {
 pub(in crate::api) fn webhook(body: &Map<String, Value>) -> Result<Option<Webhook>, Problem> {
     let Some(url) = body.get("webhook").or(body.get("webhook_completed")).and_then(Value::as_str) else { return Ok(None) };
     let bad = |field: &str, text: &str| Problem::invalid("invalid", field, text);
-    if !url.starts_with("https://") && !url.starts_with("http://") {
+    if !(url.starts_with("https://") || url.starts_with("http://")) || url.contains(char::is_control) {
         return Err(bad("webhook", "Does not match format 'uri'"));
     }
     let events = match body.get("webhook_events_filter").filter(|filter| !filter.is_null()) {

@@ -4,12 +4,13 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
 use super::Order;
 use super::run::credentials;
+use crate::blobs::Blobs;
 use crate::engine::Selected;
 use crate::jobs::{Job, JobId, Store};
 use crate::ops::lora::Sources;
@@ -19,6 +20,9 @@ use crate::ops::serve::Secret;
 pub(super) const AHEAD: usize = 3;
 
 const PAUSE: Duration = Duration::from_millis(200);
+
+/// For one job's adapters: slow links must not keep everybody else's from coming. What came of them is kept.
+const LONGEST: Duration = Duration::from_secs(120);
 
 /// Adapters of jobs that are to come, got with each job's own credentials just before.
 #[derive(Debug, Default)]
@@ -69,7 +73,7 @@ impl Ahead {
 /// job runs.
 pub(super) fn fetch(
     ahead: &Ahead,
-    store: &Store,
+    (store, blobs): (&Store, &Blobs),
     base: &str,
     sources: &Sources,
     secret: &Secret,
@@ -85,8 +89,13 @@ pub(super) fn fetch(
         if let Ok(order) = serde_json::from_value::<Order>(job.request["order"].clone())
             && !order.loras.is_empty()
         {
-            let go_on = |_| if stop.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-            if let Ok(adapters) = sources.open_as(&order.loras(), &credentials(&order, secret), &mut { go_on }) {
+            let begun = Instant::now();
+            let go_on = |_| match stop.load(Ordering::SeqCst) || begun.elapsed() > LONGEST {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            };
+            let loras = runtime.block_on(order.loras_from(blobs));
+            if let Ok(adapters) = loras.and_then(|loras| sources.open_as(&loras, &credentials(&order, secret), &mut { go_on })) {
                 ahead.put(job.id, adapters);
             }
         }

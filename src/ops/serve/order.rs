@@ -4,6 +4,7 @@ use models::lora::{Mode, Scales};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::blobs::Blobs;
 use crate::config::Secret as Token;
 use crate::fetch::Credentials;
 use crate::hex::hex;
@@ -63,6 +64,9 @@ pub struct Order {
 pub struct OrderedLora {
     pub reference: String,
     pub scale: f64,
+    /// Where the service has it in its own storage, if it came inside its request: `reference` names it then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<String>,
 }
 
 /// Where a picture to start from is.
@@ -121,9 +125,21 @@ impl Order {
     }
 
     /// The adapters as `ops::lora` takes them.
-    pub(super) fn loras(&self) -> Vec<Lora> {
+    fn loras(&self) -> Vec<Lora> {
         let lora = |lora: &OrderedLora| Lora { reference: lora.reference.clone(), scales: Scales::uniform(lora.scale) };
         self.loras.iter().map(lora).collect()
+    }
+
+    /// The same, with the text of those that came inside the request.
+    pub(super) async fn loras_from(&self, blobs: &Blobs) -> Result<Vec<Lora>, Error> {
+        let mut loras = self.loras();
+        for (ordered, lora) in self.loras.iter().zip(&mut loras) {
+            if let Some(key) = &ordered.stored {
+                let text = blobs.get(key).await?.and_then(|bytes| String::from_utf8(bytes.to_vec()).ok());
+                lora.reference = text.ok_or_else(|| Error::invalid("lora_weights", &"a file that was removed", "sent again"))?;
+            }
+        }
+        Ok(loras)
     }
 
     /// Everything that is wrong whatever the model: for requests of strangers.
@@ -170,8 +186,7 @@ impl Order {
 
 /// The size of the output for a picture to start from: within 1440 a side, multiples of 16.
 fn follow(image: &Picture) -> Result<(usize, usize), Error> {
-    let limits = Limits { side: 8192, bytes: 256 << 20 };
-    let pixels = decode_picture(&image.bytes, limits).map_err(|source| Error::UnreadablePicture {
+    let pixels = decode_picture(&image.bytes, Limits::STRANGERS).map_err(|source| Error::UnreadablePicture {
         field: "image",
         name: image.name.clone(),
         source,
@@ -231,7 +246,7 @@ mod tests {
             tokens: None,
         };
         order.check().unwrap();
-        let lora = |reference: &str| OrderedLora { reference: reference.into(), scale: 1.0 };
+        let lora = |reference: &str| OrderedLora { reference: reference.into(), scale: 1.0, stored: None };
         for local in ["/etc/passwd", "./x.safetensors", "file:///etc/passwd", "s3://operators/private.safetensors", "~/x", "x"] {
             let error = Order { loras: vec![lora(local)], ..order.clone() }.check().unwrap_err();
             assert_eq!(error.code(), "lora_bad_reference", "{local}: {error}");

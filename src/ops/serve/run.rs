@@ -174,7 +174,8 @@ impl Runner<'_> {
         let begun = Instant::now();
         let late = std::cell::Cell::new(false);
         let fetch = || {
-            self.sources.open_as(&order.loras(), &credentials(order, &self.work.secret), &mut |progress| {
+            let loras = self.runtime.block_on(order.loras_from(&self.work.blobs))?;
+            self.sources.open_as(&loras, &credentials(order, &self.work.secret), &mut |progress| {
                 news.at(json!({ "stage": "fetching", "done": progress.done, "total": progress.total }));
                 (self.tell)(Sign::Alive);
                 late.set(begun.elapsed() > LONGEST_FETCH);

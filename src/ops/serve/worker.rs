@@ -13,7 +13,7 @@ use super::run::Runner;
 use super::{Secret, Sign, ahead};
 use crate::blobs::Blobs;
 use crate::config::Config;
-use crate::engine::Pipeline;
+use crate::engine::{self, LoraMode, Pipeline};
 use crate::failpoint::failpoint;
 use crate::fetch::{Limits, Web};
 use crate::jobs::{Claim, Outcome, Store};
@@ -89,12 +89,21 @@ pub fn work(
     tell(Sign::Ready(generate::device_name(&device)));
     std::thread::scope(|scope| {
         for _ in 0..ahead::AHEAD {
-            scope.spawn(|| ahead::fetch(&ready, &work.store, &model.name, &sources, &work.secret, runtime, stop));
+            scope.spawn(|| ahead::fetch(&ready, (&work.store, &work.blobs), &model.name, &sources, &work.secret, runtime, stop));
         }
-        let ended = serve(&runner, wake);
-        stop.store(true, Ordering::SeqCst);
-        ended
+        // Also if a job panics: nobody is waited for who would go on.
+        let _stopped = Stopping(stop);
+        serve(&runner, wake)
     })
+}
+
+/// Says stop when it goes.
+struct Stopping<'a>(&'a AtomicBool);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
 }
 
 fn serve(runner: &Runner<'_>, wake: &Receiver<()>) -> Result<(), Error> {
@@ -112,8 +121,9 @@ fn serve(runner: &Runner<'_>, wake: &Receiver<()>) -> Result<(), Error> {
                 tried = Instant::now();
                 continue;
             }
-            // After a failure the device is proven before the next job.
+            // After a failure the device is proven before the next job, without what the job had on the weights: that may be what failed.
             pause = Duration::ZERO;
+            runner.pipeline.patches().apply(&[], runner.pipeline.lora_mode(LoraMode::Auto)).map_err(engine::Error::from)?;
         } else {
             match wake.recv_timeout(IDLE) {
                 Ok(()) => continue,
