@@ -70,7 +70,7 @@ pub fn quantise_fp8(x: &Tensor) -> Result<Fp8Rows> {
 }
 
 /// x `(n, input)`, weight `(output, input)` -> `x Wᵀ + b`, through GELU if asked, in `dtype`. On cards that have them by fp8 units
-/// (cuBLASLt; but on Hopper the product is rounded to bf16 before its scales), elsewhere by the same arithmetic in f32.
+/// (cuBLASLt; except on Hopper the product is rounded to bf16 before its scales), elsewhere by the same arithmetic in f32.
 pub fn linear_fp8(x: &Fp8Rows, weight: &Fp8Rows, bias: Option<&Tensor>, through_gelu: bool, dtype: DType) -> Result<Tensor> {
     let ((_, input), (outputs, width)) = (x.data.dims2()?, weight.data.dims2()?);
     if width != input || weight.scale.dims() != [outputs, 1] || bias.is_some_and(|bias| bias.dims() != [outputs]) {

@@ -57,7 +57,8 @@ fn fused(streams: &[Projection<'_>], heads: usize, cos: &Tensor, sin: &Tensor, e
     let e = width / (3 * heads);
     let l = streams.iter().map(|stream| stream.qkv.dim(1)).sum::<Result<usize>>()?;
     let dtype = streams[0].qkv.dtype();
-    if cos.dims() != [l, e / 2] || sin.dims() != [l, e / 2] || streams.iter().any(|stream| stream.query_scale.dims() != [e]) {
+    let scaled = |stream: &Projection<'_>| [&stream.query_scale, &stream.key_scale].iter().all(|scale| scale.dims() == [e]);
+    if cos.dims() != [l, e / 2] || sin.dims() != [l, e / 2] || !streams.iter().all(scaled) {
         bail!("rotation of {l} tokens with {e} channels a head by {:?}", cos.shape());
     }
     let mut parts = [vec![0f32; b * heads * l * e], vec![0f32; b * heads * l * e], vec![0f32; b * heads * l * e]];

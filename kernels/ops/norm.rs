@@ -1,6 +1,6 @@
 //! Norms over the last dimension with statistics in f32, and what FLUX.1 does around them.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor, bail};
 
 use super::cpu;
 use super::fp8::{Fp8Rows, quantise_fp8};
@@ -27,7 +27,10 @@ pub fn layer_norm(x: &Tensor, eps: f32) -> Result<Tensor> {
 ///
 /// Fused on the CPU, where composed ops would read and write x three times.
 pub fn modulated_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f32) -> Result<Tensor> {
-    let (_, l, d) = x.dims3()?;
+    let (b, l, d) = x.dims3()?;
+    if [scale, shift].iter().any(|rows| rows.dims() != [b, 1, d]) {
+        bail!("a norm of {:?} was given scale {:?} and shift {:?}", x.shape(), scale.shape(), shift.shape());
+    }
     if let Some(pass) = Pass::of(x, None, Some([scale, shift]), eps)? {
         let y = pass.like_x()?;
         pass.run(None, Some(&y), None)?;
@@ -213,6 +216,9 @@ impl<'a> Pass<'a> {
 
 /// x `(.., d)`, scale `(d)` f32 -> `x / sqrt(mean(x²) + eps) * scale`, same shape and dtype as x.
 pub fn rms_norm(x: &Tensor, scale: &Tensor, eps: f32) -> Result<Tensor> {
+    if x.dims().last() != Some(&scale.elem_count()) {
+        bail!("a norm's scale of {:?} for {:?}", scale.shape(), x.shape());
+    }
     if let Some(y) = rms_by_kernel(x, scale, eps)? {
         return Ok(y);
     }

@@ -29,10 +29,7 @@ impl Modulation {
 
     /// layer_norm(x) * (1 + scale) + shift, as the layer `to` takes it.
     fn apply(&self, x: &Tensor, to: &Linear) -> Result<Activations> {
-        Ok(match to.takes_fp8()? {
-            true => Activations::Fp8(kernels::modulated_norm_fp8(x, &self.scale, &self.shift, EPS)?, x.dtype()),
-            false => Activations::Values(kernels::modulated_norm(x, &self.scale, &self.shift, EPS)?),
-        })
+        nn::modulated_norm(x, [&self.scale, &self.shift], EPS, to)
     }
 
     /// x + gate * update.
@@ -42,13 +39,7 @@ impl Modulation {
 
     /// x + gate * update, and the `next` modulation's [`Self::apply`] of it.
     fn add_gated_then(&self, next: &Self, x: &Tensor, update: &Tensor, to: &Linear) -> Result<(Tensor, Activations)> {
-        let (update, rows) = ([&self.gate, update], [&next.scale, &next.shift]);
-        if to.takes_fp8()? {
-            let (sum, y) = kernels::add_gated_then_norm_fp8(x, update, rows, EPS)?;
-            return Ok((sum, Activations::Fp8(y, x.dtype())));
-        }
-        let (sum, y) = kernels::add_gated_then_norm(x, update, rows, EPS)?;
-        Ok((sum, Activations::Values(y)))
+        nn::add_gated_then_norm(x, [&self.gate, update], [&next.scale, &next.shift], EPS, to)
     }
 }
 
@@ -185,10 +176,7 @@ impl SingleBlock {
         let mlp = y.narrow(D::Minus1, 3 * self.hidden, self.mlp)?;
 
         let attended = attend(&[self.head_norms.of(&qkv)?], self.heads, rope)?;
-        let both = match self.linear2.takes_fp8()? {
-            true => Activations::Fp8(kernels::gelu_beside_fp8(&attended, &mlp)?, x.dtype()),
-            false => Activations::Values(kernels::gelu_beside(&attended, &mlp)?),
-        };
+        let both = nn::gelu_beside(&attended, &mlp, &self.linear2)?;
         modulation.add_gated(x, &self.linear2.forward(both)?)
     }
 }

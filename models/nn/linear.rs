@@ -4,10 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 
 use candle_core::quantized::{QStorage, QTensor};
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use kernels::{Addend, Delta, Fp8Rows};
 
-use super::Parameter;
+use super::{Activations, Parameter};
 
 /// A weight matrix `(output, input)` as it is kept in memory.
 #[derive(Debug, Clone)]
@@ -151,59 +151,6 @@ impl Weight {
     }
 }
 
-/// What a layer is given: `(.., input)`.
-#[derive(Debug, Clone)]
-pub enum Activations {
-    Values(Tensor),
-    /// For a layer that takes it ([`Linear::takes_fp8`]), and what it is to give.
-    Fp8(Fp8Rows, DType),
-}
-
-impl From<&Tensor> for Activations {
-    fn from(x: &Tensor) -> Self {
-        Self::Values(x.clone())
-    }
-}
-
-impl Activations {
-    /// What tells its shape and where it is.
-    fn tensor(&self) -> &Tensor {
-        match self {
-            Self::Values(x) | Self::Fp8(Fp8Rows { data: x, .. }, _) => x,
-        }
-    }
-
-    fn dtype(&self) -> DType {
-        match self {
-            Self::Values(x) => x.dtype(),
-            Self::Fp8(_, dtype) => *dtype,
-        }
-    }
-
-    /// `(n, input)`.
-    fn flat(self) -> Result<Self> {
-        let flat = |x: Tensor| x.reshape(((), x.dim(D::Minus1)?));
-        Ok(match self {
-            Self::Values(x) => Self::Values(flat(x)?),
-            Self::Fp8(Fp8Rows { data, scale }, dtype) => Self::Fp8(Fp8Rows { data: flat(data)?, scale: flat(scale)? }, dtype),
-        })
-    }
-
-    fn values(&self) -> Result<Tensor> {
-        match self {
-            Self::Values(x) => Ok(x.clone()),
-            Self::Fp8(rows, dtype) => rows.widen(*dtype),
-        }
-    }
-
-    fn fp8(&self) -> Result<Fp8Rows> {
-        match self {
-            Self::Values(x) => kernels::quantise_fp8(x),
-            Self::Fp8(rows, _) => Ok(rows.clone()),
-        }
-    }
-}
-
 /// `y = x Wᵀ + b`, and what a LoRA adds to it.
 #[derive(Debug, Clone)]
 pub struct Linear {
@@ -231,7 +178,7 @@ impl Linear {
     }
 
     /// Whether it multiplies in e4m3 and nothing else: what comes before it may then give it that.
-    pub fn takes_fp8(&self) -> Result<bool> {
+    pub(super) fn takes_fp8(&self) -> Result<bool> {
         let (weight, branch) = self.weight.current()?;
         Ok(branch.is_empty() && matches!(weight, Weight::Fp8 { scale: Some(_), products: true, .. }))
     }

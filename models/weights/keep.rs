@@ -183,35 +183,21 @@ mod tests {
         // Rows of very different sizes: a scale for each keeps the small ones.
         let sizes = Tensor::rand(-2f32, 2., (300, 1), &Device::Cpu).unwrap().exp().unwrap();
         let weight = weight.broadcast_mul(&sizes).unwrap();
-        for (keep, most) in [
-            (Keep::Fp8, 0.03),
-            (Keep::Gguf(GgmlDType::Q8_0), 0.006),
-            (Keep::Gguf(GgmlDType::Q6K), 0.02),
-            (Keep::Gguf(GgmlDType::Q5K), 0.04),
-            (Keep::Gguf(GgmlDType::Q4K), 0.08),
-            (Keep::Gguf(GgmlDType::Q4_0), 0.11),
+        for (keep, most, bits) in [
+            (Keep::Fp8, 0.03, 8.),
+            (Keep::Gguf(GgmlDType::Q8_0), 0.006, 8.5),
+            (Keep::Gguf(GgmlDType::Q6K), 0.02, 6.5625),
+            (Keep::Gguf(GgmlDType::Q5K), 0.04, 5.5),
+            (Keep::Gguf(GgmlDType::Q4K), 0.08, 4.5),
+            (Keep::Gguf(GgmlDType::Q4_0), 0.11, 4.5),
         ] {
             let kept = keep.convert(weight.clone()).unwrap().dense(DType::F32).unwrap();
             let error = relative(&kept, &weight);
             assert!(error > most / 8. && error < most, "{keep:?}: {error}");
             let rows = |x: &Tensor| x.get(17).unwrap();
             assert!(relative(&rows(&kept), &rows(&weight)) < 1.6 * most, "{keep:?}: a row by itself");
-            let bits = keep.bytes(300 * 512, 512) as f64 * 8. / (300. * 512.);
-            assert!((4.0..=16.0).contains(&bits), "{keep:?}: {bits}");
+            assert_eq!(keep.bytes(300 * 512, 512) as f64 * 8. / (300. * 512.), bits, "{keep:?}");
         }
-    }
-
-    #[test]
-    fn the_error_of_a_product_in_fp8_stays_small() {
-        // Weights and activations of e4m3, each with a scale for its row, against f32: what a card's fp8 units compute.
-        let x = Tensor::randn(0f32, 1., (64, 3072), &Device::Cpu).unwrap();
-        let weight = (Tensor::randn(0f32, 1., (256, 3072), &Device::Cpu).unwrap() * 0.02).unwrap();
-        let fp8 = |x: &Tensor| Keep::Fp8.convert(x.clone()).unwrap().dense(DType::F32).unwrap();
-        let product = |x: &Tensor, w: &Tensor| x.matmul(&w.t().unwrap()).unwrap();
-        let exact = product(&x, &weight);
-        let (both, weights) =
-            (relative(&product(&fp8(&x), &fp8(&weight)), &exact), relative(&product(&x, &fp8(&weight)), &exact));
-        assert!(both < 0.04 && weights < 0.03, "both {both}, weights only {weights}");
     }
 
     #[test]

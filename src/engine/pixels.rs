@@ -36,3 +36,21 @@ pub(super) fn to_image(pixels: &Tensor) -> Result<RgbImage, Error> {
     let bytes = values.into_iter().map(byte).collect();
     Ok(RgbImage::from_raw(width as u32, height as u32, bytes).expect("three bytes for each pixel"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_become_bytes_as_the_reference_rounds_them_and_nan_is_no_black() {
+        // 127.5 and 2.5 lie in the middle of two and go to the even one.
+        let values = [-2., -1., 0., 1., 7., 2.5 / 255. * 2. - 1.];
+        let pixels = |values: &[f32]| Tensor::from_slice(values, (1, 3, 1, 2), &Device::Cpu).unwrap();
+        let picture = to_image(&pixels(&values)).unwrap();
+        // Channels come one after another, pixels three bytes at a time.
+        assert_eq!(picture.into_raw(), [0, 128, 255, 0, 255, 2]);
+        let mut broken = values;
+        (broken[1], broken[4]) = (f32::NAN, f32::INFINITY);
+        assert!(matches!(to_image(&pixels(&broken)), Err(Error::NotANumber { count: 2 })));
+    }
+}

@@ -1,7 +1,8 @@
-//! What a user can ask for. The command line and any server are two faces of this: neither can do what the other cannot.
+//! What a user can ask for, whoever asks: the command line, or the server for its clients.
 //!
 //! [`generate`] turns a [`generate::Request`] (as sent) into a valid [`Job`](crate::engine::Job), runs it and writes pictures;
-//! [`lora`] finds and reads adapters; [`models`] knows the named base models, fetches and checks them; [`serve`] runs accepted jobs.
+//! [`lora`] finds and reads adapters; [`models`] knows the named base models, fetches and checks them; [`serve`] runs accepted jobs;
+//! [`sweep`] makes grids of pictures and compares them; [`doctor`] looks at a machine before it is needed.
 
 pub mod doctor;
 mod error;

@@ -11,9 +11,9 @@ use serde::Deserialize;
 use crate::fixtures::{self, Fixture, relative_l2};
 
 /// Largest relative L2 error of the final latents.
-const LATENTS: f64 = 1e-3;
+const LATENTS: f64 = 5e-5;
 /// Largest mean difference of a picture's bytes.
-const PICTURE: f64 = 2.0;
+const PICTURE: f64 = 0.02;
 
 #[derive(Debug, Clone, Deserialize)]
 struct Case {
