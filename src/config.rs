@@ -1,4 +1,4 @@
-//! What the environment sets. The only place that reads it: everything else is handed a [`Config`].
+//! What the environment sets, apart from what stands for an option of a command (`DATABASE_URL`): everything is handed a [`Config`].
 //!
 //! The hub's variables mean what they mean to Python's `huggingface_hub`, so a cache that is already there is used.
 

@@ -50,12 +50,11 @@ pub(super) fn refuse(checkpoint: &Checkpoint, unmatched: &[String]) -> Result<()
 
 /// FLUX.2's MLP has a gate, so its first layer is six times as high as it is wide; FLUX.1's is four times.
 fn gated_mlp(checkpoint: &Checkpoint) -> bool {
-    let is = |key: &str, what: &str| key.contains("img_mlp") && key.contains("_0") | key.contains(".0") && key.ends_with(what);
     let size = |ends: [&str; 2], axis: usize| {
         checkpoint
             .keys()
             .filter(|key| key.contains("img_mlp_0.") || key.contains("img_mlp.0."))
-            .find(|key| ends.iter().any(|end| is(key, end)))
+            .find(|key| ends.iter().any(|end| key.ends_with(end)))
             .and_then(|key| checkpoint.get(key)?.shape.get(axis).copied())
     };
     let (rows, columns) = (size(["lora_up.weight", "lora_B.weight"], 0), size(["lora_down.weight", "lora_A.weight"], 1));

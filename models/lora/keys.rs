@@ -154,7 +154,7 @@ pub fn module_of(key: &str) -> Option<Module> {
 
 /// Takes a key apart.
 pub(super) fn parse(key: &str) -> Parsed {
-    if IGNORED.iter().any(|ignored| key.starts_with(ignored) || key.contains("._aux.")) {
+    if key.contains("._aux.") || IGNORED.iter().any(|ignored| key.starts_with(ignored)) {
         return Parsed::Ignored;
     }
     let Some((stem, role)) = split_role(key) else { return Parsed::Unknown };

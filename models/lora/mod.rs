@@ -2,7 +2,7 @@
 //!
 //! [`Adapter::open`] reads a file: [`keys`] takes each key apart, [`modules`] knows every module's names, [`Change`] is the arithmetic of
 //! the algorithms, [`Report`] says what was found. [`Patches`] puts a set of adapters on a model's weights and takes them off again, bit
-//! for bit. Formats and formulas: the papers named in `change.rs`, and the writers' own sources.
+//! for bit. Formats and formulas: the paper named in `change.rs`, and the writers' own sources.
 
 mod adapter;
 mod assemble;

@@ -124,7 +124,7 @@ impl Autoencoder {
         Ok(Posterior { mean, std: (logarithm.clamp(-30f64, 20f64)? * 0.5)?.exp()? })
     }
 
-    /// An autoencoder's z as the transformer's latents, and back.
+    /// An autoencoder's z as the transformer's latents.
     pub fn to_latents(&self, z: &Tensor) -> Result<Tensor> {
         (z - self.shift)? * self.scale
     }

@@ -29,7 +29,7 @@ enum Verb {
         /// What you call it
         #[arg(long, value_name = "TEXT", default_value = "")]
         label: String,
-        /// May also see metrics
+        /// May also see metrics, and see and empty the cache of LoRAs
         #[arg(long)]
         admin: bool,
         #[command(flatten)]

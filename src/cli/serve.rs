@@ -232,6 +232,13 @@ fn serve(
     }
     let found = args.model.iter().map(|name| models::resolve(name, config)).collect::<Result<Vec<_>, _>>()?;
     let names: Vec<String> = found.iter().map(|model| model.name.clone()).collect();
+    for (base, waiting) in runtime.block_on(store.waiting_by_base()).map_err(ops::Error::from)? {
+        if !names.contains(&base) {
+            super::say(&format!(
+                "warning: {waiting} jobs wait for {base}, which is not served here; they go on waiting until a server has it (--model)"
+            ));
+        }
+    }
     let units: Vec<_> = found.into_iter().map(|model| Arc::new(Unit::new(model, args.hang_after))).collect();
     let limits = FetchLimits { headers: WEBHOOK, stall: WEBHOOK, ..FetchLimits::default() };
     let web = Web::new(config.private_urls, limits)?;

@@ -22,7 +22,7 @@ pub struct Key {
     pub tenant: String,
     /// What its owner calls it.
     pub label: String,
-    /// May see and stop everything.
+    /// May also see metrics, and see and empty the cache of LoRAs.
     pub admin: bool,
     pub created_at: i64,
     pub revoked_at: Option<i64>,

@@ -41,6 +41,12 @@ impl Store {
         Ok(self.query("SELECT {now}").fetch_one(self.pool()).await?.try_get(0)?)
     }
 
+    /// How many jobs wait for each model.
+    pub async fn waiting_by_base(&self) -> Result<Vec<(String, i64)>, Error> {
+        let count = self.query("SELECT base, COUNT(*) FROM jobs WHERE status = 'queued' GROUP BY base ORDER BY base");
+        count.fetch_all(self.pool()).await?.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+    }
+
     pub async fn waiting(&self) -> Result<Waiting, Error> {
         let count = "SELECT COALESCE(SUM(CASE WHEN status = 'queued' THEN 1 ELSE 0 END), 0), \
              COALESCE(SUM(CASE WHEN status = 'running' THEN 1 ELSE 0 END), 0), \
