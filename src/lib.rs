@@ -8,6 +8,7 @@
 
 pub mod api;
 pub mod blobs;
+mod bytes;
 pub mod cli;
 pub mod config;
 pub mod engine;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::progress::JobBar;
 use super::settings::device;
+use crate::bytes;
 use crate::config::Config;
 use crate::engine::{DeviceChoice, LoraMode};
 use crate::fetch::Progress;
@@ -144,13 +145,13 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
         }
         Verb::Extract { archive, out, force } => {
             let extracted = lora::extract(&archive, &out, force)?;
-            super::say(&format!("{} from {}, {:.1} MB", extracted.member, archive.display(), extracted.bytes as f64 / 1e6));
+            super::say(&format!("{} from {}, {}", extracted.member, archive.display(), bytes::in_words(extracted.bytes)));
             super::show(&extracted.path.display().to_string())
         }
         Verb::Convert { reference, out, to, dtype, force } => {
             let order = ConvertOrder { reference, out, format: to, precision: dtype, force };
             let converted = lora::convert(&order, config, &mut fetching())?;
-            super::say(&format!("{} tensors, {:.1} MB", converted.tensors, converted.bytes as f64 / 1e6));
+            super::say(&format!("{} tensors, {}", converted.tensors, bytes::in_words(converted.bytes)));
             super::show(&converted.path.display().to_string())
         }
         Verb::Merge { base, loras, out, lora_text_scale, lora_blocks, force, json } => {
@@ -160,7 +161,7 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
             if json {
                 return super::show(&serde_json::to_string(&merged)?);
             }
-            super::say(&format!("{} tensors changed, {:.1} MB written", merged.tensors_changed, merged.bytes as f64 / 1e6));
+            super::say(&format!("{} tensors changed, {} written", merged.tensors_changed, bytes::in_words(merged.bytes)));
             super::show(&merged.path.display().to_string())
         }
         Verb::Verify { loras, model, switches, seed, lora_mode, device, dtype, json } => {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::bytes;
 use crate::config::Config;
 use crate::ops::models::{self, Checked, Found, Installed, Listed, Pulling};
 use crate::ops::{self};
@@ -91,7 +92,7 @@ fn line(row: &Listed) -> String {
         Installed::Partly => "partly here",
         Installed::No => "-",
     };
-    let size = if row.bytes == 0 { "-".into() } else { gigabytes(row.bytes) };
+    let size = if row.bytes == 0 { "-".into() } else { bytes::in_words(row.bytes) };
     let gated = if row.gated { " (accept it first)" } else { "" };
     format!("{:<22} {here:<12} {size:>8}  {}; {}{gated}", row.name, row.what, row.licence)
 }
@@ -115,7 +116,7 @@ fn pull(name: &str, json: bool, quiet: bool, config: &Config) -> anyhow::Result<
     if json {
         return super::show(&serde_json::to_string(&pulled)?);
     }
-    let fetched = format!("fetched {} files ({})", pulled.fetched, gigabytes(pulled.bytes));
+    let fetched = format!("fetched {} files ({})", pulled.fetched, bytes::in_words(pulled.bytes));
     super::say(&format!("{fetched}, {} were here; try: darkroom generate \"a lighthouse\" --model {name}", pulled.present));
     Ok(())
 }
@@ -158,7 +159,7 @@ fn remove(name: &str, json: bool, config: &Config) -> anyhow::Result<()> {
     for kept in &removed.kept {
         super::say(&format!("kept {kept}"));
     }
-    super::say(&format!("{} are free again", gigabytes(removed.freed_bytes)));
+    super::say(&format!("{} are free again", bytes::in_words(removed.freed_bytes)));
     Ok(())
 }
 
@@ -168,8 +169,4 @@ fn bytes_bar(quiet: bool) -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:24} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left  {msg}");
     bar.set_style(style.expect("a template of this file").progress_chars("=> "));
     bar
-}
-
-fn gigabytes(bytes: u64) -> String {
-    if bytes < 50_000_000 { format!("{:.1} MB", bytes as f64 / 1e6) } else { format!("{:.1} GB", bytes as f64 / 1e9) }
 }

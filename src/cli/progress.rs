@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::bytes;
 use crate::engine::{Event, LoadEvent};
 use crate::fetch::Progress;
 use crate::ops::generate::Stage;
@@ -116,10 +117,9 @@ fn spinner(quiet: bool) -> ProgressBar {
 
 /// A download in words.
 pub(super) fn fetching(Progress { done, total }: Progress) -> String {
-    let megabytes = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
     match total {
-        Some(total) => format!("fetching the LoRA, {} of {}", megabytes(done), megabytes(total)),
-        None if done > 0 => format!("fetching the LoRA, {}", megabytes(done)),
+        Some(total) => format!("fetching the LoRA, {} of {}", bytes::in_words(done), bytes::in_words(total)),
+        None if done > 0 => format!("fetching the LoRA, {}", bytes::in_words(done)),
         None => "fetching the LoRA".into(),
     }
 }

@@ -11,6 +11,7 @@ use anyhow::Context;
 use super::progress::SweepBar;
 use super::settings::Settings;
 use super::signal::Interrupt;
+use crate::bytes;
 use crate::config::Config;
 use crate::ops;
 use crate::ops::sweep::{self, Comparison, Estimate, Numbers, Recommendation, References, Stage, Sweep, Wish};
@@ -379,8 +380,7 @@ fn told(estimate: &Estimate) -> String {
     let there = if done > 0 { format!(", {done} are there already") } else { String::new() };
     let equal = cells - pictures - done.min(cells - pictures);
     let equal = if equal > 0 { format!(", {equal} cells share theirs with others") } else { String::new() };
-    let size =
-        if bytes < 1_000_000_000 { format!("{:.1} MB", bytes as f64 / 1e6) } else { format!("{:.1} GB", bytes as f64 / 1e9) };
+    let size = bytes::in_words(bytes);
     format!("{pictures} pictures to make{there}{equal}; about {} and {size}", super::progress::clock(time))
 }
 

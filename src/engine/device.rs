@@ -72,16 +72,12 @@ const SPARE_BYTES: u64 = 4 << 30;
 /// twice (so that taking a LoRA off costs nothing), else in main memory, else in their file.
 #[must_use]
 pub(super) fn home(device: &Device, bytes: u64) -> Home {
-    let memory = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
-    // Some sandboxes tell nothing; then there is no reason to be sparing.
-    let host = System::new_with_specifics(memory).map_or(u64::MAX / 2, |system| system.available_memory());
-    let fits = |free: u64| free >= bytes.saturating_add(SPARE_BYTES.min(bytes));
     match kernels::free_memory(device) {
-        Some(free) if fits(free) => Home::Device,
-        // A device that does not tell: on the CPU it is main memory itself, on Metal they are one.
-        None if fits(host) => Home::Device,
-        Some(_) if fits(host) => Home::Host,
-        _ => Home::File,
+        Some(free) if holds(free, bytes) => Home::Device,
+        // On the CPU it is main memory itself.
+        None if host_holds(bytes) => Home::Device,
+        Some(_) => host_or_file(bytes),
+        None => Home::File,
     }
 }
 
@@ -90,11 +86,20 @@ pub(super) fn host_or_file(bytes: u64) -> Home {
     if host_holds(bytes) { Home::Host } else { Home::File }
 }
 
-/// Whether main memory holds `bytes` more of pristine weights.
+/// Whether main memory holds `bytes` more of pristine weights. Where the system does not tell there is no reason to be sparing.
 fn host_holds(bytes: u64) -> bool {
-    let memory = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
-    let enough = bytes.saturating_add(SPARE_BYTES.min(bytes));
-    System::new_with_specifics(memory).map_or(true, |system| system.available_memory() >= enough)
+    memory().map_or(bytes < u64::MAX / 2, |(free, _)| holds(free, bytes))
+}
+
+fn holds(free: u64, bytes: u64) -> bool {
+    free >= bytes.saturating_add(SPARE_BYTES.min(bytes))
+}
+
+/// Free and all main memory in bytes; some sandboxes tell nothing.
+#[must_use]
+pub fn memory() -> Option<(u64, u64)> {
+    let kinds = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
+    System::new_with_specifics(kinds).ok().map(|system| (system.available_memory(), system.total_memory()))
 }
 
 #[cfg(test)]

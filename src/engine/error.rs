@@ -1,3 +1,5 @@
+use crate::bytes::in_words;
+
 /// Why the engine could not do a job.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -6,10 +8,10 @@ pub enum Error {
     #[error("the device {name} cannot be used: {hint}")]
     NoDevice { name: &'static str, hint: String },
     #[error(
-        "the model needs at least {:.1} GB of a card that has {:.1} GB for it, even with everything in main memory that can be; end what \
+        "the model needs at least {} of a card that has {} for it, even with everything in main memory that can be; end what \
          else uses the card, raise --vram-limit, or take another --dtype or --device cpu",
-        *need as f64 / 1e9,
-        *have as f64 / 1e9
+        in_words(*need),
+        in_words(*have)
     )]
     CardTooSmall { need: u64, have: u64 },
     #[error(

@@ -14,7 +14,7 @@ mod preview;
 mod resize;
 mod sizes;
 
-pub use device::{DeviceChoice, default_dtype, device};
+pub use device::{DeviceChoice, default_dtype, device, memory};
 pub use error::Error;
 pub use job::{Adapter, Event, Finished, Job, LoraMode, NoiseKind, Scales, Selected, Start, Switch, Timings, Truncation};
 pub use kept::Kept;

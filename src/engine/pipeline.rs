@@ -21,6 +21,7 @@ use super::plan::Plan;
 use super::preview::Preview;
 use super::{Error, Event, Finished, Job, LoraMode, Start, Timings, Truncation};
 use super::{device, measured, pixels};
+use crate::bytes::in_words;
 
 /// The picture that plans are for.
 const PLANNED: (usize, usize) = (1024, 1024);
@@ -153,8 +154,7 @@ impl Pipeline {
         }
         self.encoded.forget();
         let free = kernels::free_memory(&self.device);
-        let free =
-            free.map_or("it does not tell how much it has".into(), |free| format!("{:.1} GB are free now", free as f64 / 1e9));
+        let free = free.map_or("it does not tell how much it has".into(), |free| format!("{} are free now", in_words(free)));
         Error::OutOfMemory { free, source: Box::new(error) }
     }
 

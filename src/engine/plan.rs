@@ -11,6 +11,7 @@ use models::weights::{Keep, OnHost};
 
 use super::sizes::Sizes;
 use super::{Error, measured};
+use crate::bytes::in_words;
 
 /// How fast main memory reaches a card, to say what waiting costs: PCIe 4.0 with 16 lanes, from memory that is not pinned.
 const BYTES_PER_SECOND: f64 = 10e9;
@@ -237,18 +238,14 @@ impl Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let gigabytes = |bytes: u64| match bytes {
-            0..1_000_000_000 => format!("{:.0} MB", bytes as f64 / 1e6),
-            _ => format!("{:.1} GB", bytes as f64 / 1e9),
-        };
         let dense = self.dtype.as_str();
         match self.transformer {
             Keep::Stored => write!(f, "transformer as stored or in {dense}")?,
             other => write!(f, "transformer {other}")?,
         }
         let Some(need) = self.need else { return write!(f, ", everything on the device") };
-        write!(f, " ({})", gigabytes(need.transformer))?;
-        let wait = |bytes: u64| format!("{}, about {:.1} s", gigabytes(bytes), bytes as f64 / BYTES_PER_SECOND);
+        write!(f, " ({})", in_words(need.transformer))?;
+        let wait = |bytes: u64| format!("{}, about {:.1} s", in_words(bytes), bytes as f64 / BYTES_PER_SECOND);
         let [step, picture, prompt] = need.sent;
         if step > 0 {
             write!(f, ", the rest of its blocks sent in every step ({})", wait(step))?;
@@ -260,19 +257,19 @@ impl fmt::Display for Plan {
         if prompt > 0 {
             write!(f, " sent for each new prompt ({})", wait(prompt))?;
         }
-        write!(f, ", CLIP: {}; autoencoder {}; work {}", gigabytes(need.text), gigabytes(need.vae), gigabytes(need.work))?;
+        write!(f, ", CLIP: {}; autoencoder {}; work {}", in_words(need.text), in_words(need.vae), in_words(need.work))?;
         match self.home {
             _ if self.transformer == Keep::Fp8Merged => {
-                write!(f, "; {dense} weights, which LoRAs are merged into, {}", gigabytes(need.loras))?
+                write!(f, "; {dense} weights, which LoRAs are merged into, {}", in_words(need.loras))?
             }
             Some(Home::Device) if self.transformer == Keep::Stored => {
-                write!(f, "; LoRAs and pristine weights beside them {}", gigabytes(need.loras))?
+                write!(f, "; LoRAs and pristine weights beside them {}", in_words(need.loras))?
             }
-            _ if need.loras > 0 => write!(f, "; LoRAs as branches of the blocks {}", gigabytes(need.loras))?,
+            _ if need.loras > 0 => write!(f, "; LoRAs as branches of the blocks {}", in_words(need.loras))?,
             Some(home) => write!(f, "; pristine weights beside LoRAs: {home}")?,
             None => {}
         }
-        write!(f, ": {} of {}", gigabytes(need.all()), gigabytes(need.have))?;
+        write!(f, ": {} of {}", in_words(need.all()), in_words(need.have))?;
         let Some(rate) = self.rate else { return Ok(()) };
         let rate = if matches!(self.transformer, Keep::Fp8Products | Keep::Fp8Merged) { 2. * rate } else { rate };
         let (arithmetic, sending) = (need.operations as f64 / rate, step as f64 / BYTES_PER_SECOND);

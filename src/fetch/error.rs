@@ -1,6 +1,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::bytes;
+
 /// Why a file could not be had. Nothing of a link's query, of tokens or of addresses is in the texts.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -32,7 +34,7 @@ pub enum Error {
     #[error("the archive grows to more than {0} times its size when unpacked")]
     Bomb(u64),
 
-    #[error("the file is larger than {}, which no LoRA of FLUX.1 is", size(*.0))]
+    #[error("the file is larger than {}, which no LoRA of FLUX.1 is", bytes::in_words(*.0))]
     TooLarge(u64),
     #[error("the picture is larger than {} MiB", .0 >> 20)]
     PictureTooLarge(usize),
@@ -80,7 +82,7 @@ pub enum Error {
     #[error("the object store refuses {what}: {why}")]
     Store { what: String, why: String },
 
-    #[error("{} are needed on the disk of {folder}, {} are free; make room, or set XDG_CACHE_HOME", size(*.need), size(*.have))]
+    #[error("{} are needed on the disk of {folder}, {} are free; make room, or set XDG_CACHE_HOME", bytes::in_words(*.need), bytes::in_words(*.have))]
     DiskFull { folder: PathBuf, need: u64, have: u64 },
     #[error("there is no folder for the cache; set XDG_CACHE_HOME")]
     NoCache,
@@ -136,8 +138,4 @@ impl Error {
         let path = path.to_owned();
         |source| Self::Write { path, source }
     }
-}
-
-fn size(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
 }

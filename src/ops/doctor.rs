@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use ::models::bundle::Blob;
 use serde::Serialize;
-use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 
 use super::generate::device_name;
 use super::models::{self, Installed};
+use crate::bytes;
 use crate::config::Config;
-use crate::engine::{self, Sizes};
+use crate::engine::{self, Sizes, memory};
 use crate::ops::{Error, Machine};
 
 /// Less free than this on a disk is little, in bytes.
@@ -71,16 +71,10 @@ fn processor() -> Finding {
         Some((free, all)) => Finding::new(
             "machine",
             Verdict::Good,
-            format!("{cores} processor cores, {} of {} memory free", size(free), size(all)),
+            format!("{cores} processor cores, {} of {} memory free", bytes::in_words(free), bytes::in_words(all)),
         ),
         None => Finding::new("machine", Verdict::Note, format!("{cores} processor cores; the system does not tell its memory")),
     }
-}
-
-/// Free and all memory in bytes; some sandboxes tell nothing.
-fn memory() -> Option<(u64, u64)> {
-    let kinds = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
-    System::new_with_specifics(kinds).ok().map(|system| (system.available_memory(), system.total_memory()))
 }
 
 fn driver() -> Finding {
@@ -133,7 +127,8 @@ fn fits(name: &str, device: Option<&candle_core::Device>, machine: Machine, conf
     let need = if device.is_cpu() { stored * 2 } else { stored };
     let have = kernels::free_memory(device).unwrap_or_else(|| memory().map_or(u64::MAX, |(free, _)| free));
     let place = if device.is_cpu() { "in main memory" } else { "on the card" };
-    let text = format!("{}: weights need about {} {place}, {} are free", model.name, size(need), size(have));
+    let text =
+        format!("{}: weights need about {} {place}, {} are free", model.name, bytes::in_words(need), bytes::in_words(have));
     if need > have {
         return Finding::new("model", Verdict::Bad, text + "; take a smaller one, such as an fp8 or GGUF file");
     }
@@ -165,13 +160,9 @@ fn disk(item: &str, folder: &Path) -> Finding {
     }
     match fs4::available_space(folder) {
         Ok(free) if free < LITTLE => {
-            Finding::new(item, Verdict::Bad, format!("{shown}: only {} are free; make room", size(free)))
+            Finding::new(item, Verdict::Bad, format!("{shown}: only {} are free; make room", bytes::in_words(free)))
         }
-        Ok(free) => Finding::new(item, Verdict::Good, format!("{shown}: {} free", size(free))),
+        Ok(free) => Finding::new(item, Verdict::Good, format!("{shown}: {} free", bytes::in_words(free))),
         Err(error) => Finding::new(item, Verdict::Note, format!("{shown}: free space is not known ({error})")),
     }
-}
-
-fn size(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
 }

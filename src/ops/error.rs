@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::{engine, fetch, image};
+use crate::{bytes, engine, fetch, image};
 
 /// Why a request was not done.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +33,7 @@ pub enum Error {
     },
     #[error(
         "{width} x {height} pixels need about {} of memory, this machine has {}; ask for a smaller picture or fewer outputs",
-        gigabytes(*need), gigabytes(*have)
+        bytes::in_words(*need), bytes::in_words(*have)
     )]
     TooLarge { width: usize, height: usize, need: u64, have: u64 },
     #[error("the folder {folder} for {field} does not exist; create it first: mkdir -p {folder}")]
@@ -154,8 +154,4 @@ impl Error {
     pub(super) fn invalid(field: &'static str, value: &impl ToString, allowed: impl Into<String>) -> Self {
         Self::Invalid { field, value: value.to_string(), allowed: allowed.into(), hint: String::new() }
     }
-}
-
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
 }

@@ -1,7 +1,6 @@
 //! Whether a job can fit into this machine at all. An estimate, on the low side: it refuses what is hopeless.
 
-use sysinfo::{MemoryRefreshKind, RefreshKind, System};
-
+use crate::engine;
 use crate::ops::Error;
 use crate::ops::models::Model;
 
@@ -17,10 +16,10 @@ const F32_BYTES: u64 = 4;
 /// Refuses a job that needs more than all memory there is.
 pub(super) fn check(model: &Model, width: usize, height: usize, outputs: usize) -> Result<(), Error> {
     let need = needed(model.shape.hidden as u64, width as u64, height as u64, outputs as u64);
-    let memory = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
-    // Some sandboxes tell nothing.
-    let have = System::new_with_specifics(memory).map_or(0, |system| system.total_memory());
-    if have > 0 && need > have { Err(Error::TooLarge { width, height, need, have }) } else { Ok(()) }
+    match engine::memory() {
+        Some((_, have)) if need > have => Err(Error::TooLarge { width, height, need, have }),
+        _ => Ok(()),
+    }
 }
 
 fn needed(hidden: u64, width: u64, height: u64, outputs: u64) -> u64 {

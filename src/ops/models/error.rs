@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use crate::bytes;
+
 /// Why a base model could not be named, fetched or checked.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -31,7 +33,7 @@ pub enum Error {
     Offline { name: String, missing: usize },
     #[error(
         "{folder} has {} free, but {} are needed; free some, or set HF_HOME to a folder on a larger disk",
-        gigabytes(*have), gigabytes(*need)
+        bytes::in_words(*have), bytes::in_words(*need)
     )]
     DiskFull { folder: PathBuf, need: u64, have: u64 },
     #[error(
@@ -101,8 +103,4 @@ impl Error {
                 | Self::Embedded { .. }
         )
     }
-}
-
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
 }

@@ -6,6 +6,7 @@ use std::process::Command;
 use candle_core::Device;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
 
+use crate::bytes::in_words;
 use crate::ops::generate::device_name;
 
 /// Of the card, as its own tool tells it: name, driver, clocks in MHz now and at most, power limit in watts.
@@ -23,7 +24,7 @@ pub(super) fn environment(device: &Device) -> BTreeMap<String, String> {
         let brand = system.cpus().first().map(|cpu| cpu.brand().trim().to_owned()).unwrap_or_default();
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         found.insert("processor".into(), format!("{brand}, {cores} cores"));
-        found.insert("memory".into(), format!("{:.1} GB", system.total_memory() as f64 / 1e9));
+        found.insert("memory".into(), in_words(system.total_memory()));
     }
     if let Some(card) = card(device) {
         found.insert("card".into(), card);
