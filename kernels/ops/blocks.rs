@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
-use candle_core::{DType, Device, Module, Result, Tensor};
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{DType, Device, Result, Tensor};
 
-use super::activation::gelu;
 use super::linear::{linear, linear_gelu};
 use super::merge::{Addend, Place, Source, composed, merge_from, merges_while_widening};
 use crate::launch::{Launch, Pointer, applies_on, launch, output, suffix};
@@ -40,11 +39,14 @@ pub fn linear_blocks(
     bias: Option<&Tensor>,
     through_gelu: bool,
 ) -> Result<Tensor> {
+    // candle's product of blocks, which it would widen by the processor. (For CUDA it has more kernels that come with their own library.)
+    #[cfg(feature = "metal")]
     if x.device().is_metal() && addends.is_empty() {
-        // candle's product of blocks: it would widen them by the processor.
-        let y = QMatMul::from_arc(blocks.clone())?.forward(&x.to_dtype(DType::F32)?.contiguous()?)?;
+        use candle_core::Module;
+
+        let y = candle_core::quantized::QMatMul::from_arc(blocks.clone())?.forward(&x.to_dtype(DType::F32)?.contiguous()?)?;
         let y = if let Some(bias) = bias { y.broadcast_add(&bias.to_dtype(DType::F32)?)? } else { y };
-        return if through_gelu { gelu(&y)? } else { y }.to_dtype(x.dtype());
+        return if through_gelu { super::activation::gelu(&y)? } else { y }.to_dtype(x.dtype());
     }
     let weight = widen_blocks(blocks, x.dtype(), addends)?;
     if through_gelu { linear_gelu(x, &weight, bias) } else { linear(x, &weight, bias) }

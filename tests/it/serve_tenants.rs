@@ -251,6 +251,10 @@ fn over_tls_pictures_are_links() {
     let service = Service::start(&place, &["--tls", "auto"]);
     assert_eq!(std::fs::read(place.path("data/tls/certificate.pem")).unwrap(), kept, "clients trust it already");
     assert_eq!(service.get("/health/live").status, 200);
+    // A source with a certificate that nobody vouches for, such as this one.
+    let from = format!("{}/me.safetensors", service.address);
+    let failed = service.picture(&json!({ "prompt": "x", "num_inference_steps": 1, "lora_weights": from }));
+    assert_eq!((failed["status"].as_str(), failed["error_code"].as_str()), (Some("failed"), Some("lora_tls_error")), "{failed}");
     // Plain words to an encrypted port, and silence, are cut off without harm.
     let host = service.address.trim_start_matches("https://");
     let mut stream = TcpStream::connect(host).unwrap();
