@@ -37,7 +37,7 @@ pub(super) fn updates(
     modules: BTreeMap<Module, Parts<'_>>,
     report: &mut Report,
 ) -> Result<Vec<Update>, Error> {
-    let config = metadata::adapter_config(path);
+    let config = metadata::adapter_config(path, checkpoint.metadata());
     let scaling = |component| metadata::scaling(checkpoint.metadata(), config.as_ref(), component);
     let scalings = [
         (Component::Transformer, scaling("transformer.")),

@@ -85,8 +85,11 @@ pub(super) fn scaling(header: &BTreeMap<String, String>, config: Option<&Value>,
     }
 }
 
-/// The `adapter_config.json` beside PEFT's `adapter_model.safetensors`.
-pub(super) fn adapter_config(path: &Path) -> Option<Value> {
+/// The `adapter_config.json` beside PEFT's `adapter_model.safetensors`, or in its header, where a fetched one has it.
+pub(super) fn adapter_config(path: &Path, header: &BTreeMap<String, String>) -> Option<Value> {
+    if let Some(text) = header.get("adapter_config") {
+        return serde_json::from_str(text).ok();
+    }
     if path.file_name()? != "adapter_model.safetensors" {
         return None;
     }

@@ -1,15 +1,19 @@
 //! One `.safetensors` file out of a tar, streamed: nothing else is ever unpacked.
 
 use std::cell::Cell;
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Component, Path};
 
 use flate2::bufread::MultiGzDecoder;
 use tar::{Archive, EntryType};
 
-use super::{Error, MOST_BYTES};
+use super::{Error, MOST_BYTES, peft};
 
 const MOST_MEMBERS: usize = 4096;
+
+/// Settings of PEFT that are kept until it is known which of them are the adapter's.
+const MOST_CONFIGS: usize = 8;
 
 /// Bytes that all headers of one member may take.
 const MOST_HEAD: usize = 256 << 10;
@@ -25,6 +29,17 @@ const RATIO_FROM: u64 = 16 << 20;
 pub struct Member {
     pub name: String,
     pub bytes: u64,
+    /// PEFT's `adapter_config.json` that lies beside it.
+    pub config: Option<Vec<u8>>,
+}
+
+/// [`extract`] into a file, whose header gets the settings that lie beside the adapter.
+pub fn extract_file(archive: impl Read, out: &mut File) -> Result<Member, Error> {
+    let member = extract(archive, out)?;
+    if let Some(config) = &member.config {
+        peft::join(out, config).map_err(Error::Unpack)?;
+    }
+    Ok(member)
 }
 
 /// Copies the one `.safetensors` file of a tar or tar.gz to `out`.
@@ -40,6 +55,7 @@ fn members(reader: impl Read, out: &mut impl Write) -> Result<Member, Error> {
     let head = Cell::new(None);
     let mut archive = Archive::new(Heads { inner: reader, left: &head });
     let mut found: Option<Member> = None;
+    let mut configs: Vec<(String, Vec<u8>)> = Vec::new();
     let mut entries = archive.entries().map_err(unreadable)?;
     for i in 0.. {
         // Long names and attributes are read whole before anybody sees how long they are.
@@ -72,6 +88,11 @@ fn members(reader: impl Read, out: &mut impl Write) -> Result<Member, Error> {
             _ => return bad("no plain file"),
         }
         if !path.extension().is_some_and(|end| end.eq_ignore_ascii_case("safetensors")) {
+            if peft::is_config(&name) && entry.size() <= peft::MOST_CONFIG && configs.len() < MOST_CONFIGS {
+                let mut config = Vec::new();
+                copy(&mut entry, &mut config)?;
+                configs.push((name, config));
+            }
             skip(&mut entry)?;
             continue;
         }
@@ -82,9 +103,12 @@ fn members(reader: impl Read, out: &mut impl Write) -> Result<Member, Error> {
             return Err(Error::TooLarge(MOST_BYTES));
         }
         let bytes = copy(&mut entry, out)?;
-        found = Some(Member { name, bytes });
+        found = Some(Member { name, bytes, config: None });
     }
-    found.ok_or(Error::NoMember)
+    let mut found = found.ok_or(Error::NoMember)?;
+    let wanted = peft::config_of(&found.name);
+    found.config = configs.into_iter().find(|(name, _)| Some(name) == wanted.as_ref()).map(|(_, config)| config);
+    Ok(found)
 }
 
 fn skip(entry: &mut impl Read) -> Result<(), Error> {

@@ -17,7 +17,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::cache::{self, Cache};
 use super::client::{self, Ask, Client};
-use super::{Error, Progress};
+use super::{Error, Progress, peft};
 use crate::hex::hex;
 
 /// A file whose download began, and the ETag that allows to go on.
@@ -41,6 +41,16 @@ impl Partial {
         let length = fs::metadata(&self.path).ok()?.len();
         let Begun { etag } = cache::read_json(&self.notes())?;
         (length > 0).then_some((length, etag))
+    }
+
+    /// Puts these settings into the file's header -> its SHA-256 then.
+    pub(super) fn join(&self, settings: &str) -> Result<String, Error> {
+        let write = |source| Error::Write { path: self.path.clone(), source };
+        // From here on it is not the source's file, and must not be gone on with.
+        let _ = fs::remove_file(self.notes());
+        let mut file = File::options().read(true).write(true).open(&self.path).map_err(write)?;
+        peft::join(&mut file, settings.as_bytes()).map_err(write)?;
+        cache::digest(&self.path).map_err(write)
     }
 
     pub(super) fn remove(&self) {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -206,7 +206,13 @@ impl Inner {
                 Some((held, record)) if located.version.is_some() && located.version == record.version => return Ok(held),
                 _ => {}
             }
-            if let Some(held) = located.sha256.as_ref().and_then(|digest| self.cache.hold(digest)) {
+            let settings = match &located.config {
+                Some(ask) => Some(self.client.json(ask).await?),
+                None => None,
+            };
+            // With settings in its header the file is another one than the hub's.
+            let known = located.sha256.as_ref().filter(|_| settings.is_none());
+            if let Some(held) = known.and_then(|digest| self.cache.hold(digest)) {
                 let record = Record { version: located.version, digest: held.digest.clone() };
                 self.cache.set_record(key, &record)?;
                 return Ok(held);
@@ -214,7 +220,7 @@ impl Inner {
             // A commit's file has another ETag space than a record's version.
             let etag = if located.version.is_some() { None } else { version.as_deref() };
             let mut again = true;
-            let outcome = loop {
+            let mut outcome = loop {
                 let outcome = download::download(&self.client, &self.cache, &located.ask, &partial, etag, progress).await?;
                 match (&outcome, &located.sha256) {
                     (Outcome::Whole { sha256, .. }, Some(stated)) if !stated.eq_ignore_ascii_case(sha256) => {
@@ -226,6 +232,10 @@ impl Inner {
                     _ => break outcome,
                 }
             };
+            if let (Some(settings), Outcome::Whole { sha256, .. }) = (&settings, &mut outcome) {
+                let (partial, settings) = (Partial { path: partial.path.clone() }, settings.to_string());
+                *sha256 = blocking(move || partial.join(&settings)).await?;
+            }
             (outcome, located.version)
         };
         match outcome {
@@ -274,32 +284,18 @@ impl Inner {
 fn unpack(cache: &Cache, from: &Path) -> Result<Held, Error> {
     let folder = from.parent().unwrap_or(Path::new("."));
     let write = Error::write(folder);
-    let mut out = Hashing { file: tempfile::NamedTempFile::new_in(folder).map_err(write)?, hasher: Sha256::new() };
-    archive::extract(File::open(from).map_err(Error::write(from))?, &mut out)?;
-    let file = out.file.into_temp_path();
+    let mut out = tempfile::NamedTempFile::new_in(folder).map_err(write)?;
+    archive::extract_file(File::open(from).map_err(Error::write(from))?, out.as_file_mut())?;
+    let file = out.into_temp_path();
     let head = cache::head(&file, sniff::HEAD).map_err(Error::write(&file))?;
     match sniff::kind(&head) {
-        Kind::Safetensors => cache.promote(&file, &hex(&out.hasher.finalize())),
+        Kind::Safetensors => {
+            let digest = cache::digest(&file).map_err(Error::write(&file))?;
+            cache.promote(&file, &digest)
+        }
         Kind::Archive => Err(Error::Foreign("an archive in an archive")),
         Kind::WebPage => Err(Error::Foreign("a web page")),
         Kind::Foreign(what) => Err(Error::Foreign(what)),
-    }
-}
-
-struct Hashing {
-    file: tempfile::NamedTempFile,
-    hasher: Sha256,
-}
-
-impl Write for Hashing {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.file.write_all(bytes)?;
-        self.hasher.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
     }
 }
 

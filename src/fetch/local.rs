@@ -14,7 +14,7 @@ pub fn local(path: &Path) -> Result<Fetched, Error> {
         return Ok(Fetched { path: path.into(), digest: None, _keep: None });
     }
     Fetched::temporary(|file| {
-        let member = archive::extract(File::open(path).map_err(read)?, file)?;
+        let member = archive::extract_file(File::open(path).map_err(read)?, file)?;
         tracing::debug!(member = member.name, bytes = member.bytes, "extracted");
         Ok(())
     })

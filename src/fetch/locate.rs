@@ -4,7 +4,7 @@ use serde_json::Value;
 use url::Url;
 
 use super::client::{Ask, Client};
-use super::{Credentials, Error, Reference};
+use super::{Credentials, Error, Reference, peft};
 
 /// One file to be fetched, and what its source says of it beforehand.
 #[derive(Debug, Clone)]
@@ -16,6 +16,8 @@ pub(super) struct Located {
     pub(super) bytes: Option<u64>,
     /// Its name is for everybody, its content for some: what is in the cache is for those who could fetch it now.
     pub(super) gated: bool,
+    /// Settings that lie beside it, see `peft.rs`.
+    pub(super) config: Option<Ask>,
 }
 
 /// Where the services are.
@@ -43,7 +45,7 @@ impl Services {
             Reference::Link(url) => {
                 let unauthorized = "the link is a private one or has expired; ask for a new signed link".into();
                 let ask = Ask { url: url.clone(), bearer: None, unauthorized, not_found: CHECK_LINK.into() };
-                Ok(Located { ask, version: None, sha256: None, bytes: None, gated: false })
+                Ok(Located { ask, version: None, sha256: None, bytes: None, gated: false, config: None })
             }
             _ => Err(Error::Unknown("a file".into())),
         }
@@ -94,10 +96,14 @@ impl Services {
             return Err(Error::NotFound { what: format!("{} in {repo}", file.unwrap_or_default()), hint });
         };
         let file = name(found);
-        let path = percent_encoding::utf8_percent_encode(&file, PATH);
-        let not_found = "the repository changed at this moment; try again".into();
+        let at = |file: &str| {
+            let path = percent_encoding::utf8_percent_encode(file, PATH);
+            ask(format!("{repo}/resolve/{commit}/{path}"), "the repository changed at this moment; try again".into())
+        };
+        let config = peft::config_of(&file).filter(|config| siblings.iter().any(|sibling| name(sibling) == *config));
         Ok(Located {
-            ask: ask(format!("{repo}/resolve/{commit}/{path}"), not_found)?,
+            ask: at(&file)?,
+            config: config.map(|config| at(&config)).transpose()?,
             version: Some(format!("{commit}/{file}")),
             sha256: found["lfs"]["sha256"].as_str().map(str::to_owned),
             bytes: found["size"].as_u64(),
@@ -118,7 +124,7 @@ impl Services {
         let not_found =
             "the number must be that of the version, which the download link ends with, not that of the model's page".into();
         let ask = Ask { url, bearer: credentials.civitai.clone(), unauthorized, not_found };
-        Ok(Located { ask, version: None, sha256: None, bytes: None, gated: false })
+        Ok(Located { ask, version: None, sha256: None, bytes: None, gated: false, config: None })
     }
 
     async fn civitai_model(&self, client: &Client, id: u64, credentials: &Credentials) -> Result<Located, Error> {

@@ -19,6 +19,7 @@ mod fetcher;
 mod guard;
 mod local;
 mod locate;
+mod peft;
 mod reference;
 mod sniff;
 mod web;
@@ -32,7 +33,7 @@ use tempfile::TempPath;
 
 use crate::config::Secret;
 
-pub use archive::{Member, extract};
+pub use archive::{Member, extract, extract_file};
 pub use data::decode_picture;
 pub use error::Error;
 pub use fetcher::{Fetcher, shown};

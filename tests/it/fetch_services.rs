@@ -1,12 +1,15 @@
 //! The fetcher and the services that keep adapters: the hub, CivitAI, object stores.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use darkroom::config::Secret;
 use darkroom::fetch::Credentials;
+use models::lora::Adapter;
 use serde_json::json;
 
 use crate::fetch::{Bench, content, get, sha256, weights};
+use crate::fixtures;
 use crate::site::{Reply, Site};
 
 fn hub_token(token: &str) -> Credentials {
@@ -122,6 +125,53 @@ fn a_gated_repository_is_asked_for_its_file_every_time() {
         assert_eq!(as_(&other).map(|held| held.path().to_owned()).unwrap_err().code(), "unauthorized");
     }
     assert_eq!(as_(&hub_token("hf_right")).unwrap().path(), path);
+}
+
+/// PEFT's settings come along, from a repository and from an archive: the adapter is what it is in its folder.
+#[test]
+fn settings_beside_an_adapter_come_with_it() {
+    let folder = fixtures::path("lora/writers/peft");
+    let [weights, config] =
+        ["adapter_model.safetensors", "adapter_config.json"].map(|name| std::fs::read(folder.join(name)).unwrap());
+    let factors = |path: &Path| {
+        let updates = Adapter::open(path).unwrap().updates;
+        updates.into_iter().map(|update| (update.tensor(), update.change.factor)).collect::<Vec<_>>()
+    };
+    let wanted = factors(&folder.join("adapter_model.safetensors"));
+    let mut archive = tar::Builder::new(Vec::new());
+    for (name, bytes) in [
+        ("out/adapter_model.safetensors", &weights),
+        ("out/adapter_config.json", &config),
+        ("adapter_config.json", &b"{}".to_vec()),
+    ] {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        archive.append_data(&mut header, name, &bytes[..]).unwrap();
+    }
+    let archive = archive.into_inner().unwrap();
+    let site = Site::serve(move |request| match request.path.as_str() {
+        "/trained_model.tar" => Reply::new("200 OK", &[("ETag", "\"t\"")], &archive),
+        "/api/models/me/mine/revision/main?blobs=true" => {
+            let sibling =
+                |name: &str, bytes: &[u8]| json!({"rfilename": name, "size": bytes.len(), "lfs": {"sha256": sha256(bytes)}});
+            let siblings = [sibling("adapter_model.safetensors", &weights), sibling("adapter_config.json", &config)];
+            Reply::json(&json!({"sha": "c0ffee", "gated": false, "siblings": siblings}))
+        }
+        "/me/mine/resolve/c0ffee/adapter_model.safetensors" => Reply::new("200 OK", &[("ETag", "\"x\"")], &weights),
+        "/me/mine/resolve/c0ffee/adapter_config.json" => Reply::new("200 OK", &[("ETag", "\"c\"")], &config),
+        _ => Reply::new("404 Not Found", &[], b""),
+    });
+    let bench = Bench::with(|options| options.hub = site.address.clone());
+    for reference in ["me/mine".to_owned(), site.url("/trained_model.tar")] {
+        for _ in 0..2 {
+            let held = bench.get(&reference).unwrap();
+            assert_eq!(factors(held.path()), wanted, "{reference}");
+            assert!(Adapter::inspect(held.path()).warnings().is_empty());
+        }
+    }
+    assert_eq!(site.count("/me/mine/resolve/c0ffee/adapter_model.safetensors"), 1);
+    assert_eq!(bench.files("partial"), 0);
 }
 
 #[test]

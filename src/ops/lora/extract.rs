@@ -25,7 +25,8 @@ pub fn extract(archive: &Path, out: &Path, force: bool) -> Result<Extracted, Err
     let folder = target::check(out, force)?;
     let from = File::open(archive).map_err(|source| failed(fetch::Error::Read { path: archive.into(), source }))?;
     let mut file = files::temporary(folder).map_err(write)?;
-    let member = fetch::extract(from, &mut file).map_err(failed)?;
+    let member = fetch::extract_file(from, file.as_file_mut()).map_err(failed)?;
+    let bytes = file.as_file().metadata().map_err(write)?.len();
     files::finish(file, out, force)?;
-    Ok(Extracted { path: out.into(), member: member.name, bytes: member.bytes })
+    Ok(Extracted { path: out.into(), member: member.name, bytes })
 }
