@@ -109,7 +109,7 @@ mod tests {
             file.seek(SeekFrom::Start(0)).unwrap();
             file.read_to_end(&mut joined).unwrap();
             let header = u64::from_le_bytes(joined[..8].try_into().unwrap()) as usize;
-            assert!(header % 8 == 0 && joined[8 + header..] == data);
+            assert!(header.is_multiple_of(8) && joined[8 + header..] == data);
             let header: Value = serde_json::from_slice(&joined[8..8 + header]).unwrap();
             assert_eq!(header["__metadata__"]["adapter_config"], "{\"r\":4}");
         }
