@@ -1,5 +1,6 @@
 //! Accepting work, whatever the dialect that asks for it.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use axum::http::HeaderMap;
@@ -23,6 +24,9 @@ const RESERVE: u64 = 512 << 20;
 
 /// Milliseconds that an upload is kept.
 const UPLOAD_LIVES: i64 = 24 * 3600 * 1000;
+
+/// And a LoRA that came inside its request, which its job may wait long to use.
+const LORA_LIVES: i64 = 30 * UPLOAD_LIVES;
 
 /// A checked wish of a caller.
 #[derive(Debug)]
@@ -76,14 +80,16 @@ impl Server {
         self.accepting()?;
         let Submission { mut order, model, version, input, mut notes, within, webhook, idempotency } = submission;
         self.gate.create(&caller.tenant)?;
+        if let Some(webhook) = &webhook {
+            self.web.check(&webhook.url).map_err(|error| faulty("webhook", &error))?;
+        }
+        let mut sent = Vec::new();
         for lora in order.loras.iter_mut().filter(|lora| lora.reference.starts_with("data:")) {
             // Rows of jobs are read again and again, and should be short.
             let text = std::mem::take(&mut lora.reference).into_bytes();
-            let stored = self.keep(caller, "lora_weights", "text/plain", json!({}), text).await?;
+            let stored = self.keep_for(LORA_LIVES, caller, "lora_weights", "text/plain", json!({}), text).await?;
+            sent.push(stored.id.clone());
             (lora.reference, lora.stored) = (format!("data:{}", stored.sha256), Some(upload_key(&stored.id)));
-        }
-        if let Some(webhook) = &webhook {
-            self.web.check(&webhook.url).map_err(|error| faulty("webhook", &error))?;
         }
         if unit.model.name == "pocket" {
             notes.push(
@@ -107,7 +113,15 @@ impl Server {
             idempotency,
         };
         failpoint("accepting");
-        let accepted = self.store.submit(&new).await.map_err(|error| match Problem::from(error) {
+        let accepted = self.store.submit(&new).await;
+        if !matches!(accepted, Ok((_, true))) {
+            // No job names them.
+            for id in &sent {
+                let _ = self.store.remove_upload(&caller.tenant, id).await;
+                let _ = self.blobs.delete(&upload_key(id)).await;
+            }
+        }
+        let accepted = accepted.map_err(|error| match Problem::from(error) {
             Problem::Throttled(_) => Problem::Throttled(self.seconds_of_work()),
             Problem::Unavailable("The queue is full.", _) => Problem::Unavailable("The queue is full.", self.seconds_of_work()),
             problem => problem,
@@ -186,6 +200,18 @@ impl Server {
         metadata: Value,
         bytes: Vec<u8>,
     ) -> Result<Upload, Problem> {
+        self.keep_for(UPLOAD_LIVES, caller, name, kind, metadata, bytes).await
+    }
+
+    async fn keep_for(
+        &self,
+        lives: i64,
+        caller: &Caller,
+        name: &str,
+        kind: &str,
+        metadata: Value,
+        bytes: Vec<u8>,
+    ) -> Result<Upload, Problem> {
         self.accepting()?;
         let new = NewUpload {
             tenant: caller.tenant.clone(),
@@ -194,7 +220,7 @@ impl Server {
             size: bytes.len() as i64,
             sha256: hex(&Sha256::digest(&bytes)),
             metadata,
-            lives: UPLOAD_LIVES,
+            lives,
         };
         let id = JobId::new();
         // First the bytes: what the store names is there.
@@ -226,6 +252,14 @@ pub(super) fn base64(bytes: &[u8]) -> String {
 
 /// Pictures that are decoded at once, of all callers: each takes up to 256 MiB and a core for seconds.
 static DECODED: Semaphore = Semaphore::const_new(2);
+
+/// What can be found wrong without the device, found now; pictures are decoded for it.
+pub(super) async fn check_order(unit: &Arc<Unit>, order: &Order, [image, mask]: [Option<Picture>; 2]) -> Result<(), Problem> {
+    let (unit, order, pictures) = (unit.clone(), order.clone(), image.is_some() || mask.is_some());
+    let check = move || Server::check(&unit, &order, image, mask);
+    // Whoever sends none waits for nobody else's.
+    if pictures { decoding(check).await? } else { check() }
+}
 
 /// Does what decodes pictures where nobody else waits for it, when its turn has come.
 pub(super) async fn decoding<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {

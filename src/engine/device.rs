@@ -99,7 +99,8 @@ fn holds(free: u64, bytes: u64) -> bool {
 #[must_use]
 pub fn memory() -> Option<(u64, u64)> {
     let kinds = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
-    System::new_with_specifics(kinds).ok().map(|system| (system.available_memory(), system.total_memory()))
+    let told = System::new_with_specifics(kinds).ok().map(|system| (system.available_memory(), system.total_memory()));
+    told.filter(|(_, all)| *all > 0)
 }
 
 #[cfg(test)]

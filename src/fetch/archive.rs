@@ -72,9 +72,6 @@ fn members(reader: impl Read, out: &mut impl Write) -> Result<Member, Error> {
         if !stays_inside(&path) {
             return bad("a path that leaves the archive");
         }
-        if name.contains(char::is_control) {
-            return bad("a name with control characters");
-        }
         match entry.header().entry_type() {
             EntryType::Regular | EntryType::Continuous => {}
             EntryType::Directory => continue,
@@ -95,6 +92,9 @@ fn members(reader: impl Read, out: &mut impl Write) -> Result<Member, Error> {
             }
             skip(&mut entry)?;
             continue;
+        }
+        if name.contains(char::is_control) {
+            return bad("a name with control characters");
         }
         if let Some(first) = found {
             return Err(Error::SeveralMembers(first.name, name));

@@ -207,7 +207,11 @@ impl Inner {
                 _ => {}
             }
             let settings = match &located.config {
-                Some(ask) => Some(self.client.json(ask).await?),
+                Some(ask) => match self.client.json(ask).await {
+                    // What is none is left alone, as beside a local file.
+                    Err(Error::Answer(_)) => None,
+                    settings => Some(settings?),
+                },
                 None => None,
             };
             // With settings in its header the file is another one than the hub's.

@@ -103,8 +103,9 @@ impl Services {
         let config = peft::config_of(&file).filter(|config| siblings.iter().any(|sibling| name(sibling) == *config));
         Ok(Located {
             ask: at(&file)?,
-            config: config.map(|config| at(&config)).transpose()?,
-            version: Some(format!("{commit}/{file}")),
+            config: config.as_deref().map(at).transpose()?,
+            // What was kept before settings were heeded is another state.
+            version: Some(format!("{commit}/{file}{}", if config.is_some() { " with its settings" } else { "" })),
             sha256: found["lfs"]["sha256"].as_str().map(str::to_owned),
             bytes: found["size"].as_u64(),
             gated: !matches!(listing["gated"], Value::Bool(false) | Value::Null),

@@ -66,7 +66,10 @@ impl Store {
 
     /// The files whose time is over, at most 100.
     pub async fn expired_uploads(&self) -> Result<Vec<JobId>, Error> {
-        let expired = self.query("SELECT id FROM uploads WHERE expires_at <= {now} LIMIT 100").fetch_all(self.pool()).await?;
+        let expired = self
+            .query("SELECT id FROM uploads WHERE expires_at <= {now} ORDER BY RANDOM() LIMIT 100")
+            .fetch_all(self.pool())
+            .await?;
         expired.iter().map(id).collect()
     }
 

@@ -63,9 +63,11 @@ impl Store {
         next.fetch_all(self.pool()).await?.iter().map(job).collect()
     }
 
-    /// Jobs that ended longer ago than `age` and whose data was not removed, at most 100.
+    /// Jobs that ended longer ago than `age` and whose data was not removed, at most 100: any, so that those that cannot be cleared away keep
+    /// no others.
     pub async fn old(&self, age: Duration) -> Result<Vec<Job>, Error> {
-        let old = "SELECT {columns} FROM jobs WHERE data_removed = 0 AND completed_at < {now} - $1 AND id NOT IN (SELECT job FROM outbox) LIMIT 100";
+        let old = "SELECT {columns} FROM jobs WHERE data_removed = 0 AND completed_at < {now} - $1 AND id NOT IN (SELECT job FROM outbox) \
+             ORDER BY RANDOM() LIMIT 100";
         self.query(old).bind(milliseconds(age)).fetch_all(self.pool()).await?.iter().map(job).collect()
     }
 

@@ -10,7 +10,7 @@ use crate::api::Server;
 use crate::api::auth::Caller;
 use crate::api::problem::{Invalid, Problem, faulty};
 use crate::api::replicate::{self, Served};
-use crate::api::submit::{Sent, decoding};
+use crate::api::submit::{Sent, check_order, decoding};
 use crate::hex::hex;
 use crate::image;
 use crate::ops::serve::{LONGEST_PROMPT, MOST_LORAS, Order, OrderedLora, Tokens};
@@ -185,10 +185,7 @@ impl Request {
             previews: self.stream && self.partial_images > 0,
             tokens: server.sealed(&tokens)?,
         };
-        let (tried, unit, pictures) = (order.clone(), unit.clone(), [image, mask].map(|sent| sent.and_then(|sent| sent.picture)));
-        // Pictures are decoded to be checked.
-        let [picture, painted] = pictures;
-        decoding(move || Server::check(&unit, &tried, picture, painted)).await??;
+        check_order(unit, &order, [image, mask].map(|sent| sent.and_then(|sent| sent.picture))).await?;
         Ok(Submission {
             order,
             model: format!("{}/{}", self.served.owner, self.served.name),

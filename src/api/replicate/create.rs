@@ -17,7 +17,7 @@ use super::{Answer, input};
 use crate::api::Server;
 use crate::api::auth::Caller;
 use crate::api::problem::{Body, Invalid, Problem};
-use crate::api::submit::{Submission, decoding, fingerprint};
+use crate::api::submit::{Submission, check_order, fingerprint};
 use crate::jobs::Job;
 
 /// A client that waits for 60 s in all gives up, and asks a second time, if the answer takes as long.
@@ -102,11 +102,7 @@ pub(in crate::api) async fn accept(
     }
     let mut order = input::order(&checked.values, &unit.model, server, pictures.first().map(|sent| &sent.origin))?;
     order.previews = body.get("stream").and_then(Value::as_bool).unwrap_or(false);
-    let model = unit.clone();
-    let tried = order.clone();
-    let picture = pictures.pop().and_then(|sent| sent.picture);
-    // Pictures are decoded to be checked.
-    decoding(move || Server::check(&model, &tried, picture, None)).await??;
+    check_order(unit, &order, [pictures.pop().and_then(|sent| sent.picture), None]).await?;
     let mut notes = checked.notes;
     if unit.model.shape.guidance != served.is_dev() {
         notes.push(format!("this server has no model of this kind; {} is used", unit.model.name));

@@ -51,6 +51,9 @@ pub struct Defaults {
     /// Pixels: the size that the model was trained for.
     pub width: usize,
     pub height: usize,
+    /// Of older cards; the model's own files say it.
+    #[serde(default, rename = "text_tokens")]
+    pub _text_tokens: Option<serde::de::IgnoredAny>,
 }
 
 /// One file of a model.

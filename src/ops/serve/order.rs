@@ -1,12 +1,14 @@
 //! What a worker is told of a job: complete, so that running it again gives the same picture.
 
+use std::sync::Arc;
+
 use models::lora::{Mode, Scales};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::blobs::Blobs;
 use crate::config::Secret as Token;
-use crate::fetch::Credentials;
+use crate::fetch::{self, Credentials};
 use crate::hex::hex;
 use crate::image::{Format, Limits, decode_picture};
 use crate::ops::Error;
@@ -136,7 +138,14 @@ impl Order {
         for (ordered, lora) in self.loras.iter().zip(&mut loras) {
             if let Some(key) = &ordered.stored {
                 let text = blobs.get(key).await?.and_then(|bytes| String::from_utf8(bytes.to_vec()).ok());
-                lora.reference = text.ok_or_else(|| Error::invalid("lora_weights", &"a file that was removed", "sent again"))?;
+                let gone = || Error::Fetch {
+                    reference: "the LoRA that was sent".into(),
+                    source: Arc::new(fetch::Error::NotFound {
+                        what: "its file".into(),
+                        hint: "it was removed; send it again".into(),
+                    }),
+                };
+                lora.reference = text.ok_or_else(gone)?;
             }
         }
         Ok(loras)
