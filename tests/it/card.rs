@@ -185,21 +185,21 @@ fn coming_back_to_a_person_sends_nothing() {
     assert!(two - one > adapter * 9 / 10 && two - one < adapter * 3 / 2 && many - two < adapter / 2);
 }
 
-/// An allocation that the driver refuses: the job is tried again with less on the card; refused twice, it fails by name; the next
-/// job's picture is right.
+/// An allocation that the driver refuses: the job is tried again, refused twice with less on the card; refused three times, it fails by
+/// name; the next job's picture is right.
 #[test]
 #[ignore = "needs the card made of software: tests/card/run"]
 fn a_full_card_fails_a_job_at_most() {
     let input = json!({ "prompt": PROMPT, "seed": 3, "num_inference_steps": 2, "output_format": "png" });
     let mut pictures = Vec::new();
     // Nothing that is loaded is so large; unfolding the autoencoder's last pictures is.
-    for refused in ["9000000 0", "9000000 1", "9000000 2"] {
+    for refused in ["9000000 0", "9000000 1", "9000000 2", "9000000 3"] {
         let place = place(&[("CARD_REFUSE", refused)]);
         let service = Service::start(&place, &["--device", "cuda"]);
         service.ready();
         let first = drawn(&service, &input);
         println!("{refused}: {} {}", first["status"], first["error"]);
-        if refused == "9000000 2" {
+        if refused == "9000000 3" {
             assert_eq!(first["status"], "failed");
             assert!(first["error"].as_str().unwrap().contains("memory"), "{first}");
         } else {
