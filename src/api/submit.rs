@@ -23,7 +23,7 @@ use crate::ops::serve::{Order, Origin, Tokens};
 const RESERVE: u64 = 512 << 20;
 
 /// Milliseconds that an upload is kept.
-const UPLOAD_LIVES: i64 = 24 * 3600 * 1000;
+pub(super) const UPLOAD_LIVES: i64 = 24 * 3600 * 1000;
 
 /// And a LoRA that came inside its request, which its job may wait long to use.
 const LORA_LIVES: i64 = 30 * UPLOAD_LIVES;
@@ -52,6 +52,17 @@ pub(super) struct Sent {
     pub(super) picture: Option<Picture>,
     /// What is shown of it later, where the input itself is too long.
     pub(super) shown: Option<String>,
+}
+
+/// What is said of a file that is kept.
+#[derive(Debug)]
+pub(super) struct Kept<'a> {
+    pub(super) name: &'a str,
+    /// Its media type.
+    pub(super) kind: &'a str,
+    pub(super) metadata: Value,
+    /// Milliseconds.
+    pub(super) lives: i64,
 }
 
 /// Text of a data URI that is stored with its job; longer ones are shown as a link.
@@ -87,7 +98,8 @@ impl Server {
         for lora in order.loras.iter_mut().filter(|lora| lora.reference.starts_with("data:")) {
             // Rows of jobs are read again and again, and should be short.
             let text = std::mem::take(&mut lora.reference).into_bytes();
-            let stored = self.keep_for(LORA_LIVES, caller, "lora_weights", "text/plain", json!({}), text).await?;
+            let file = Kept { name: "lora_weights", kind: "text/plain", metadata: json!({}), lives: LORA_LIVES };
+            let stored = self.keep(caller, file, text).await?;
             sent.push(stored.id.clone());
             (lora.reference, lora.stored) = (format!("data:{}", stored.sha256), Some(upload_key(&stored.id)));
         }
@@ -177,7 +189,8 @@ impl Server {
 
     /// A picture that came with its request, kept until its job has run.
     pub(super) async fn sent_bytes(&self, caller: &Caller, field: &str, bytes: Vec<u8>) -> Result<Sent, Problem> {
-        let stored = self.keep(caller, field, "application/octet-stream", json!({}), bytes.clone()).await?;
+        let file = Kept { name: field, kind: "application/octet-stream", metadata: json!({}), lives: UPLOAD_LIVES };
+        let stored = self.keep(caller, file, bytes.clone()).await?;
         let picture = Picture { name: "the data sent".into(), bytes };
         Ok(Sent { origin: Origin::Stored(upload_key(&stored.id)), picture: Some(picture), shown: None })
     }
@@ -191,36 +204,17 @@ impl Server {
         self.secret.seal(&text).map(Some).map_err(|_| Problem::Internal)
     }
 
-    /// Keeps a file of a caller for a day.
-    pub(super) async fn keep(
-        &self,
-        caller: &Caller,
-        name: &str,
-        kind: &str,
-        metadata: Value,
-        bytes: Vec<u8>,
-    ) -> Result<Upload, Problem> {
-        self.keep_for(UPLOAD_LIVES, caller, name, kind, metadata, bytes).await
-    }
-
-    async fn keep_for(
-        &self,
-        lives: i64,
-        caller: &Caller,
-        name: &str,
-        kind: &str,
-        metadata: Value,
-        bytes: Vec<u8>,
-    ) -> Result<Upload, Problem> {
+    /// Keeps a file of a caller.
+    pub(super) async fn keep(&self, caller: &Caller, file: Kept<'_>, bytes: Vec<u8>) -> Result<Upload, Problem> {
         self.accepting()?;
         let new = NewUpload {
             tenant: caller.tenant.clone(),
-            name: name.into(),
-            content_type: kind.into(),
+            name: file.name.into(),
+            content_type: file.kind.into(),
             size: bytes.len() as i64,
             sha256: hex(&Sha256::digest(&bytes)),
-            metadata,
-            lives,
+            metadata: file.metadata,
+            lives: file.lives,
         };
         let id = JobId::new();
         // First the bytes: what the store names is there.

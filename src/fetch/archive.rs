@@ -277,8 +277,7 @@ mod tests {
         let name = vec![b'a'; MOST_HEAD + 1];
         for kind in [EntryType::GNULongName, EntryType::GNULongLink, EntryType::XHeader] {
             let error = run(&archive(&[("././@LongLink", kind, &name), ("a.safetensors", FILE, b"x")])).unwrap_err();
-            assert!(error.to_string().contains("cannot be read") || matches!(error, Error::Archive(_)), "{error}");
-            let Error::Archive(why) = error else { unreachable!() };
+            let Error::Archive(why) = error else { panic!("{error}") };
             assert!(why.to_string().contains("name and attributes take more"), "{why}");
         }
         // Members before it may be as long as they like, and names as long as names are.

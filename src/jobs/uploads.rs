@@ -64,7 +64,7 @@ impl Store {
         Ok(remove.execute(self.pool()).await?.rows_affected() > 0)
     }
 
-    /// The files whose time is over, at most 100.
+    /// The files whose time is over: at most 100, drawn by lot as [`Self::old`] are.
     pub async fn expired_uploads(&self) -> Result<Vec<JobId>, Error> {
         let expired = self
             .query("SELECT id FROM uploads WHERE expires_at <= {now} ORDER BY RANDOM() LIMIT 100")

@@ -63,8 +63,8 @@ impl Store {
         next.fetch_all(self.pool()).await?.iter().map(job).collect()
     }
 
-    /// Jobs that ended longer ago than `age` and whose data was not removed, at most 100: any, so that those that cannot be cleared away keep
-    /// no others.
+    /// Jobs that ended longer ago than `age` and whose data was not removed: at most 100, drawn by lot, so that those whose files cannot be
+    /// removed do not keep back the others.
     pub async fn old(&self, age: Duration) -> Result<Vec<Job>, Error> {
         let old = "SELECT {columns} FROM jobs WHERE data_removed = 0 AND completed_at < {now} - $1 AND id NOT IN (SELECT job FROM outbox) \
              ORDER BY RANDOM() LIMIT 100";

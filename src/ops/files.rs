@@ -29,8 +29,8 @@ pub(super) fn check_folder(field: &'static str, folder: &Path) -> Result<(), Err
 /// Removes the unfinished files that a killed process left. Only for folders in which nobody else writes.
 pub(super) fn sweep_up(folder: &Path) {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let unfinished = |name: &str| name.starts_with(PREFIX) && name.ends_with(SUFFIX);
-    for entry in entries.filter(|entry| unfinished(&entry.file_name().to_string_lossy())) {
+    let left = |name: &str| name.starts_with(PREFIX) && name.ends_with(SUFFIX);
+    for entry in entries.filter(|entry| left(&entry.file_name().to_string_lossy())) {
         // One that stays does no harm.
         let _ = fs::remove_file(entry.path());
     }
@@ -38,27 +38,26 @@ pub(super) fn sweep_up(folder: &Path) {
 
 /// A file that is gone again unless it is finished.
 pub(super) fn temporary(folder: &Path) -> io::Result<NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(PREFIX).suffix(SUFFIX);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        // What the user's umask leaves of it, as for any other file; temporary files are private otherwise.
-        builder.permissions(fs::Permissions::from_mode(0o666));
-    }
-    builder.tempfile_in(folder)
+    unfinished(0o666).tempfile_in(folder)
 }
 
 /// The same of a folder.
 pub(super) fn temporary_folder(folder: &Path) -> io::Result<TempDir> {
+    unfinished(0o777).tempdir_in(folder)
+}
+
+/// With what the user's umask leaves of these permissions, as for any other file; temporary ones are private otherwise.
+fn unfinished(permissions: u32) -> tempfile::Builder<'static, 'static> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(PREFIX).suffix(SUFFIX);
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o777));
+        builder.permissions(fs::Permissions::from_mode(permissions));
     }
-    builder.tempdir_in(folder)
+    #[cfg(not(unix))]
+    let _ = permissions;
+    builder
 }
 
 /// Writes a file under another name in the same folder and renames it, so that nobody sees half of it.

@@ -225,11 +225,7 @@ impl Request {
         match self.body.get("lora_weights") {
             None | Some(Value::Null) => {}
             Some(Value::String(text)) if text.trim().is_empty() => {}
-            Some(Value::String(text)) => loras.push(OrderedLora {
-                reference: text.trim().into(),
-                scale: scale("lora_scale", self.body.get("lora_scale"))?,
-                stored: None,
-            }),
+            Some(Value::String(text)) => loras.push(OrderedLora::new(text, scale("lora_scale", self.body.get("lora_scale"))?)),
             Some(_) => return Err(invalid("lora_weights", "must be a text")),
         }
         match self.body.get("loras") {
@@ -239,11 +235,7 @@ impl Request {
                     let reference = lora["weights"]
                         .as_str()
                         .ok_or_else(|| invalid("loras", "each must be {\"weights\": ..., \"scale\": ...}"))?;
-                    loras.push(OrderedLora {
-                        reference: reference.trim().into(),
-                        scale: scale("loras", lora.get("scale"))?,
-                        stored: None,
-                    });
+                    loras.push(OrderedLora::new(reference, scale("loras", lora.get("scale"))?));
                 }
             }
             Some(_) => return Err(invalid("loras", "must be a list")),

@@ -16,7 +16,7 @@ use super::{Answer, Page};
 use crate::api::auth::Caller;
 use crate::api::outputs::{file, now};
 use crate::api::problem::{Form, Problem, not_found};
-use crate::api::submit::upload_key;
+use crate::api::submit::{Kept, UPLOAD_LIVES, upload_key};
 use crate::api::{MOST_FORM, Server};
 use crate::jobs::{JobId, Upload};
 
@@ -48,7 +48,8 @@ async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: Head
     if name.len() > LONGEST_NAME || kind.len() > LONGEST_NAME {
         return Err(Problem::invalid("invalid", "filename", format!("Must be at most {LONGEST_NAME} bytes")));
     }
-    let upload = server.keep(&caller, &name, &kind, metadata, content).await?;
+    let file = Kept { name: &name, kind: &kind, metadata, lives: UPLOAD_LIVES };
+    let upload = server.keep(&caller, file, content).await?;
     Ok((StatusCode::CREATED, Json(describe(&server, &upload, &server.base(&headers)))).into_response())
 }
 

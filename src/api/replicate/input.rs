@@ -103,7 +103,7 @@ pub(in crate::api) fn order(
     let mut loras = Vec::new();
     for (weights, scale) in [("lora_weights", "lora_scale"), ("hf_lora", "lora_scale"), ("extra_lora", "extra_lora_scale")] {
         if let Some(reference) = text(weights) {
-            loras.push(OrderedLora { reference: reference.trim().into(), scale: number(scale).unwrap_or(1.0), stored: None });
+            loras.push(OrderedLora::new(reference, number(scale).unwrap_or(1.0)));
         }
     }
     let token = |name: &str| text(name).map(|token| token.trim().to_owned());

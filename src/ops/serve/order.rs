@@ -71,6 +71,13 @@ pub struct OrderedLora {
     pub stored: Option<String>,
 }
 
+impl OrderedLora {
+    #[must_use]
+    pub fn new(reference: &str, scale: f64) -> Self {
+        Self { reference: reference.trim().into(), scale, stored: None }
+    }
+}
+
 /// Where a picture to start from is.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
@@ -255,7 +262,7 @@ mod tests {
             tokens: None,
         };
         order.check().unwrap();
-        let lora = |reference: &str| OrderedLora { reference: reference.into(), scale: 1.0, stored: None };
+        let lora = |reference: &str| OrderedLora::new(reference, 1.0);
         for local in ["/etc/passwd", "./x.safetensors", "file:///etc/passwd", "s3://operators/private.safetensors", "~/x", "x"] {
             let error = Order { loras: vec![lora(local)], ..order.clone() }.check().unwrap_err();
             assert_eq!(error.code(), "lora_bad_reference", "{local}: {error}");
