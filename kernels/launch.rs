@@ -119,6 +119,11 @@ pub(crate) fn in_eights(x: &Tensor) -> bool {
         && x.dims().iter().zip(outer).all(|(n, stride)| *n == 1 || eight(*stride))
 }
 
+/// Threads of a block that keeps a row of `d` values in registers, 32 of them in each; `None` if a block has no room for it.
+pub(crate) fn threads_of_a_row(d: usize) -> Option<usize> {
+    (d <= 32 * 1024).then(|| d.div_ceil(32).next_multiple_of(32))
+}
+
 /// A new tensor with nothing in it yet: a kernel writes every value.
 #[expect(unsafe_code, reason = "memory that nothing has written")]
 pub(crate) fn output(shape: impl Into<candle_core::Shape>, dtype: DType, device: &Device) -> Result<Tensor> {

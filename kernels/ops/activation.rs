@@ -4,7 +4,7 @@ use candle_core::{D, DType, Result, Tensor};
 
 use super::cpu;
 use super::fp8::{Fp8Rows, quantise_fp8};
-use crate::launch::{Launch, Pointer, applies, in_eights, launch, output, suffix};
+use crate::launch::{Launch, Pointer, applies, in_eights, launch, output, suffix, threads_of_a_row};
 
 /// The tanh form of gelu, x of any shape -> the same shape and dtype.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
@@ -35,9 +35,10 @@ pub fn gelu_beside(attended: &Tensor, x: &Tensor) -> Result<Tensor> {
 
 /// [`quantise_fp8`] of [`gelu_beside`].
 pub fn gelu_beside_fp8(attended: &Tensor, x: &Tensor) -> Result<Fp8Rows> {
-    match Sides::of(Some(attended), x) {
-        Some(sides) if sides.width() <= OF_A_THREAD * MOST_THREADS => sides.fp8(),
-        _ => quantise_fp8(&gelu_beside(attended, x)?),
+    let sides = Sides::of(Some(attended), x).and_then(|sides| threads_of_a_row(sides.width()).map(|threads| (sides, threads)));
+    match sides {
+        Some((sides, threads)) => sides.fp8(threads),
+        None => quantise_fp8(&gelu_beside(attended, x)?),
     }
 }
 
@@ -64,10 +65,6 @@ struct RowsArguments {
 
 /// Threads of a block, for eight values each.
 const THREADS: usize = 256;
-
-/// Where a block has a row, values of a thread, and threads at most.
-const OF_A_THREAD: usize = 32;
-const MOST_THREADS: usize = 1024;
 
 /// What the kernels are given: x `(.., d)`, and what its GELU comes beside.
 struct Sides<'a> {
@@ -132,14 +129,14 @@ impl<'a> Sides<'a> {
         Ok(y)
     }
 
-    /// Rows of at most as many values as a block has room for.
-    fn fp8(&self) -> Result<Fp8Rows> {
+    /// With a block of so many threads for each row.
+    fn fp8(&self, threads: usize) -> Result<Fp8Rows> {
         let made = Fp8Rows::new(&self.shape, self.x.device())?;
         launch(self.inputs(), [&made.data, &made.scale], |inputs, [y, scale]| Launch {
             kernel: "gelu_beside_fp8",
             values: self.x.dtype(),
             grid: [self.rows(), 1, 1],
-            threads: self.width().div_ceil(OF_A_THREAD).next_multiple_of(32),
+            threads,
             shared: 128,
             arguments: RowsArguments { to: self.arguments(inputs, y), scale },
         })?;

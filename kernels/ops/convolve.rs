@@ -201,7 +201,7 @@ impl Convolution<'_> {
                         y.chunks_exact_mut(o).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias));
                         unfolded.resize(y.len() / o * depth, 0.0);
                         self.unfold(x, i * stretch, unfolded);
-                        add_product(unfolded, weight, y, [y.len() / o, o, depth]);
+                        cpu::add_product(unfolded, weight, y, [y.len() / o, o, depth], gemm::Parallelism::None);
                     });
                 })
             })
@@ -236,36 +236,6 @@ impl Convolution<'_> {
                 }
             }
         }
-    }
-}
-
-/// y `(n, o)` += x `(n, depth)` weight `(o, depth)` transposed.
-#[expect(unsafe_code, reason = "gemm takes pointers")]
-fn add_product(x: &[f32], weight: &[f32], y: &mut [f32], [n, o, depth]: [usize; 3]) {
-    assert!(x.len() == n * depth && weight.len() == o * depth && y.len() == n * o);
-    // SAFETY: all three are row-major and, as asserted, as long as their shapes say.
-    unsafe {
-        gemm::gemm(
-            n,
-            o,
-            depth,
-            y.as_mut_ptr(),
-            1,
-            o as isize,
-            true,
-            x.as_ptr(),
-            1,
-            depth as isize,
-            weight.as_ptr(),
-            depth as isize,
-            1,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
     }
 }
 

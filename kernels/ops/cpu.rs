@@ -47,6 +47,43 @@ pub(super) fn read_as<T: WithDType, R>(x: &Tensor, f: impl FnOnce(&[T]) -> R) ->
     Ok(f(&storage.as_slice::<T>()?[start..end]))
 }
 
+/// y `(n, output)` += x `(n, input)` weight `(output, input)` transposed.
+#[expect(unsafe_code, reason = "gemm takes pointers")]
+pub(super) fn add_product(
+    x: &[f32],
+    weight: &[f32],
+    y: &mut [f32],
+    [n, output, input]: [usize; 3],
+    parallelism: gemm::Parallelism,
+) {
+    assert!(y.len() == n * output && x.len() == n * input && weight.len() == output * input);
+    let (y_row, input_row) = (output as isize, input as isize);
+    // SAFETY: all three are row-major and, as asserted, as long as their shapes say.
+    unsafe {
+        gemm::gemm(
+            n,
+            output,
+            input,
+            y.as_mut_ptr(),
+            1,
+            y_row,
+            true,
+            x.as_ptr(),
+            1,
+            input_row,
+            weight.as_ptr(),
+            input_row,
+            1,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
 /// Rows of a matrix by their number.
 pub(super) type Rows<'x> = dyn Fn(usize) -> &'x [f32] + Sync + 'x;
 

@@ -40,37 +40,12 @@ pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result
     gelu(&linear(x, weight, bias)?)
 }
 
-#[expect(unsafe_code, reason = "gemm takes pointers")]
 fn onto_bias(x: &Tensor, weight: &Tensor, bias: &Tensor, [n, input, output]: [usize; 3]) -> Result<Tensor> {
     let mut y = cpu::read(bias, |bias| bias.repeat(n))?;
     cpu::read(x, |x| {
         cpu::read(weight, |weight| {
-            assert!(y.len() == n * output && x.len() == n * input && weight.len() == output * input);
-            let (one_row_x, one_row_weight, one_row_y) = (input as isize, input as isize, output as isize);
-            // SAFETY: all three are row-major and, as asserted, as long as their shapes say.
-            unsafe {
-                gemm::gemm(
-                    n,
-                    output,
-                    input,
-                    y.as_mut_ptr(),
-                    1,
-                    one_row_y,
-                    true,
-                    x.as_ptr(),
-                    1,
-                    one_row_x,
-                    weight.as_ptr(),
-                    one_row_weight,
-                    1,
-                    1.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    gemm::Parallelism::Rayon(rayon::current_num_threads()),
-                );
-            }
+            let everywhere = gemm::Parallelism::Rayon(rayon::current_num_threads());
+            cpu::add_product(x, weight, &mut y, [n, output, input], everywhere);
         })
     })??;
     Tensor::from_vec(y, (n, output), &Device::Cpu)

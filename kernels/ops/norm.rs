@@ -4,7 +4,7 @@ use candle_core::{D, DType, Result, Tensor, bail};
 
 use super::cpu;
 use super::fp8::{Fp8Rows, quantise_fp8};
-use crate::launch::{Launch, Pointer, applies, in_eights, launch, output, suffix};
+use crate::launch::{Launch, Pointer, applies, in_eights, launch, output, suffix, threads_of_a_row};
 
 /// x `(.., d)` -> `(x - mean) / sqrt(variance + eps)` over d, same shape and dtype.
 pub fn layer_norm(x: &Tensor, eps: f32) -> Result<Tensor> {
@@ -146,10 +146,6 @@ struct Arguments {
     eps: f32,
 }
 
-/// Values that a thread keeps in registers, and threads of a block at most.
-const OF_A_THREAD: usize = 32;
-const MOST_THREADS: usize = 1024;
-
 /// What the kernel does in one pass over x `(b, l, d)`: an update through its gate, then the norm and its modulation, either left out if
 /// not given.
 struct Pass<'a> {
@@ -157,6 +153,7 @@ struct Pass<'a> {
     added: Option<[&'a Tensor; 2]>,
     modulation: Option<[&'a Tensor; 2]>,
     eps: f32,
+    threads: usize,
 }
 
 impl<'a> Pass<'a> {
@@ -165,12 +162,11 @@ impl<'a> Pass<'a> {
         let (b, l, d) = x.dims3()?;
         let row_fits = |row: &Tensor| row.dims() == [b, 1, d] && row.dtype() == x.dtype() && in_eights(row);
         let update_fits = |u: &Tensor| u.dims() == x.dims() && u.dtype() == x.dtype() && u.is_contiguous() && in_eights(u);
-        let applicable =
-            applies(x) && suffix(x.dtype()).is_some() && in_eights(x) && b * l > 0 && d <= OF_A_THREAD * MOST_THREADS;
+        let applicable = applies(x) && suffix(x.dtype()).is_some() && in_eights(x) && b * l > 0;
         let fits = applicable
             && added.is_none_or(|[gate, update]| row_fits(gate) && update_fits(update))
             && modulation.is_none_or(|rows| rows.into_iter().all(row_fits));
-        Ok(fits.then_some(Self { x, added, modulation, eps }))
+        Ok(threads_of_a_row(d).filter(|_| fits).map(|threads| Self { x, added, modulation, eps, threads }))
     }
 
     fn like_x(&self) -> Result<Tensor> {
@@ -208,7 +204,7 @@ impl<'a> Pass<'a> {
                 d: d as u32,
                 eps: self.eps,
             };
-            let threads = d.div_ceil(OF_A_THREAD).next_multiple_of(32);
+            let threads = self.threads;
             Launch { kernel: "norm", values: x.dtype(), grid: [b * l, 1, 1], threads, shared: 128, arguments }
         })
     }
@@ -253,13 +249,10 @@ struct RmsArguments {
 fn rms_by_kernel(x: &Tensor, scale: &Tensor, eps: f32) -> Result<Option<Tensor>> {
     let d = scale.dim(0)?;
     let scale_fits = scale.dtype() == DType::F32 && scale.is_contiguous() && in_eights(scale);
-    let fits =
-        in_eights(x) && x.is_contiguous() && x.elem_count() > 0 && x.dims().last() == Some(&d) && d <= OF_A_THREAD * MOST_THREADS;
-    if !(applies(x) && suffix(x.dtype()).is_some() && fits && scale_fits) {
-        return Ok(None);
-    }
+    let fits = in_eights(x) && x.is_contiguous() && x.elem_count() > 0 && x.dims().last() == Some(&d);
+    let applicable = applies(x) && suffix(x.dtype()).is_some() && fits && scale_fits;
+    let Some(threads) = threads_of_a_row(d).filter(|_| applicable) else { return Ok(None) };
     let y = output(x.shape(), x.dtype(), x.device())?;
-    let threads = d.div_ceil(OF_A_THREAD).next_multiple_of(32);
     launch([x, scale], [&y], |[x_at, scale], [y]| Launch {
         kernel: "rms",
         values: x.dtype(),
