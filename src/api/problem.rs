@@ -10,6 +10,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::MOST_BODY;
+use crate::bytes::in_words;
 use crate::{blobs, jobs};
 
 /// One faulty field.
@@ -42,6 +43,8 @@ pub(super) enum Problem {
     TooLarge(usize),
     /// Of the tenant's own making; seconds to wait.
     Throttled(u64),
+    /// The tenant's files take as many bytes as they may.
+    FilesFull(u64),
     /// The server cannot; seconds to wait.
     Unavailable(&'static str, u64),
     Conflict,
@@ -67,6 +70,8 @@ impl Problem {
             Self::Slow => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Throttled(_) => StatusCode::TOO_MANY_REQUESTS,
+            // Of these, clients repeat neither at once nor by themselves.
+            Self::FilesFull(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Unavailable(..) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Unsupported(_) => StatusCode::NOT_IMPLEMENTED,
             // The picture cannot be had for a reason that is the request's, most often its LoRA.
@@ -89,6 +94,7 @@ impl Problem {
             Self::Slow => "Timed out",
             Self::TooLarge(_) => "Too large",
             Self::Throttled(_) => "Request was throttled",
+            Self::FilesFull(_) => "No room for more files",
             Self::Unavailable(..) => "Service unavailable",
             Self::Conflict => "Idempotency key reused",
             Self::Unsupported(_) => "Not implemented",
@@ -117,6 +123,10 @@ impl Problem {
             Self::Slow => "The body did not come, or broke off.".into(),
             Self::TooLarge(most) => format!("The body is larger than {} MB.", most >> 20),
             Self::Throttled(seconds) => format!("Request was throttled. Your rate limit resets in ~{seconds}s."),
+            Self::FilesFull(most) => format!(
+                "Your files would take more than the {} that they may (files_full): delete some, or wait until they expire.",
+                in_words(*most)
+            ),
             Self::Failed(_, message) => message.clone(),
             Self::Conflict => "The idempotency key was used for another request.".into(),
             Self::Internal => "The server failed; its log says why.".into(),
@@ -158,6 +168,7 @@ impl Problem {
             Self::Unauthenticated => Some("invalid_api_key"),
             Self::NotFound => Some("not_found"),
             Self::Throttled(_) => Some("rate_limit_exceeded"),
+            Self::FilesFull(_) => Some("files_full"),
             Self::Failed(code, _) => Some(code.as_str()),
             _ => first.map(|fault| fault.kind),
         };
@@ -277,6 +288,7 @@ impl From<jobs::Error> for Problem {
         match error {
             jobs::Error::TenantFull(_) => Self::Throttled(10),
             jobs::Error::Full(_) => Self::Unavailable("The queue is full.", 10),
+            jobs::Error::FilesFull(most) => Self::FilesFull(most.unsigned_abs()),
             jobs::Error::Conflict => Self::Conflict,
             // It may be back in a moment: nothing was accepted, and clients may try again.
             jobs::Error::Database(error) => {

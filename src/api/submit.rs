@@ -219,7 +219,12 @@ impl Server {
         let id = JobId::new();
         // First the bytes: what the store names is there.
         self.blobs.put(&upload_key(&id), bytes).await?;
-        Ok(self.store.add_upload(&id, &new).await?)
+        let added = self.store.add_upload(&id, &new).await;
+        if added.is_err() {
+            // Nothing names it.
+            let _ = self.blobs.delete(&upload_key(&id)).await;
+        }
+        Ok(added?)
     }
 }
 

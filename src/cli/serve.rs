@@ -73,6 +73,9 @@ pub(super) struct Args {
     /// Jobs of one tenant that may wait
     #[arg(long, value_name = "JOBS", default_value_t = 100)]
     queue_of_tenant: u32,
+    /// Room for what one tenant sends ahead of its jobs or with them: pictures, LoRAs; each is kept for a day or longer
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "50GiB")]
+    files_of_tenant: u64,
     /// New jobs a minute that a tenant may create; 0 for as many as they like
     #[arg(long, value_name = "JOBS", default_value_t = 600)]
     creates_per_minute: u32,
@@ -163,7 +166,12 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
-    let limits = Limits { waiting: args.queue.into(), waiting_of_tenant: args.queue_of_tenant.into(), ..Limits::default() };
+    let limits = Limits {
+        waiting: args.queue.into(),
+        waiting_of_tenant: args.queue_of_tenant.into(),
+        files_of_tenant: i64::try_from(args.files_of_tenant).unwrap_or(i64::MAX),
+        ..Limits::default()
+    };
     let (runtime, store, data) = open_within(&args.place, limits)?;
     let storage = args.storage.clone().unwrap_or_else(|| data.join("files").display().to_string());
     let blobs = Blobs::open(&storage, &config.store).map_err(ops::Error::from)?;

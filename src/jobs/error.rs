@@ -5,6 +5,8 @@ pub enum Error {
     TenantFull(i64),
     #[error("{0} jobs are waiting, as many as there may")]
     Full(i64),
+    #[error("the files of this tenant would take more than the {0} bytes that they may")]
+    FilesFull(i64),
     #[error("the idempotency key was used for another request")]
     Conflict,
     #[error("another worker has the job now")]

@@ -22,6 +22,8 @@ pub struct Limits {
     /// Jobs that may wait, in all and of one tenant.
     pub waiting: i64,
     pub waiting_of_tenant: i64,
+    /// Bytes that the uploads of one tenant may take.
+    pub files_of_tenant: i64,
     /// Among so many first jobs of a tenant, one whose adapters are warm may go first,
     pub window: i64,
     /// unless the first has waited this long.
@@ -32,7 +34,14 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { waiting: 1000, waiting_of_tenant: 100, window: 32, patience: Duration::from_secs(30), crashes: 3 }
+        Self {
+            waiting: 1000,
+            waiting_of_tenant: 100,
+            files_of_tenant: 50 << 30,
+            window: 32,
+            patience: Duration::from_secs(30),
+            crashes: 3,
+        }
     }
 }
 

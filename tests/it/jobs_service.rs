@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use darkroom::jobs::{Event, JobId, Limits, NewJob, NewUpload, Status, Store, Webhook};
+use darkroom::jobs::{Error, Event, JobId, Limits, NewJob, NewUpload, Status, Store, Webhook};
 use serde_json::json;
 
 use crate::jobs::{claim, done, new, on_both};
@@ -78,21 +78,41 @@ fn otherwise_ended(text: &str) -> String {
     format!("{rest}{}", if last == "A" { "E" } else { "A" })
 }
 
+/// A file of three bytes.
+fn file(tenant: &str, lives: i64) -> NewUpload {
+    NewUpload {
+        tenant: tenant.into(),
+        name: "me.png".into(),
+        content_type: "image/png".into(),
+        size: 3,
+        sha256: "00".into(),
+        metadata: json!({"a": 1}),
+        lives,
+    }
+}
+
+#[test]
+fn uploads_of_a_tenant_take_no_more_room_than_they_may() {
+    let limits = || Limits { files_of_tenant: 7, ..Limits::default() };
+    on_both(limits, |store, _| async move {
+        let (first, second) = (JobId::new(), JobId::new());
+        store.add_upload(&first, &file("me", 60_000)).await.unwrap();
+        // It takes room until it is removed, not until its time is over.
+        store.add_upload(&second, &file("me", -1)).await.unwrap();
+        let refused = store.add_upload(&JobId::new(), &file("me", 60_000)).await;
+        assert!(matches!(refused, Err(Error::FilesFull(7))), "{refused:?}");
+        store.add_upload(&JobId::new(), &file("you", 60_000)).await.unwrap();
+        store.forget_upload(&second).await.unwrap();
+        store.add_upload(&JobId::new(), &file("me", 60_000)).await.unwrap();
+    });
+}
+
 #[test]
 fn uploads_belong_to_their_tenant_and_end() {
     on_both(Limits::default, |store, _| async move {
-        let new = |tenant: &str, lives| NewUpload {
-            tenant: tenant.into(),
-            name: "me.png".into(),
-            content_type: "image/png".into(),
-            size: 3,
-            sha256: "00".into(),
-            metadata: json!({"a": 1}),
-            lives,
-        };
         let (id, gone) = (JobId::new(), JobId::new());
-        let stored = store.add_upload(&id, &new("me", 60_000)).await.unwrap();
-        store.add_upload(&gone, &new("me", -1)).await.unwrap();
+        let stored = store.add_upload(&id, &file("me", 60_000)).await.unwrap();
+        store.add_upload(&gone, &file("me", -1)).await.unwrap();
         assert_eq!(
             (store.upload("me", &id).await.unwrap(), stored.expires_at - stored.created_at),
             (Some(stored.clone()), 60_000)

@@ -223,6 +223,30 @@ fn what_is_too_much_is_refused_with_the_time_to_wait() {
 }
 
 #[test]
+fn files_of_a_tenant_take_no_more_room_than_they_may() {
+    let place = Place::new();
+    let service = Service::start(&place, &["--files-of-tenant", "1MB"]);
+    let files = format!("{}/v1/files", service.address);
+    let upload = |bytes: usize| {
+        let part = reqwest::multipart::Part::bytes(vec![7; bytes]).file_name("a.bin");
+        service.send(service.client.post(&files).multipart(reqwest::multipart::Form::new().part("content", part)))
+    };
+    let kept = upload(900_000).json()["id"].as_str().unwrap().to_owned();
+    let refused = upload(200_000);
+    assert_eq!((refused.status, refused.json()["title"].as_str()), (413, Some("No room for more files")));
+    assert!(refused.json()["detail"].as_str().unwrap().contains("1.0 MB"), "{}", refused.json());
+    // What comes inside a request needs room too.
+    let lora = format!("data:application/octet-stream;base64,{}", "A".repeat(400_000));
+    let refused = service.post(DEV_LORA, &[], &json!({ "input": { "prompt": "x", "lora_weights": lora } }));
+    assert_eq!(refused.status, 413, "{}", refused.json());
+    // Nothing of what was refused lies about, and a file that is deleted makes room.
+    let stored = std::fs::read_dir(place.path("data/files/uploads")).unwrap().count();
+    assert_eq!(stored, 1);
+    assert_eq!(service.send(service.client.delete(format!("{files}/{kept}"))).status, 204);
+    assert_eq!(upload(200_000).status, 201);
+}
+
+#[test]
 fn without_keys_only_this_machine_is_served() {
     let place = Place::new();
     let service = Service::start(&place, &[]);
