@@ -25,3 +25,10 @@ pub enum Error {
     #[error("the database fails")]
     Database(#[from] sqlx::Error),
 }
+
+impl Error {
+    /// Whether the database itself fails: what was asked may be asked again.
+    pub(crate) fn is_outage(&self) -> bool {
+        matches!(self, Self::Database(_) | Self::Failed(_))
+    }
+}

@@ -338,6 +338,37 @@ fn a_locked_database_is_waited_for() {
     holder.wait().unwrap();
 }
 
+/// A database that fails at once: it is asked again by the worker that has the model, in the middle of a job or between two, and nothing
+/// is lost or done twice.
+#[test]
+fn a_database_that_fails_is_asked_again() {
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    service.picture(&json!({ "prompt": "x", "num_inference_steps": 1 }));
+    let worker = service.worker();
+    let rename = |from: &str, to: &str| {
+        let script =
+            "import sqlite3,sys\nsqlite3.connect(sys.argv[1]).execute(f'ALTER TABLE {sys.argv[2]} RENAME TO {sys.argv[3]}')";
+        let database = place.path("data/jobs.db");
+        let done = Command::new("python3").args(["-c", script]).arg(database).args([from, to]).status().unwrap();
+        assert!(done.success());
+    };
+    let outage = || {
+        rename("jobs", "jobs_away");
+        std::thread::sleep(Duration::from_secs(2));
+        rename("jobs_away", "jobs");
+    };
+    outage();
+    let slow = json!({ "input": { "prompt": "x", "num_inference_steps": 20, "num_outputs": 2 } });
+    let job = service.post(DEV_LORA, &[], &slow).json()["id"].as_str().unwrap().to_owned();
+    service.until(&job, |job| job["status"] == "processing");
+    outage();
+    let done = service.wait(&job);
+    assert_eq!(done["status"], "succeeded", "{done}");
+    assert_eq!(service.worker(), worker, "{}", service.said());
+    assert!(service.said().contains("the database is asked again"), "{}", service.said());
+}
+
 /// A short form of the soak: many jobs with and without LoRAs, and memory that does not grow with them. The long one is the same with
 /// a thousand.
 fn soak(jobs: u64) {

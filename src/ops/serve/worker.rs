@@ -28,6 +28,9 @@ pub(super) const LEASE: Duration = Duration::from_secs(60);
 /// How soon an idle worker sees a job that nobody woke it for: another service's, with a shared database.
 const IDLE: Duration = Duration::from_millis(100);
 
+/// Before a database that fails is asked again: without it there is nothing to do, and the model stays loaded.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// An idle worker tries a tiny picture this often, or as seldom as makes that a hundredth of its time.
 const TRY: Duration = Duration::from_secs(15);
 
@@ -110,7 +113,7 @@ fn serve(runner: &Runner<'_>, wake: &Receiver<()>) -> Result<(), Error> {
     let mut warm = vec![String::new()];
     let (mut tried, mut pause) = (Instant::now(), TRY);
     while !runner.stop.load(Ordering::SeqCst) {
-        let claimed = runner.runtime.block_on(runner.work.store.claim(&runner.work.name, &runner.model.name, &warm, LEASE))?;
+        let claimed = runner.ask(|store| store.claim(&runner.work.name, &runner.model.name, &warm, LEASE))?;
         if let Some(claim) = claimed {
             (runner.tell)(Sign::Begun(claim.job.id.clone()));
             failpoint("claimed");
@@ -173,7 +176,7 @@ impl Runner<'_> {
         let ended = match outcome {
             _ if lost => Ok(()),
             Ok(done) => self.finish(claim, &Outcome::Succeeded(done.result)),
-            Err(error) if error.is_cancelled() && news.stopped().is_none() => self.runtime.block_on(store.release(claim)),
+            Err(error) if error.is_cancelled() && news.stopped().is_none() => self.ask(|store| store.release(claim)),
             Err(error) if error.is_cancelled() => self.finish(claim, &Outcome::Canceled),
             Err(error) => {
                 // The hints are for the command line; a request has inputs for its tokens.
@@ -195,6 +198,23 @@ impl Runner<'_> {
     }
 
     fn finish(&self, claim: &Claim, outcome: &Outcome) -> Result<(), crate::jobs::Error> {
-        self.runtime.block_on(self.work.store.finish(claim, outcome)).map(drop)
+        self.ask(|store| store.finish(claim, outcome)).map(drop)
+    }
+
+    /// Asks the store until its database answers, or the worker is to stop.
+    fn ask<'a, T, F>(&'a self, question: impl Fn(&'a Store) -> F) -> Result<T, crate::jobs::Error>
+    where
+        F: Future<Output = Result<T, crate::jobs::Error>>,
+    {
+        loop {
+            match self.runtime.block_on(question(&self.work.store)) {
+                Err(error) if error.is_outage() && !self.stop.load(Ordering::SeqCst) => {
+                    tracing::warn!(%error, "the database is asked again");
+                    (self.tell)(Sign::Alive);
+                    std::thread::sleep(AGAIN);
+                }
+                answer => return answer,
+            }
+        }
     }
 }
