@@ -203,18 +203,27 @@ impl Store {
         self.get(tenant, id).await
     }
 
-    /// The next job for a worker that has the model `base` and the adapter sets `warm`, for as long as `lease`.
-    pub async fn claim(&self, worker: &str, base: &str, warm: &[String], lease: Duration) -> Result<Option<Claim>, Error> {
+    /// The next job for a worker that has the model `base` and the adapter sets `warm`, for as long as `lease`; none of `except`.
+    pub async fn claim(
+        &self,
+        worker: &str,
+        base: &str,
+        warm: &[String],
+        except: &[JobId],
+        lease: Duration,
+    ) -> Result<Option<Claim>, Error> {
         let mut transaction = self.begin().await?;
-        let warm_there = match warm.len() {
+        let one_of = |column: &str, first: usize, n: usize| match n {
             0 => "1 = 0".into(),
-            n => format!("affinity IN ({})", (0..n).map(|i| format!("${}", i + 4)).collect::<Vec<_>>().join(", ")),
+            n => format!("{column} IN ({})", (first..first + n).map(|i| format!("${i}")).collect::<Vec<_>>().join(", ")),
         };
+        let warm_there = one_of("affinity", 4, warm.len());
+        let waits = format!("status = 'queued' AND base = $3 AND NOT ({})", one_of("id", 4 + warm.len(), except.len()));
         let next = format!(
             "SELECT id FROM (
-                 SELECT id, affinity, created_at, crashes FROM jobs WHERE status = 'queued' AND base = $3 AND tenant = (
+                 SELECT id, affinity, created_at, crashes FROM jobs WHERE {waits} AND tenant = (
                      SELECT waiting.tenant FROM (
-                         SELECT tenant, MIN(id) AS first, MIN(crashes) AS crashes FROM jobs WHERE status = 'queued' AND base = $3 GROUP BY tenant
+                         SELECT tenant, MIN(id) AS first, MIN(crashes) AS crashes FROM jobs WHERE {waits} GROUP BY tenant
                      ) waiting LEFT JOIN tenants ON tenants.tenant = waiting.tenant
                      ORDER BY CASE WHEN waiting.crashes < {QUARANTINE} THEN 0 ELSE 1 END, COALESCE(tenants.last_start, 0), waiting.first
                      LIMIT 1
@@ -224,8 +233,8 @@ impl Store {
              id LIMIT 1"
         );
         let mut next = self.query(&next).bind(self.limits.window).bind(milliseconds(self.limits.patience)).bind(base);
-        for set in warm {
-            next = next.bind(set);
+        for value in warm.iter().map(String::as_str).chain(except.iter().map(JobId::as_str)) {
+            next = next.bind(value);
         }
         let Some(row) = next.fetch_optional(&mut *transaction).await? else { return Ok(None) };
         let take = "UPDATE jobs SET status = 'running', epoch = epoch + 1, worker = $1, lease_until = {now} + $2, \

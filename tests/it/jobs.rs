@@ -115,7 +115,7 @@ pub(crate) fn new(tenant: &str, affinity: &str) -> NewJob {
 }
 
 pub(crate) async fn claim(store: &Store, worker: &str) -> Option<Claim> {
-    store.claim(worker, "", &[], LEASE).await.unwrap()
+    store.claim(worker, "", &[], &[], LEASE).await.unwrap()
 }
 
 pub(crate) fn done() -> Outcome {
@@ -163,7 +163,7 @@ fn a_dead_workers_job_is_run_again_and_given_up_in_the_end() {
         let id = store.submit(&new("me", "")).await.unwrap().0.id;
         let mut old = Vec::new();
         for run in 1..=3 {
-            let held = store.claim("w", "", &[], Duration::from_millis(1)).await.unwrap().unwrap();
+            let held = store.claim("w", "", &[], &[], Duration::from_millis(1)).await.unwrap().unwrap();
             assert_eq!(held.job.epoch, run);
             old.push(held);
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -185,7 +185,7 @@ fn a_dead_workers_job_is_run_again_and_given_up_in_the_end() {
         }
         assert_eq!(store.get("me", &id).await.unwrap().unwrap().status, Status::Queued);
         // A newer claim fences the older one, although both are of one job.
-        let first = store.claim("w1", "", &[], Duration::from_millis(1)).await.unwrap().unwrap();
+        let first = store.claim("w1", "", &[], &[], Duration::from_millis(1)).await.unwrap().unwrap();
         tokio::time::sleep(Duration::from_millis(20)).await;
         store.reap().await.unwrap();
         let second = claim(&store, "w2").await.unwrap();
@@ -209,7 +209,7 @@ fn stopping_and_deadlines() {
 
         // A worker that died while it should have stopped: the job is not run again.
         let id = store.submit(&new("me", "")).await.unwrap().0.id;
-        store.claim("w", "", &[], Duration::from_millis(1)).await.unwrap().unwrap();
+        store.claim("w", "", &[], &[], Duration::from_millis(1)).await.unwrap().unwrap();
         store.cancel("me", &id).await.unwrap();
         tokio::time::sleep(Duration::from_millis(20)).await;
         assert_eq!(store.reap().await.unwrap()[0].status, Status::Canceled);
@@ -250,7 +250,7 @@ fn tenants_take_turns_and_warm_adapters_go_first_for_a_while() {
         let warm = |sets: &[&str]| sets.iter().map(|set| (*set).to_owned()).collect::<Vec<_>>();
         let next = |sets: Vec<String>| {
             let store = store.clone();
-            async move { store.claim("w", "", &sets, LEASE).await.unwrap().map(|held| held.job.affinity) }
+            async move { store.claim("w", "", &sets, &[], LEASE).await.unwrap().map(|held| held.job.affinity) }
         };
         // c is behind the window of three; the rest goes by warmth, then age.
         assert_eq!(next(warm(&["c", "b"])).await.as_deref(), Some("b"));
@@ -352,7 +352,8 @@ fn many_workers_some_of_which_die_do_every_job_once() {
             workers.push(tokio::spawn(async move {
                 let (mut finished, mut seen) = (Vec::new(), 0);
                 loop {
-                    match store.claim(&format!("w{w}"), "", &[format!("set-{w}")], Duration::from_millis(150)).await.unwrap() {
+                    match store.claim(&format!("w{w}"), "", &[format!("set-{w}")], &[], Duration::from_millis(150)).await.unwrap()
+                    {
                         Some(held) => {
                             seen += 1;
                             // Every third time these die with the job in hand.

@@ -369,6 +369,24 @@ fn a_database_that_fails_is_asked_again() {
     assert!(service.said().contains("the database is asked again"), "{}", service.said());
 }
 
+/// A LoRA that comes slowly keeps the device from nobody else: its job is given back, and runs once its LoRA is there.
+#[test]
+fn a_slow_link_does_not_hold_the_device() {
+    let weights = std::fs::read(user1001()).unwrap();
+    let piece = weights.len() / 100;
+    let site = Site::serve(move |_| Reply::ok(&weights).slowly(piece, Duration::from_millis(100)));
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    service.ready();
+    let input = json!({ "prompt": "x", "num_inference_steps": 1, "lora_weights": site.url("/slow.safetensors") });
+    let slow = service.post(DEV_LORA, &[], &json!({ "input": input })).json()["id"].as_str().unwrap().to_owned();
+    service.until(&slow, |job| job["status"] == "processing");
+    assert_eq!(service.picture(&json!({ "prompt": "x", "num_inference_steps": 1 }))["status"], "succeeded");
+    assert_eq!(service.get(&format!("/v1/predictions/{slow}")).json()["status"], "starting", "{}", service.said());
+    let done = service.wait(&slow);
+    assert_eq!((done["status"].as_str(), &done["metrics"]["lora_used"]), (Some("succeeded"), &json!(true)), "{done}");
+}
+
 /// A short form of the soak: many jobs with and without LoRAs, and memory that does not grow with them. The long one is the same with
 /// a thousand.
 fn soak(jobs: u64) {

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
@@ -12,7 +12,9 @@ use super::Order;
 use super::run::credentials;
 use crate::blobs::Blobs;
 use crate::engine::Selected;
+use crate::fetch;
 use crate::jobs::{Job, JobId, Store};
+use crate::ops::Error;
 use crate::ops::lora::Sources;
 use crate::ops::serve::Secret;
 
@@ -21,8 +23,14 @@ pub(super) const AHEAD: usize = 3;
 
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// For one job's adapters: slow links must not keep everybody else's from coming. What came of them is kept.
+/// For the adapters of a job that comes next: slow links must not keep everybody else's from coming. What came of them is kept.
 const LONGEST: Duration = Duration::from_secs(120);
+
+/// And of one that the device does not wait for.
+const LONGEST_SLOW: Duration = Duration::from_secs(600);
+
+/// Jobs that the device does not wait for.
+const MOST_SLOW: usize = 16;
 
 /// Adapters of jobs that are to come, got with each job's own credentials just before.
 #[derive(Debug, Default)]
@@ -34,7 +42,18 @@ pub(super) struct Ahead {
 struct Known {
     /// Jobs that somebody looks after or has looked after.
     seen: VecDeque<JobId>,
-    ready: VecDeque<(JobId, Vec<Selected>)>,
+    slow: Vec<Slow>,
+    /// Whether jobs were waiting, when it was looked last, that could run.
+    others: bool,
+    ready: VecDeque<(JobId, Result<Vec<Selected>, Error>)>,
+}
+
+/// A job that was given back because its adapters come slowly.
+#[derive(Debug)]
+struct Slow {
+    job: Job,
+    /// Whether they are being got.
+    begun: bool,
 }
 
 impl Ahead {
@@ -43,9 +62,11 @@ impl Ahead {
     }
 
     /// The first that nobody looks after yet.
-    fn choose(&self, upcoming: Vec<Job>) -> Option<Job> {
+    fn choose(&self, mut upcoming: Vec<Job>) -> Option<Job> {
         let mut known = self.known();
-        let job = upcoming.into_iter().find(|job| !known.seen.contains(&job.id))?;
+        upcoming.retain(|job| known.slow.iter().all(|one| one.job.id != job.id));
+        known.others = !upcoming.is_empty();
+        let job = upcoming.into_iter().take(AHEAD).find(|job| !known.seen.contains(&job.id))?;
         known.seen.push_back(job.id.clone());
         if known.seen.len() > 4 * AHEAD {
             known.seen.pop_front();
@@ -53,25 +74,51 @@ impl Ahead {
         Some(job)
     }
 
-    fn put(&self, job: JobId, adapters: Vec<Selected>) {
+    /// The first of those whose tenant's others are not being got: one tenant's slow links keep only its own from coming.
+    fn choose_slow(&self) -> Option<Job> {
+        let slow = &mut self.known().slow;
+        let begun: Vec<String> = slow.iter().filter(|one| one.begun).map(|one| one.job.tenant.clone()).collect();
+        // Somebody looks after what comes next.
+        let one = slow.iter_mut().find(|one| begun.len() + 1 < AHEAD && !one.begun && !begun.contains(&one.job.tenant))?;
+        one.begun = true;
+        Some(one.job.clone())
+    }
+
+    fn put(&self, job: JobId, adapters: Result<Vec<Selected>, Error>) {
         let mut known = self.known();
+        known.slow.retain(|one| one.job.id != job);
         known.ready.push_back((job, adapters));
         if known.ready.len() > AHEAD {
             known.ready.pop_front();
         }
     }
 
-    /// Those of a job, once.
-    pub(super) fn take(&self, job: &JobId) -> Option<Vec<Selected>> {
+    /// What came of a job's, once.
+    pub(super) fn take(&self, job: &JobId) -> Option<Result<Vec<Selected>, Error>> {
         let mut known = self.known();
         let i = known.ready.iter().position(|(ready, _)| ready == job)?;
         known.ready.remove(i).map(|(_, adapters)| adapters)
     }
+
+    /// Takes over a job whose adapters come slowly, if others could run meanwhile. `false` if not.
+    pub(super) fn take_over(&self, job: &Job) -> bool {
+        let mut known = self.known();
+        let taken = known.others && known.slow.len() < MOST_SLOW;
+        if taken {
+            known.slow.push(Slow { job: job.clone(), begun: false });
+        }
+        taken
+    }
+
+    /// The jobs that are not to be run yet.
+    pub(super) fn slow(&self) -> Vec<JobId> {
+        self.known().slow.iter().map(|one| one.job.id.clone()).collect()
+    }
 }
 
-/// Fetches and reads ahead until `stop`; as many threads as [`AHEAD`] may do it. What fails here fails again, and is told, when its
-/// job runs.
-pub(super) fn fetch(
+/// Fetches and reads ahead until `stop`; as many threads as [`AHEAD`] may do it. What fails of a job that comes next fails again, and is
+/// told, when it runs.
+pub(super) fn look_ahead(
     ahead: &Ahead,
     (store, blobs): (&Store, &Blobs),
     base: &str,
@@ -80,24 +127,41 @@ pub(super) fn fetch(
     runtime: &Handle,
     stop: &AtomicBool,
 ) {
-    while !stop.load(Ordering::SeqCst) {
-        let upcoming = runtime.block_on(store.upcoming(base, AHEAD as i64)).unwrap_or_default();
-        let Some(job) = ahead.choose(upcoming) else {
-            std::thread::sleep(PAUSE);
-            continue;
+    let get = |job: &Job, longest: Duration| {
+        let order = Order::of(job)?;
+        let begun = Instant::now();
+        let late = || begun.elapsed() > longest;
+        let go_on = |_| match stop.load(Ordering::SeqCst) || late() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         };
-        if let Ok(order) = serde_json::from_value::<Order>(job.request["order"].clone())
-            && !order.loras.is_empty()
-        {
-            let begun = Instant::now();
-            let go_on = |_| match stop.load(Ordering::SeqCst) || begun.elapsed() > LONGEST {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
-            };
-            let loras = runtime.block_on(order.loras_from(blobs));
-            if let Ok(adapters) = loras.and_then(|loras| sources.open_as(&loras, &credentials(&order, secret), &mut { go_on })) {
-                ahead.put(job.id, adapters);
+        let loras = runtime.block_on(order.loras_from(blobs))?;
+        sources
+            .open_as(&loras, &credentials(&order, secret), &mut { go_on })
+            .map_err(|error| if late() { too_slow(error) } else { error })
+    };
+    while !stop.load(Ordering::SeqCst) {
+        if let Some(job) = ahead.choose_slow() {
+            ahead.put(job.id.clone(), get(&job, LONGEST_SLOW));
+            continue;
+        }
+        let upcoming = runtime.block_on(store.upcoming(base, (AHEAD + MOST_SLOW) as i64)).unwrap_or_default();
+        match ahead.choose(upcoming) {
+            None => std::thread::sleep(PAUSE),
+            Some(job) if job.request["order"]["loras"].as_array().is_none_or(Vec::is_empty) => {}
+            Some(job) => {
+                if let Ok(adapters) = get(&job, LONGEST) {
+                    ahead.put(job.id, Ok(adapters));
+                }
             }
         }
+    }
+}
+
+/// Of a download that was broken off because it took too long.
+pub(super) fn too_slow(error: Error) -> Error {
+    match error {
+        Error::Fetch { reference, .. } => Error::Fetch { source: Arc::new(fetch::Error::Slow(reference.clone())), reference },
+        error => error,
     }
 }

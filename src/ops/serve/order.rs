@@ -11,6 +11,7 @@ use crate::config::Secret as Token;
 use crate::fetch::{self, Credentials};
 use crate::hex::hex;
 use crate::image::{Format, Limits, decode_picture};
+use crate::jobs::Job;
 use crate::ops::Error;
 use crate::ops::generate::{Picture, Request};
 use crate::ops::lora::{Lora, check_foreign};
@@ -137,6 +138,12 @@ impl Order {
     fn loras(&self) -> Vec<Lora> {
         let lora = |lora: &OrderedLora| Lora { reference: lora.reference.clone(), scales: Scales::uniform(lora.scale) };
         self.loras.iter().map(lora).collect()
+    }
+
+    /// Of an accepted job.
+    pub(super) fn of(job: &Job) -> Result<Self, Error> {
+        serde_json::from_value(job.request["order"].clone())
+            .map_err(|error| Error::invalid("request", &error.to_string(), "what this version stores"))
     }
 
     /// The same, with the text of those that came inside the request.

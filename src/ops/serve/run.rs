@@ -1,14 +1,13 @@
 //! One accepted job, from its order to its stored pictures.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 
-use super::ahead::Ahead;
+use super::ahead::{Ahead, too_slow};
 use super::news::News;
 use super::worker::{Work, outputs};
 use super::{Order, Origin, Secret, Sign, Tokens};
@@ -16,7 +15,7 @@ use crate::engine::{Event, Pipeline, Selected};
 use crate::failpoint::failpoint;
 use crate::fetch::{self, Credentials, Web};
 use crate::image::Format;
-use crate::jobs::Claim;
+use crate::jobs::{Claim, Job};
 use crate::ops::generate::{self, Picture, Setting};
 use crate::ops::lora::Sources;
 use crate::ops::{Error, models};
@@ -29,9 +28,11 @@ const MOST_PICTURE: usize = 20 << 20;
 const LONGEST_PICTURE: Duration = Duration::from_secs(60);
 const LONGEST_FETCH: Duration = Duration::from_secs(600);
 
-fn slow(name: &str) -> fetch::Error {
-    fetch::Error::Slow(name.to_owned())
-}
+/// The same where other jobs could run.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How often others are looked for.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// What every job of a worker needs.
 pub(super) struct Runner<'a> {
@@ -63,8 +64,7 @@ pub(super) fn credentials(order: &Order, secret: &Secret) -> Credentials {
 impl Runner<'_> {
     pub(super) fn run(&self, claim: &Claim, news: &News) -> Result<Done, Error> {
         let begun = Instant::now();
-        let order: Order = serde_json::from_value(claim.job.request["order"].clone())
-            .map_err(|error| Error::invalid("request", &error.to_string(), "what this version stores"))?;
+        let order = Order::of(&claim.job)?;
         let format = order.format()?;
         news.say(&format!("Using seed: {}\n", order.seed));
         let notes = claim.job.request["notes"].as_array().into_iter().flatten().filter_map(Value::as_str);
@@ -171,22 +171,7 @@ impl Runner<'_> {
     }
 
     fn adapters(&self, claim: &Claim, order: &Order, news: &News) -> Result<Vec<Selected>, Error> {
-        let begun = Instant::now();
-        let late = std::cell::Cell::new(false);
-        let fetch = || {
-            let loras = self.runtime.block_on(order.loras_from(&self.work.blobs))?;
-            self.sources.open_as(&loras, &credentials(order, &self.work.secret), &mut |progress| {
-                news.at(json!({ "stage": "fetching", "done": progress.done, "total": progress.total }));
-                (self.tell)(Sign::Alive);
-                late.set(begun.elapsed() > LONGEST_FETCH);
-                if late.get() { ControlFlow::Break(()) } else { self.go_on(news) }
-            })
-        };
-        let adapters = self.ahead.take(&claim.job.id).map_or_else(fetch, Ok).map_err(|error| match error {
-            // Others wait for the device.
-            Error::Fetch { reference, .. } if late.get() => Error::Fetch { source: Arc::new(slow(&reference)), reference },
-            error => error,
-        })?;
+        let adapters = self.ahead.take(&claim.job.id).unwrap_or_else(|| self.fetch(&claim.job, order, news))?;
         for selected in &adapters {
             let report = &selected.adapter.report;
             let (digest, modules, scale) = (&report.digest, report.modules_matched, selected.scales.model);
@@ -194,6 +179,26 @@ impl Runner<'_> {
             report.warnings().iter().for_each(|warning| news.say(&format!("Warning: {warning}\n")));
         }
         Ok(adapters)
+    }
+
+    /// Cancelled where others wait and the job's adapters come slowly: they are got while others run, and the job is given back.
+    fn fetch(&self, job: &Job, order: &Order, news: &News) -> Result<Vec<Selected>, Error> {
+        let begun = Instant::now();
+        let (mut look, mut late) = (PATIENCE, false);
+        let loras = self.runtime.block_on(order.loras_from(&self.work.blobs))?;
+        let fetched = self.sources.open_as(&loras, &credentials(order, &self.work.secret), &mut |progress| {
+            news.at(json!({ "stage": "fetching", "done": progress.done, "total": progress.total }));
+            (self.tell)(Sign::Alive);
+            let elapsed = begun.elapsed();
+            late = elapsed > LONGEST_FETCH;
+            let mut leave = false;
+            if elapsed > look {
+                look = elapsed + LOOK;
+                leave = self.ahead.take_over(job);
+            }
+            if late || leave { ControlFlow::Break(()) } else { self.go_on(news) }
+        });
+        fetched.map_err(|error| if late { too_slow(error) } else { error })
     }
 
     /// Waits for a download, with signs of life, and not for ever; it may be stopped.
@@ -214,7 +219,7 @@ impl Runner<'_> {
                 return Err(fetch::Error::Cancelled);
             }
             if begun.elapsed() > LONGEST_PICTURE {
-                return Err(slow(name));
+                return Err(fetch::Error::Slow(name.to_owned()));
             }
         }
     }

@@ -92,7 +92,9 @@ pub fn work(
     tell(Sign::Ready(generate::device_name(&device)));
     std::thread::scope(|scope| {
         for _ in 0..ahead::AHEAD {
-            scope.spawn(|| ahead::fetch(&ready, (&work.store, &work.blobs), &model.name, &sources, &work.secret, runtime, stop));
+            scope.spawn(|| {
+                ahead::look_ahead(&ready, (&work.store, &work.blobs), &model.name, &sources, &work.secret, runtime, stop)
+            });
         }
         // Also if a job panics: nobody is waited for who would go on.
         let _stopped = Stopping(stop);
@@ -113,7 +115,8 @@ fn serve(runner: &Runner<'_>, wake: &Receiver<()>) -> Result<(), Error> {
     let mut warm = vec![String::new()];
     let (mut tried, mut pause) = (Instant::now(), TRY);
     while !runner.stop.load(Ordering::SeqCst) {
-        let claimed = runner.ask(|store| store.claim(&runner.work.name, &runner.model.name, &warm, LEASE))?;
+        let slow = runner.ahead.slow();
+        let claimed = runner.ask(|store| store.claim(&runner.work.name, &runner.model.name, &warm, &slow, LEASE))?;
         if let Some(claim) = claimed {
             (runner.tell)(Sign::Begun(claim.job.id.clone()));
             failpoint("claimed");
