@@ -56,7 +56,7 @@ pub use ops::fp8::{Fp8Rows, linear_fp8, quantise_fp8, widen_fp8};
 pub use ops::group_norm::{After, group_norm};
 pub use ops::heads::{Heads, Projection, joint_heads};
 pub use ops::linear::{linear, linear_gelu};
-pub use ops::merge::{Addend, Delta, merge, merges_while_widening};
+pub use ops::merge::{Addend, Delta, joined, merge, merges_while_widening};
 pub use ops::norm::{
     add_gated, add_gated_then_norm, add_gated_then_norm_fp8, layer_norm, modulated_norm, modulated_norm_fp8, rms_norm,
 };

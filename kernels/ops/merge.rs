@@ -59,6 +59,31 @@ impl Addend {
     }
 }
 
+/// The same sum of fewer addends, if a kernel would not take so many: low-rank ones of the same rows are one of all their ranks.
+pub fn joined(addends: Vec<Addend>) -> Result<Vec<Addend>> {
+    if addends.len() <= AT_ONCE {
+        return Ok(addends);
+    }
+    let mut joined: Vec<Addend> = Vec::new();
+    let mut factors: Vec<(Range<usize>, Vec<Tensor>, Vec<Tensor>)> = Vec::new();
+    for addend in addends {
+        match addend.delta {
+            Delta::LowRank { up, down } => match factors.iter_mut().find(|(rows, ..)| *rows == addend.rows) {
+                Some((_, ups, downs)) => {
+                    ups.push(up);
+                    downs.push(down);
+                }
+                None => factors.push((addend.rows, vec![up], vec![down])),
+            },
+            Delta::Dense(_) => joined.push(addend),
+        }
+    }
+    for (rows, ups, downs) in factors {
+        joined.push(Addend { rows, delta: Delta::LowRank { up: Tensor::cat(&ups, 1)?, down: Tensor::cat(&downs, 0)? } });
+    }
+    Ok(joined)
+}
+
 fn check(addends: &[Addend], output: usize, input: usize) -> Result<()> {
     match addends.iter().find(|addend| !addend.fits(output, input)) {
         Some(addend) => bail!("rows {:?} of {:?} cannot take {:?}", addend.rows, [output, input], addend.delta),

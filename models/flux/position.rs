@@ -18,17 +18,21 @@ impl Rope {
     ///
     /// Angles are computed in f64, as the reference does: they reach 100 rad, and a bf16 table would be off by 0.2 rad.
     pub fn new(config: &Config, l_txt: usize, rows: usize, columns: usize, device: &Device) -> Result<Self> {
-        let frequencies: Vec<(usize, f64)> = (config.axes.iter().enumerate())
-            .flat_map(|(axis, width)| (0..*width).step_by(2).map(move |i| (axis, THETA.powf(-(i as f64) / *width as f64))))
-            .collect();
-        let text = std::iter::repeat_n([0, 0, 0], l_txt);
-        let image = (0..rows).flat_map(|y| (0..columns).map(move |x| [0, y, x]));
-        let angles: Vec<f64> = text
-            .chain(image)
-            .flat_map(|place| frequencies.iter().map(move |(axis, frequency)| place[*axis] as f64 * frequency))
-            .collect();
         let shape = (l_txt + rows * columns, config.head_width / 2);
-        let table = |f: fn(f64) -> f64| Tensor::from_vec(angles.iter().map(|angle| f(*angle) as f32).collect(), shape, device);
+        let table = |f: fn(f64) -> f64| {
+            // Of every place on each axis, which many tokens share: computing them anew for each would take milliseconds.
+            let at = |axis: usize, place: usize| -> Vec<f32> {
+                let width = config.axes[axis] as f64;
+                let angle = |i: usize| place as f64 * THETA.powf(-(i as f64) / width);
+                (0..config.axes[axis]).step_by(2).map(|i| f(angle(i)) as f32).collect()
+            };
+            let places = [1, rows.max(1), columns.max(1)];
+            let axes: Vec<Vec<Vec<f32>>> = (0..3).map(|axis| (0..places[axis]).map(|place| at(axis, place)).collect()).collect();
+            let text = std::iter::repeat_n([0, 0, 0], l_txt);
+            let image = (0..rows).flat_map(|y| (0..columns).map(move |x| [0, y, x]));
+            let token = |place: [usize; 3]| axes.iter().zip(place).flat_map(|(axis, place)| &axis[place]).copied();
+            Tensor::from_vec(text.chain(image).flat_map(token).collect(), shape, device)
+        };
         Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
     }
 }

@@ -67,7 +67,8 @@ pub(super) fn plan<'a>(
 
 /// The addends of one tensor, in f32 on `device`.
 pub(super) fn addends(planned: &[Planned<'_>], pristine: &Weight, device: &Device) -> Result<Vec<Addend>, Error> {
-    planned.iter().map(|planned| planned.addend(pristine, device)).collect()
+    let addends = planned.iter().map(|planned| planned.addend(pristine, device)).collect::<Result<_, Error>>()?;
+    Ok(kernels::joined(addends)?)
 }
 
 /// The pristine tensor with all addends: summed in f32, rounded once to its own dtype.

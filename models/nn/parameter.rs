@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use kernels::Addend;
 
-use super::Weight;
+use super::{Mapped, Weight};
 
 /// Reads the stored tensor again from where it came.
 pub(crate) type Reread = Arc<dyn Fn() -> Result<Weight> + Send + Sync>;
@@ -44,6 +44,8 @@ struct State {
     /// Beside it, in the dtype of computation.
     branch: Arc<[Addend]>,
     reread: Option<Reread>,
+    /// The pristine tensor as it can wait for its device without a copy.
+    waits: Option<Mapped>,
     shape: Vec<usize>,
     device: Device,
 }
@@ -64,9 +66,15 @@ impl fmt::Debug for Parameter {
 
 impl Parameter {
     pub(crate) fn new(weight: Weight, shape: &[usize], device: &Device, reread: Option<Reread>) -> Self {
-        let (merged, branch) = (None, Arc::from([]));
+        let (merged, branch, waits) = (None, Arc::from([]), None);
         let (shape, device) = (shape.to_vec(), device.clone());
-        Self(Arc::new(RwLock::new(State { pristine: Pristine::Here(weight), merged, branch, reread, shape, device })))
+        Self(Arc::new(RwLock::new(State { pristine: Pristine::Here(weight), merged, branch, reread, waits, shape, device })))
+    }
+
+    /// That it waits in its file rather than in a copy, if it is ever sent to main memory.
+    pub(crate) fn waiting(self, waits: Option<Mapped>) -> Self {
+        self.write(|state| state.waits = waits);
+        self
     }
 
     fn read<R>(&self, f: impl FnOnce(&State) -> R) -> R {
@@ -150,7 +158,8 @@ impl Parameter {
     pub(crate) fn send_to_host(&self) -> Result<()> {
         let host = Device::Cpu;
         let (pristine, merged) = self.read(|state| {
-            let here = if let Pristine::Here(weight) = &state.pristine { Some(weight.clone()) } else { None };
+            let waits = state.waits.clone().filter(|_| !state.device.is_cpu()).map(Weight::Mapped);
+            let here = if let Pristine::Here(weight) = &state.pristine { Some(waits.unwrap_or(weight.clone())) } else { None };
             (here, state.merged.clone())
         });
         let pristine = pristine.map(|weight| weight.to_device(&host)).transpose()?;

@@ -134,19 +134,13 @@ impl Autoencoder {
         (latents / self.scale)? + self.shift
     }
 
-    /// About how many bytes decoding `(b, c, height, width)` latents takes at its peak, weights not counted, with activations of
-    /// `element_bytes`: the input of the finest resolution's first block, its normalised copy and what its convolution makes of it.
-    /// Without our kernels the last is put together from strips, and there is what they were unfolded in.
+    /// About how many bytes decoding `(b, c, height, width)` latents takes at its peak: see [`decode_bytes`].
     #[must_use]
     pub fn decode_bytes(&self, b: usize, height: usize, width: usize, element_bytes: usize) -> usize {
         let channels = &self.sizes.channels;
-        let finest = channels[0];
-        let before = channels.get(1).copied().unwrap_or(finest);
+        let before = channels.get(1).copied().unwrap_or(channels[0]);
         let pixels = b * height * width * self.sizes.zoom().pow(2);
-        if self.on_card && kernels::fused() && element_bytes == 2 {
-            return pixels * (2 * before + finest) * element_bytes;
-        }
-        pixels * (2 * before + 2 * finest) * element_bytes + WORKSPACE_BYTES.min(pixels * 9 * before * element_bytes)
+        decode_bytes([channels[0], before], pixels, element_bytes, self.on_card && kernels::fused())
     }
 
     /// The side of a tile, in latents, with which `x` stays under `memory`; `None` if it does whole.
@@ -160,6 +154,20 @@ impl Autoencoder {
         let sides = (MIN_TILE..longest).step_by(8);
         Some(sides.rev().find(|side| fits((*side).min(height), (*side).min(width))).unwrap_or(MIN_TILE))
     }
+}
+
+/// FLUX.1's channels at its two finest resolutions.
+pub const CHANNELS: [usize; 2] = [128, 256];
+
+/// About how many bytes decoding so many pixels takes at its peak, weights not counted, with activations of `element_bytes`: the input of
+/// the finest resolution's first block, its normalised copy and what its convolution makes of it. Without our kernels the last is put
+/// together from strips, and there is what they were unfolded in.
+#[must_use]
+pub fn decode_bytes([finest, before]: [usize; 2], pixels: usize, element_bytes: usize, fused: bool) -> usize {
+    if fused && element_bytes == 2 {
+        return pixels * (2 * before + finest) * element_bytes;
+    }
+    pixels * (2 * before + 2 * finest) * element_bytes + WORKSPACE_BYTES.min(pixels * 9 * before * element_bytes)
 }
 
 /// Sizes as the weights show them.

@@ -240,7 +240,9 @@ impl Source {
             let (checkpoint, shape, device) = (self.checkpoint.clone(), shape.to_vec(), device.clone());
             Arc::new(move || read::dense(&checkpoint, &rows, &shape, dtype, &device).map(Weight::Dense))
         });
-        let parameter = Parameter::new(weight, shape, device, reread);
+        let dense = matches!(weight, Weight::Dense(_)).then(|| self.rows(&path)).flatten();
+        let waits = dense.and_then(|rows| self.mapped(&rows, dtype, shape.try_into().ok()?));
+        let parameter = Parameter::new(weight, shape, device, reread).waiting(waits);
         self.parameters.lock().unwrap_or_else(PoisonError::into_inner).insert(path, parameter.clone());
         parameter
     }
@@ -269,19 +271,26 @@ impl Source {
             let blocks = read::quantised(&self.checkpoint, &rows, shape.dims(), &device).map_err(failed)?;
             return Ok(Weight::Quantised(Arc::new(blocks)));
         }
-        if let ([one], Kind::Plain(stored), Keep::Stored) = (&rows[..], rows[0].stored.kind, keep.fitting(input))
-            && let Some(stored) = read::computed(stored).filter(|stored| stored.size_in_bytes() <= self.dtype.size_in_bytes())
+        if keep.fitting(input) == Keep::Stored
             && device.is_cpu()
             && !self.device.is_cpu()
+            && let Some(mapped) = self.mapped(&rows, self.dtype, [output, input])
         {
             // It waits for the card where it lies.
-            let bytes = read::InFile { checkpoint: self.checkpoint.clone(), rows: one.clone() };
-            return Ok(Weight::Mapped(Mapped::new(Arc::new(bytes), stored, self.dtype, [output, input])));
+            return Ok(Weight::Mapped(mapped));
         }
         // GGUF blocks are made by the processor.
         let made = if matches!(keep, Keep::Gguf(_)) { Device::Cpu } else { device.clone() };
         let dense = read::dense(&self.checkpoint, &rows, shape.dims(), self.dtype, &made).map_err(failed)?;
         keep.convert(dense).and_then(|weight| weight.to_device(&device)?.with_scales_on(&self.device)).map_err(failed)
+    }
+
+    /// A matrix where it lies, if its values need nothing but widening to be computed with in `dtype`.
+    fn mapped(&self, rows: &[Rows], dtype: DType, shape: [usize; 2]) -> Option<Mapped> {
+        let ([one], Kind::Plain(stored)) = (rows, rows.first()?.stored.kind) else { return None };
+        let stored = read::computed(stored).filter(|stored| stored.size_in_bytes() <= dtype.size_in_bytes())?;
+        let bytes = read::InFile { checkpoint: self.checkpoint.clone(), rows: one.clone() };
+        Some(Mapped::new(Arc::new(bytes), stored, dtype, shape))
     }
 
     /// The scale of a scaled fp8 weight: one number, or one for each output row as `(output, 1)`.

@@ -56,8 +56,44 @@ impl Encoded {
         Ok(text)
     }
 
-    /// So that the next prompt is read anew.
+    /// So that every prompt is read anew.
     pub(super) fn forget(&self) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    #[test]
+    fn the_prompts_that_were_used_last_are_kept() {
+        let patches = Patches::new(BTreeMap::new(), &Device::Cpu, DType::F32);
+        let (encoded, reads) = (Encoded::default(), std::cell::Cell::new(0f32));
+        let of = |prompt: &str| {
+            let read = || {
+                reads.set(reads.get() + 1.);
+                let txt = Tensor::new(&[[[reads.get()]]], &Device::Cpu)?;
+                Ok(Text { pooled: txt.squeeze(0)?, txt, cut: Vec::new() })
+            };
+            encoded.of(prompt, &patches, read).unwrap().txt.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0]
+        };
+        assert_eq!((of("a"), of("b"), of("a"), of("A")), (1., 2., 1., 3.));
+        // So many others, and what was used last of the first ones is still there.
+        for i in 0..KEPT - 3 {
+            of(&i.to_string());
+        }
+        let read = reads.get();
+        assert_eq!((of("b"), of("a")), (2., 1.));
+        of("one more");
+        of("and one");
+        assert_eq!((of("b"), of("a"), reads.get()), (2., 1., read + 2.));
+        assert_eq!(of("A"), read + 3., "it was used least lately");
+        encoded.forget();
+        assert_eq!(of("a"), read + 4.);
     }
 }

@@ -15,10 +15,13 @@ pub enum Error {
     )]
     CardTooSmall { need: u64, have: u64 },
     #[error(
-        "the device has no memory left for this job, also after another attempt with less; {free}; take a smaller picture, fewer LoRAs or \
-         --dtype fp8 or q4_k"
+        "the device has no memory left for this job, also after other attempts with less on it; a picture of this size takes about {} beside the \
+         weights and their LoRAs, and {free}; take a smaller picture, fewer LoRAs or --dtype fp8 or q4_k",
+        in_words(*need)
     )]
     OutOfMemory {
+        /// Bytes.
+        need: u64,
         free: String,
         #[source]
         source: Box<Error>,

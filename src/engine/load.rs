@@ -1,7 +1,7 @@
 //! From a model's files to a [`Pipeline`].
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
@@ -123,7 +123,7 @@ fn load(bundle: &Bundle, device: &Device, plan: Plan, done: &Arc<AtomicU64>, tot
     };
     tracing::info!(kernels, ?dtype, device = ?device.location(), %plan, "computed with");
     tracing::info!(home = %patches.home, bytes, "pristine weights while LoRAs are on them");
-    let patches = Mutex::new(patches);
+    let (patches, on_host) = (Mutex::new(patches), plan.on_host);
     Ok(Pipeline {
         tokenizers,
         t5,
@@ -139,6 +139,8 @@ fn load(bundle: &Bundle, device: &Device, plan: Plan, done: &Arc<AtomicU64>, tot
         patches,
         encoded: Encoded::default(),
         preview: OnceLock::new(),
+        on_host: Mutex::new(on_host),
+        full: AtomicBool::new(false),
         pretended: AtomicUsize::new(0),
     })
 }

@@ -20,5 +20,5 @@ pub use job::{Adapter, Event, Finished, Job, LoraMode, NoiseKind, Scales, Select
 pub use kept::Kept;
 pub use load::LoadEvent;
 pub use pipeline::Pipeline;
-pub use plan::{CONTEXT, Need, Plan, Room};
+pub use plan::{CONTEXT, LIBRARIES, Need, Plan, Room};
 pub use sizes::Sizes;

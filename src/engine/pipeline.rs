@@ -1,7 +1,7 @@
 //! One job, start to end: prompt → conditioning → noise → latents → pictures.
 
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,8 +17,9 @@ use models::vae::Autoencoder;
 use models::weights::{Keep, OnHost};
 
 use super::encoded::{Encoded, Text};
-use super::plan::Plan;
+use super::plan::{Plan, smaller};
 use super::preview::Preview;
+use super::sizes::work;
 use super::{Error, Event, Finished, Job, LoraMode, Start, Timings, Truncation};
 use super::{device, measured, pixels};
 use crate::bytes::in_words;
@@ -52,6 +53,10 @@ pub struct Pipeline {
     pub(super) encoded: Encoded,
     /// Fitted when the first one is asked for.
     pub(super) preview: OnceLock<Preview>,
+    /// What waits in main memory: as planned, and more once the device was full.
+    pub(super) on_host: Mutex<OnHost>,
+    /// Whether the device was full in the job that runs.
+    pub(super) full: AtomicBool,
     /// Attempts that are to fail for memory.
     pub(super) pretended: AtomicUsize,
 }
@@ -106,20 +111,21 @@ impl Pipeline {
 
     /// Runs a job. `told` hears of progress and may cancel between two steps.
     ///
-    /// If the device has no memory left, what was freed there is put together and the job tried again; then everything that can wait in
-    /// main memory goes there, and it is tried once more.
+    /// If the device has no memory left, what was freed there is put together and the job tried again; then twice with less on it.
     pub fn run(&self, job: &Job, told: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>) -> Result<Finished, Error> {
         let mut switched = None;
-        for (before, more) in [Self::gather_memory, Self::save_memory].into_iter().zip(["", ", with less on it"]) {
+        self.full.store(false, Ordering::Relaxed);
+        for before in [Self::gather_memory, Self::save_memory, Self::save_memory] {
             match self.attempt(job, &mut switched, told) {
                 Err(error) if error.is_out_of_memory() => {
-                    tracing::warn!(%error, "no memory is left on the device; once more{more}");
+                    tracing::warn!(%error, "no memory is left on the device; once more");
+                    self.full.store(true, Ordering::Relaxed);
                     before(self)?;
                 }
                 other => return other,
             }
         }
-        self.attempt(job, &mut switched, told).map_err(|error| self.give_up(error))
+        self.attempt(job, &mut switched, told).map_err(|error| self.give_up(job, error))
     }
 
     /// What is free may lie in pieces.
@@ -127,35 +133,41 @@ impl Pipeline {
         Ok(kernels::gather_memory(&self.device)?)
     }
 
-    /// Frees what the device can do without: kept prompts, T5, the matrices that make the modulations. From now on they are sent to it
-    /// when they are used.
+    /// Frees what the device can do without: kept prompts, then T5 and the matrices that make the modulations, then blocks. From now on they
+    /// are sent to it when they are used.
     fn save_memory(&self) -> Result<(), Error> {
         self.encoded.forget();
         kernels::forget_places(&self.device);
-        let away = OnHost { text: true, modulations: true, ..self.plan.on_host };
+        let config = self.flux.config();
+        let mut on_host = self.on_host.lock().unwrap_or_else(PoisonError::into_inner);
+        let merged = self.plan.transformer == Keep::Fp8Merged;
+        let Some(away) = smaller(*on_host, [config.double_blocks, config.single_blocks]) else { return Ok(()) };
+        // Metal's memory is main memory; and without dense blocks on the device it would be another picture.
+        if self.device.is_metal() || (merged && away.blocks_from != on_host.blocks_from) {
+            return Ok(());
+        }
         let mut patches = self.patches();
-        let home = if self.plan.transformer == Keep::Fp8Merged {
-            // Without dense weights on the device it would be another picture.
-            Home::Device
-        } else {
-            if patches.mode() == LoraMode::Fp8 {
-                // Its pristine weights are on the device; what became of them goes, rather than they.
-                patches.apply(&[], LoraMode::Auto)?;
-            }
-            device::host_or_file(patches.bytes())
-        };
+        if !merged && patches.mode() == LoraMode::Fp8 {
+            // Its pristine weights are on the device; what became of them goes, rather than they.
+            patches.apply(&[], LoraMode::Auto)?;
+        }
+        let home = if merged { Home::Device } else { device::host_or_file(patches.bytes()) };
         patches.send_to_host(&|component, name| away.has(component, name), home)?;
+        tracing::warn!(?away, "more of the model waits in main memory from now on");
+        *on_host = away;
         Ok(())
     }
 
-    fn give_up(&self, error: Error) -> Error {
+    fn give_up(&self, job: &Job, error: Error) -> Error {
         if !error.is_out_of_memory() {
             return error;
         }
         self.encoded.forget();
+        let tokens = self.text_tokens + job.width / 16 * (job.height / 16);
+        let need = work(self.flux.config(), tokens as u64, self.dtype.size_in_bytes() as u64);
         let free = kernels::free_memory(&self.device);
         let free = free.map_or("it does not tell how much it has".into(), |free| format!("{} are free now", in_words(free)));
-        Error::OutOfMemory { free, source: Box::new(error) }
+        Error::OutOfMemory { need, free, source: Box::new(error) }
     }
 
     /// The next `attempts` to run a job find no memory: for tests, which have no card to fill.
@@ -212,7 +224,8 @@ impl Pipeline {
             };
             let (packed, steps) =
                 self.timed(&mut timings.denoise, || self.denoise(job, seed, &prompts, sigmas, &rope, &mut step))?;
-            let planned = dtype == self.plan.name() && prompts.negative.is_none() && !patches.has_branches();
+            let as_planned = *self.on_host.lock().unwrap_or_else(PoisonError::into_inner) == self.plan.on_host;
+            let planned = as_planned && dtype == self.plan.name() && prompts.negative.is_none() && !patches.has_branches();
             if planned && (job.width, job.height) == PLANNED {
                 measured::note(&self.device, self.flux.config(), &self.plan, &steps);
             }
@@ -226,11 +239,12 @@ impl Pipeline {
 
     /// One step of `job` with the weights as they are; its adapters are not looked at. An error if no numbers come of it.
     pub fn try_out(&self, job: &Job) -> Result<(), Error> {
-        let weights = self.patches();
+        let _weights = self.patches();
         let (rows, columns) = (job.height / 16, job.width / 16);
-        // What the text encoders can do now is a part of it.
-        self.encoded.forget();
-        let prompts = self.encode(job, &weights, &mut Vec::new())?;
+        // What the text encoders can do now is a part of it, and kept prompts stay.
+        let text = self.read(&job.prompt)?;
+        let positive = Conditioning { txt: text.txt, pooled: text.pooled, guidance: Some(self.guidance(job)?) };
+        let prompts = Prompts { positive, negative: None };
         let rope = Rope::new(self.flux.config(), self.text_tokens, rows, columns, &self.device)?;
         let (latents, _) = self.denoise(job, job.seed, &prompts, &[1.0, 0.0], &rope, &mut |_, _| Ok(()))?;
         self.decode(&sampler::unpack(&latents, rows, columns)?).map(drop)
@@ -254,7 +268,7 @@ impl Pipeline {
     }
 
     fn encode(&self, job: &Job, patches: &Patches, truncated: &mut Vec<Truncation>) -> Result<Prompts, Error> {
-        let guidance = Tensor::new(&[job.guidance as f32], &self.device)?;
+        let guidance = self.guidance(job)?;
         let mut condition = |field: &'static str, prompt: &str| {
             let text = self.encoded.of(prompt, patches, || self.read(prompt))?;
             truncated.extend(text.cut.iter().cloned().map(|(encoder, limit, lost)| Truncation { field, encoder, limit, lost }));
@@ -263,6 +277,10 @@ impl Pipeline {
         let positive = condition("prompt", &job.prompt)?;
         let negative = (job.true_cfg > 1.).then(|| condition("negative_prompt", &job.negative_prompt)).transpose()?;
         Ok(Prompts { positive, negative })
+    }
+
+    fn guidance(&self, job: &Job) -> Result<Tensor, Error> {
+        Ok(Tensor::new(&[job.guidance as f32], &self.device)?)
     }
 
     /// What the text encoders make of a prompt.
@@ -343,13 +361,17 @@ impl Pipeline {
         Ok(Origin { latents, mask })
     }
 
-    /// Bytes that the autoencoder's activations may take; a picture that needs more is worked on in tiles.
+    /// Bytes that the autoencoder's activations may take; a picture that needs more is worked on in tiles. Tiles are not exact, so what others
+    /// have of the device just now decides only where there is no plan or what was planned was not there.
     fn picture_memory(&self) -> usize {
-        let free = kernels::free_memory(&self.device).and_then(|bytes| usize::try_from(bytes).ok());
-        // A limit is one for pictures too.
-        let planned = self.plan.need.map_or(u64::MAX, |need| need.have.saturating_sub(need.all() - need.work));
-        let planned = usize::try_from(planned).unwrap_or(usize::MAX);
-        free.map_or(HOST_PICTURE_BYTES, |bytes| (bytes / 10 * 9).min(planned))
+        let bytes = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        let planned = self.plan.need.map(|need| bytes(need.for_pictures()));
+        match kernels::free_memory(&self.device) {
+            Some(free) if planned.is_none() || self.full.load(Ordering::Relaxed) => {
+                bytes(free / 10 * 9).min(planned.unwrap_or(usize::MAX))
+            }
+            _ => planned.unwrap_or(HOST_PICTURE_BYTES),
+        }
     }
 
     /// latents `(1, 16, y, x)` f32 -> picture of 8 y by 8 x.

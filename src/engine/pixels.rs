@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use image::{GrayImage, RgbImage};
+use rayon::prelude::*;
 
 use super::{Error, resize};
 
@@ -28,12 +29,12 @@ pub(super) fn latent_mask(mask: &GrayImage, width: usize, height: usize, device:
 pub(super) fn to_image(pixels: &Tensor) -> Result<RgbImage, Error> {
     let (_, _, height, width) = pixels.dims4()?;
     let values: Vec<f32> = pixels.to_dtype(DType::F32)?.permute((0, 2, 3, 1))?.flatten_all()?.to_vec1()?;
-    let count = values.iter().filter(|value| !value.is_finite()).count();
+    let count = values.par_iter().filter(|value| !value.is_finite()).count();
     if count > 0 {
         return Err(Error::NotANumber { count });
     }
     let byte = |value: f32| ((value / 2. + 0.5).clamp(0., 1.) * 255.).round_ties_even() as u8;
-    let bytes = values.into_iter().map(byte).collect();
+    let bytes = values.into_par_iter().map(byte).collect();
     Ok(RgbImage::from_raw(width as u32, height as u32, bytes).expect("three bytes for each pixel"))
 }
 

@@ -7,9 +7,10 @@ use candle_core::{DType, Device};
 use models::flux;
 use models::lora::RESIDENT;
 use models::nn::Home;
+use models::vae;
 use models::weights::{Keep, OnHost};
 
-use super::sizes::Sizes;
+use super::sizes::{Sizes, TOKENS, work};
 use super::{Error, measured};
 use crate::bytes::in_words;
 
@@ -24,6 +25,9 @@ const RANK: u64 = 16;
 
 /// What the driver and its libraries take of a card before the first tensor.
 pub const CONTEXT: u64 = 600 << 20;
+
+/// The part of it that comes after the device was opened, when libraries load their kernels.
+pub const LIBRARIES: u64 = 200 << 20;
 
 /// Where everything is, and what it takes.
 #[derive(Debug, Clone, PartialEq)]
@@ -61,6 +65,11 @@ pub struct Need {
 }
 
 impl Need {
+    /// Beside the weights: what the autoencoder may take once the steps are done.
+    pub(super) fn for_pictures(&self) -> u64 {
+        self.have.saturating_sub(self.all() - self.work)
+    }
+
     #[must_use]
     pub fn all(&self) -> u64 {
         let weights = self.transformer + self.text + self.vae + self.loras;
@@ -96,12 +105,26 @@ fn options(blocks: [usize; 2]) -> Vec<(Keep, OnHost, Home)> {
     // Blocks from the end, a few more each time: those that stay are used from the card.
     let all = blocks[0] + blocks[1];
     for eighths in 1..=8 {
-        let away = (all * eighths).div_ceil(8);
-        let single = blocks[1].saturating_sub(away);
-        let double = blocks[0].saturating_sub(away.saturating_sub(blocks[1]));
-        options.push((fp8, OnHost { blocks_from: [double, single], ..both }, Home::Host));
+        let blocks_from = without(blocks, (all * eighths).div_ceil(8));
+        options.push((fp8, OnHost { blocks_from, ..both }, Home::Host));
     }
     options
+}
+
+/// Double and single blocks from which on so many wait: single ones first, from the end.
+fn without([double, single]: [usize; 2], away: usize) -> [usize; 2] {
+    [double.saturating_sub(away.saturating_sub(single)), single.saturating_sub(away)]
+}
+
+/// What waits in main memory where `on_host` leaves too little of the card: T5 and the modulations, then a quarter of the blocks more each
+/// time. `None` if everything does.
+pub(super) fn smaller(on_host: OnHost, blocks: [usize; 2]) -> Option<OnHost> {
+    if !(on_host.text && on_host.modulations) {
+        return Some(OnHost { text: true, modulations: true, ..on_host });
+    }
+    let all = blocks[0] + blocks[1];
+    let here = on_host.blocks_from[0].min(blocks[0]) + on_host.blocks_from[1].min(blocks[1]);
+    (here > 0).then(|| OnHost { blocks_from: without(blocks, all - here + all.div_ceil(4)), ..on_host })
 }
 
 /// The same where main memory is the device's own: nothing is gained by waiting there, and Metal has no e4m3.
@@ -231,7 +254,7 @@ impl Plan {
         let (d, mlp) = (config.hidden as u64, config.mlp as u64);
         // What is sent before the steps goes where they work later.
         let places = if sent[0] > 0 { kernels::PLACES as u64 * of_block(d * (3 * d + mlp)) } else { 0 };
-        let (vae, work, operations) = (dense(sizes.vae), sizes.work(dense(1)) + places, sizes.operations());
+        let (vae, work, operations) = (dense(sizes.vae), work(config, TOKENS, dense(1)) + places, sizes.operations());
         Need { transformer, text, vae, loras, work, operations, sent, have }
     }
 }
@@ -244,6 +267,8 @@ impl fmt::Display for Plan {
             other => write!(f, "transformer {other}")?,
         }
         let Some(need) = self.need else { return write!(f, ", everything on the device") };
+        let decoding = vae::decode_bytes(vae::CHANNELS, 1024 * 1024, self.dtype.size_in_bytes(), kernels::fused());
+        let tiles = if decoding as u64 > need.for_pictures() { " in tiles" } else { "" };
         write!(f, " ({})", in_words(need.transformer))?;
         let wait = |bytes: u64| format!("{}, about {:.1} s", in_words(bytes), bytes as f64 / BYTES_PER_SECOND);
         let [step, picture, prompt] = need.sent;
@@ -257,7 +282,7 @@ impl fmt::Display for Plan {
         if prompt > 0 {
             write!(f, " sent for each new prompt ({})", wait(prompt))?;
         }
-        write!(f, ", CLIP: {}; autoencoder {}; work {}", in_words(need.text), in_words(need.vae), in_words(need.work))?;
+        write!(f, ", CLIP: {}; autoencoder {}{tiles}; work {}", in_words(need.text), in_words(need.vae), in_words(need.work))?;
         match self.home {
             _ if self.transformer == Keep::Fp8Merged => {
                 write!(f, "; {dense} weights, which LoRAs are merged into, {}", in_words(need.loras))?
@@ -302,6 +327,18 @@ mod tests {
         // Without biases and head norms, which are 0.01 % of it.
         assert!((11_895_000_000..11_901_408_320).contains(&all), "{all}");
         assert_eq!(sizes.modulations(), 3_227_516_928);
+    }
+
+    #[test]
+    fn less_and_less_stays_on_a_card_that_is_full() {
+        let next = |on_host: OnHost| smaller(on_host, [19, 38]);
+        let away = |blocks_from| Some(OnHost { text: true, modulations: true, blocks_from });
+        let mut on_host = OnHost::default();
+        for blocks_from in [[usize::MAX; 2], [19, 23], [19, 8], [12, 0], [0, 0]] {
+            assert_eq!(next(on_host), away(blocks_from));
+            on_host = next(on_host).unwrap();
+        }
+        assert_eq!(next(on_host), None);
     }
 
     #[test]

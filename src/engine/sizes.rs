@@ -105,12 +105,12 @@ impl Sizes {
         let (doubles, singles) = (config.double_blocks as u64, config.single_blocks as u64);
         TOKENS * (doubles * double + 2 * singles * single) + 4 * TOKENS * TOKENS * d * (doubles + singles)
     }
+}
 
-    /// Activations of a picture: what a single block has at once, the scores, a widened matrix (through f32).
-    pub(super) fn work(&self, value: u64) -> u64 {
-        let config = &self.transformer;
-        let (d, mlp, heads) = (config.hidden as u64, config.mlp as u64, config.heads as u64);
-        let scores = SCORES.min(3 * heads * TOKENS * TOKENS * 4);
-        TOKENS * (10 * d + 3 * mlp) * value + scores + d * (3 * d + mlp) * (4 + value)
-    }
+/// Activations of a picture of so many tokens, text included: what a single block has at once, the scores, a widened matrix (through f32).
+/// `value` are bytes of one.
+pub(super) fn work(config: &flux::Config, tokens: u64, value: u64) -> u64 {
+    let (d, mlp, heads) = (config.hidden as u64, config.mlp as u64, config.heads as u64);
+    let scores = SCORES.min(3 * heads * tokens * tokens * 4);
+    tokens * (10 * d + 3 * mlp) * value + scores + d * (3 * d + mlp) * (4 + value)
 }

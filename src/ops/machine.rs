@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 use super::Error;
 use super::generate::Precision;
 use super::models::Model;
-use crate::engine::{self, CONTEXT, DeviceChoice, Plan, Room, Sizes};
+use crate::engine::{self, CONTEXT, DeviceChoice, LIBRARIES, Plan, Room, Sizes};
 
 /// What cards compute in.
 const CARD: DType = DType::BF16;
@@ -55,7 +55,9 @@ impl Machine {
 
     /// What there is on the device; `None` if there is neither a card nor a limit.
     fn room(&self, device: &Device) -> Option<Room> {
-        let have = kernels::free_memory(device).into_iter().chain(self.vram_limit).min()?.saturating_sub(CONTEXT);
+        // Of what is free the driver has taken its part already.
+        let free = kernels::free_memory(device).map(|free| free.saturating_sub(LIBRARIES));
+        let have = free.into_iter().chain(self.vram_limit.map(|limit| limit.saturating_sub(CONTEXT))).min()?;
         Some(if device.is_metal() { Room::Shared(have) } else { Room::Card(have) })
     }
 

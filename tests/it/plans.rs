@@ -255,7 +255,7 @@ fn a_job_without_memory_is_tried_again_and_the_next_one_is_right() {
     let pipeline = load(&tiny(), DType::F32);
     let want = latents(&pipeline, &job(64, 2, vec![]));
     let mut encodings;
-    for attempts in [1, 2] {
+    for attempts in [1, 2, 3] {
         pipeline.pretend_full(attempts);
         encodings = 0;
         let again = pipeline.run(&job(64, 2, vec![]), &mut |event| {
@@ -264,9 +264,9 @@ fn a_job_without_memory_is_tried_again_and_the_next_one_is_right() {
         });
         assert_eq!((encodings, relative_l2(&again.unwrap().latents, &want)), (attempts + 1, 0.0));
     }
-    pipeline.pretend_full(3);
+    pipeline.pretend_full(4);
     let failed = pipeline.run(&job(64, 2, vec![]), &mut |_| ControlFlow::Continue(())).unwrap_err();
-    assert!(matches!(failed, Error::OutOfMemory { .. }) && failed.to_string().contains("another attempt"), "{failed}");
+    assert!(matches!(failed, Error::OutOfMemory { .. }) && failed.to_string().contains("takes about"), "{failed}");
     // With LoRAs too. On a processor nothing has moved; what has moved must give the same on a card, where this has not run.
     let on = vec![Selected { adapter: adapter(), scales: Scales::uniform(0.9) }];
     let fresh = latents(&load(&tiny(), DType::F32), &job(64, 2, on.clone()));

@@ -8,8 +8,8 @@ mod weights;
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
     Addend, After, Delta, Fp8Rows, Projection, Window, add_gated, add_gated_then_norm, add_gated_then_norm_fp8, attention,
-    convolve, emulated, gelu, gelu_beside, gelu_beside_fp8, group_norm, joint_heads, launches, linear, linear_gelu, merge,
-    modulated_norm, modulated_norm_fp8, quantise_fp8, rms_norm,
+    convolve, emulated, gelu, gelu_beside, gelu_beside_fp8, group_norm, joined, joint_heads, launches, linear, linear_gelu,
+    merge, modulated_norm, modulated_norm_fp8, quantise_fp8, rms_norm,
 };
 
 fn random(shape: &[usize]) -> Tensor {
@@ -399,6 +399,30 @@ fn merges_of_several_loras() {
             }
         }
     }
+}
+
+/// Three LoRAs whose q, k, v and MLP are apart are twelve addends of one fused weight: more than a launch takes, until they are joined.
+#[test]
+fn many_loras_are_merged_in_one_pass() {
+    let (rows, columns) = (64, 72);
+    let part = |i: usize, r: usize| {
+        let rows = 16 * (i % 4)..16 * (i % 4 + 1);
+        Addend { delta: Delta::LowRank { up: (random(&[16, r]) * 0.05).unwrap(), down: random(&[r, columns]) }, rows }
+    };
+    let mut addends: Vec<Addend> = (0..12).map(|i| part(i, 3 + i)).collect();
+    addends.insert(5, Addend { rows: 8..40, delta: Delta::Dense((random(&[32, columns]) * 0.02).unwrap()) });
+    let fewer = joined(addends.clone()).unwrap();
+    assert_eq!(fewer.len(), 5);
+    let weight = random(&[rows, columns]).to_dtype(DType::BF16).unwrap();
+    let want = merge(&weight, &addends).unwrap();
+    for (place, run) in places() {
+        let (there, placed) = (weight.to_device(&place).unwrap(), addends_on(&fewer, &place));
+        let before = launches();
+        let got = run(&|| merge(&there, &placed).unwrap());
+        assert_eq!(launches() - before, 1);
+        assert_rounded_once(&got, &want, DType::BF16, "joined");
+    }
+    assert_eq!(joined(addends[..8].to_vec()).unwrap().len(), 8, "a launch takes them");
 }
 
 fn addends_on(addends: &[Addend], place: &Device) -> Vec<Addend> {
