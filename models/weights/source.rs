@@ -264,8 +264,14 @@ impl Source {
         let all = |kind: fn(Kind) -> bool| rows.iter().all(|part| kind(part.stored.kind));
         if all(|kind| kind == Kind::Plain(safetensors::Dtype::F8_E4M3)) && rows.len() == 1 {
             let data = read::fp8(&self.checkpoint, &rows, shape.dims(), &device).map_err(failed)?;
-            let scale = self.scale()?;
-            return Ok(Weight::Fp8 { data, scale, products: false });
+            let (scale, products) = (self.scale()?, keep == Keep::Fp8Products);
+            if !products {
+                return Ok(Weight::Fp8 { data, scale, products });
+            }
+            // Products take a scale for each row.
+            let scale = scale.map_or_else(|| Tensor::ones((), DType::F32, &self.device), Ok)?;
+            let scale = Some(scale.broadcast_as((output, 1))?.contiguous()?);
+            return Ok(Weight::Fp8 { data, scale, products });
         }
         if all(|kind| matches!(kind, Kind::Gguf(dtype) if dtype.block_size() > 1)) {
             let blocks = read::quantised(&self.checkpoint, &rows, shape.dims(), &device).map_err(failed)?;

@@ -185,8 +185,9 @@ impl Plan {
             Room::Shared(have) => (have, options_in_shared()),
         };
         for (transformer, on_host, home) in options {
-            // What is quantised in its file stays so; what was asked for is not bargained over.
+            // What is quantised in its file stays so, and may be multiplied so; what was asked for is not bargained over.
             let transformer = match (sizes.quantised[0], asked) {
+                (Some(_), Some(Keep::Fp8Products)) if sizes.fp8 => Keep::Fp8Products,
                 (Some(_), _) => Keep::Stored,
                 (None, Some(asked)) => asked,
                 (None, None) => transformer,

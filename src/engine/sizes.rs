@@ -26,6 +26,8 @@ pub struct Sizes {
     pub vae: u64,
     /// Bytes of transformer and T5 whose file is quantised already: they stay as they are.
     pub quantised: [Option<u64>; 2],
+    /// Whether the transformer's file is in e4m3, which can be multiplied as it is.
+    pub fp8: bool,
 }
 
 impl Sizes {
@@ -37,12 +39,14 @@ impl Sizes {
         clip: 123_060_480,
         vae: 83_819_683,
         quantised: [None; 2],
+        fp8: false,
     };
 
     /// Of the files of a model whose transformer has these sizes.
     pub fn of(bundle: &Bundle, transformer: &flux::Config) -> Result<Self, Error> {
+        let mut fp8 = false;
         // Values, of them the table's, and bytes if it is quantised.
-        let values = |component: Component, files: &Files| -> Result<(u64, u64, Option<u64>), Error> {
+        let mut values = |component: Component, files: &Files| -> Result<(u64, u64, Option<u64>), Error> {
             // One file may hold all components.
             let checkpoint = files.checkpoint()?.of(component);
             let (mut values, mut table, mut bytes, mut quantised) = (0, 0, 0, false);
@@ -55,17 +59,17 @@ impl Sizes {
                 }
                 values += here;
                 bytes += checkpoint.bytes(stored).len() as u64;
-                quantised |= match stored.kind {
-                    Kind::Plain(dtype) => dtype == safetensors::Dtype::F8_E4M3,
-                    Kind::Gguf(kind) => kind.block_size() > 1,
-                };
+                let e4m3 = stored.kind == Kind::Plain(safetensors::Dtype::F8_E4M3);
+                fp8 |= e4m3 && component == Component::Transformer;
+                quantised |= e4m3 || matches!(stored.kind, Kind::Gguf(kind) if kind.block_size() > 1);
             }
             Ok((values, table, quantised.then_some(bytes)))
         };
         let (_, _, transformer_quantised) = values(Component::Transformer, &bundle.transformer)?;
         let (t5, table, t5_quantised) = values(Component::T5, &bundle.t5)?;
         let (clip, vae) = (values(Component::Clip, &bundle.clip)?.0, values(Component::Vae, &bundle.vae)?.0);
-        Ok(Self { transformer: transformer.clone(), t5, table, clip, vae, quantised: [transformer_quantised, t5_quantised] })
+        let quantised = [transformer_quantised, t5_quantised];
+        Ok(Self { transformer: transformer.clone(), t5, table, clip, vae, quantised, fp8 })
     }
 
     /// Values of one double block's and one single block's large matrices.

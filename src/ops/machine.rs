@@ -36,9 +36,12 @@ impl Machine {
         let dtype = precision.and_then(Precision::dtype).unwrap_or_else(|| engine::default_dtype(device));
         let asked = precision.map(Precision::keep);
         let sizes = Sizes::of(&model.bundle, &model.shape)?;
-        let changes = asked.is_some_and(|keep| keep != Keep::Stored);
+        let changes = asked.is_some_and(|keep| keep != Keep::Stored && !(keep == Keep::Fp8Products && sizes.fp8));
         if let (Some(precision), true, true) = (precision, changes, sizes.quantised[0].is_some()) {
-            let allowed = "f32, bf16 or f16, or nothing: the transformer's file is quantised already";
+            let allowed = match sizes.fp8 {
+                true => "f32, bf16, f16 or fp8-products, or nothing: the transformer's file is in fp8 already",
+                false => "f32, bf16 or f16, or nothing: the transformer's file is quantised already",
+            };
             return Err(Error::invalid("dtype", &precision.name(), allowed));
         }
         precision.map_or(Ok(()), |precision| precision.fits(device))?;

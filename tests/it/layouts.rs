@@ -32,7 +32,7 @@ fn flux(path: &Path) -> Flux {
 }
 
 /// The transformer's output on the inputs that are called `prefix.*` in `fixture`.
-fn velocity(flux: &Flux, fixture: &Fixture, prefix: &str) -> Tensor {
+pub(crate) fn velocity(flux: &Flux, fixture: &Fixture, prefix: &str) -> Tensor {
     let at = |name: &str| fixture.get(&format!("{prefix}.{name}"));
     let places = at("img_ids").to_vec2::<f32>().unwrap();
     let last = places.last().unwrap();

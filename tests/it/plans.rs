@@ -9,15 +9,16 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use darkroom::engine::{Error, Event, Job, LoraMode, Pipeline, Plan, Room, Scales, Selected, Sizes};
 use models::bundle::Bundle;
-use models::flux;
+use models::flux::{self, Flux};
 use models::lora::Adapter;
 use models::nn::{Home, Linear, Weight};
 use models::pocket::people;
 use models::pocket::probe::{ATTRIBUTES, Probe};
-use models::weights::{Component, Keep, OnHost};
+use models::weights::{Checkpoint, Component, Keep, OnHost, Source};
 
 use crate::cli::Place;
-use crate::fixtures::{self, relative_l2};
+use crate::fixtures::{self, Fixture, relative_l2};
+use crate::layouts::velocity;
 
 fn tiny() -> Bundle {
     Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap()
@@ -232,6 +233,32 @@ fn a_plan_takes_what_it_says() {
         assert!(away == sent || (0.97..1.06).contains(&(away as f64 / sent as f64)), "{plan}: {away} of {sent}");
     }
     assert!(seen.len() >= 4, "{seen:?}");
+}
+
+/// Files in e4m3 as they are published, with scales and without: multiplied as they are if that is asked for, their embedders and the like
+/// widened.
+#[test]
+fn published_fp8_files_are_multiplied_as_they_are() {
+    let layouts = Fixture::open("layouts/layouts.safetensors");
+    for name in ["flux1-mini-fp8-scaled.safetensors", "flux1-mini-prefixed-fp8.safetensors"] {
+        let file = Checkpoint::open(&[fixtures::path(&format!("layouts/{name}"))]).unwrap();
+        let source = Source::new(Component::Transformer, &file, DType::F32, &Device::Cpu);
+        let source = source.kept(Keep::Fp8Products, OnHost::default());
+        let flux = Flux::load(&source, None).unwrap();
+        let mut multiplied = 0;
+        for (name, parameter) in source.parameters() {
+            let Weight::Fp8 { products, scale, .. } = parameter.current().unwrap().0 else { continue };
+            let large = name.contains("blocks") && !name.contains("mod");
+            assert_eq!(products, large, "{name}");
+            assert!(!products || scale.unwrap().dims() == [parameter.shape()[0], 1], "{name}");
+            multiplied += usize::from(products);
+        }
+        assert!(multiplied >= 8, "{name}: {multiplied}");
+        source.finish().unwrap();
+        let error = relative_l2(&velocity(&flux, &layouts, "mini.in"), &layouts.get(&format!("{name}.out")));
+        println!("{name}: {error:.4} from its values widened");
+        assert!((1e-4..0.08).contains(&error), "{name}: {error}");
+    }
 }
 
 #[test]
