@@ -1,4 +1,4 @@
-//! FLUX.1 and its encoders: tensors in, tensors out. No clock, network, threads, SQL or environment.
+//! FLUX.1 and its encoders: tensors in, tensors out. No clock, network, SQL or environment, no threads but rayon's.
 //!
 //! Start at [`flux::Flux::prepare`] and [`flux::Flux::step`], which read like the paper. Around them: [`t5`] and [`clip`] read the prompt, [`vae`] turns
 //! latents into pictures and back, [`sampler`] walks from noise to latents, [`weights`] reads any published layout, [`nn`]

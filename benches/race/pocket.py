@@ -4,7 +4,7 @@
     pip install torch==2.15.0 diffusers==0.42.1   # CPU builds do
     python benches/race/pocket.py [--darkroom target/release/darkroom] [--rounds 7] [--json]
 
-Both run in f32 on all cores, 128 x 128, one prompt of 512 text tokens at most (pocket's own limit), 20 steps a round after a warm-up.
+Both run in f32 on all cores, 128 x 128, one prompt of 64 text tokens (pocket's own limit), 20 steps a round after a warm-up.
 darkroom's time is what `generate --json` states for the stage, sampler included; diffusers' is the transformer's forward alone.
 """
 

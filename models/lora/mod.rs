@@ -32,4 +32,4 @@ pub use modules::{Module, Naming, Place};
 pub use patch::{Home, Mode, Patches, RESIDENT, Selected, Switch};
 pub use precheck::precheck;
 pub use report::{Refused, Report};
-pub use scales::{Scales, parse_blocks};
+pub use scales::{BLOCKS, Scales, parse_blocks};

@@ -1,10 +1,10 @@
 //! How strongly an adapter acts, and where.
 
-use super::modules::Module;
+use super::modules::{DOUBLE_BLOCKS as DOUBLE, Module, SINGLE_BLOCKS as SINGLE};
 use crate::weights::Component;
 
-const DOUBLE: usize = 19;
-const SINGLE: usize = 38;
+/// Double blocks, then single ones.
+pub const BLOCKS: usize = DOUBLE + SINGLE;
 
 /// Scales of one adapter: for the transformer, the text encoders, and each block.
 #[derive(Debug, Clone, PartialEq)]
@@ -12,14 +12,14 @@ pub struct Scales {
     pub model: f64,
     pub text: f64,
     /// A factor for each double block, then for each single block; 1 unless stated.
-    pub blocks: Box<[f64; DOUBLE + SINGLE]>,
+    pub blocks: Box<[f64; BLOCKS]>,
 }
 
 impl Scales {
     /// The same scale everywhere.
     #[must_use]
     pub fn uniform(scale: f64) -> Self {
-        Self { model: scale, text: scale, blocks: Box::new([1.; DOUBLE + SINGLE]) }
+        Self { model: scale, text: scale, blocks: Box::new([1.; BLOCKS]) }
     }
 
     /// The scale for one module.
@@ -42,17 +42,17 @@ impl Scales {
 
 /// Factors of the blocks from text: 57 numbers (19 double blocks, then 38 single ones), or ranges such as
 /// `double:0-18=1,single:20-37=0.5`; blocks that are not named keep 1. The error says what is wrong.
-pub fn parse_blocks(text: &str) -> Result<Box<[f64; DOUBLE + SINGLE]>, String> {
+pub fn parse_blocks(text: &str) -> Result<Box<[f64; BLOCKS]>, String> {
     let number =
         |text: &str| text.trim().parse::<f64>().ok().filter(|v| v.is_finite()).ok_or_else(|| format!("`{text}` is no number"));
     let parts: Vec<&str> = text.split(',').map(str::trim).filter(|part| !part.is_empty()).collect();
     if !text.contains('=') {
         let numbers = parts.iter().map(|part| number(part)).collect::<Result<Vec<_>, _>>()?;
         return numbers.try_into().map(Box::new).map_err(|numbers: Vec<f64>| {
-            format!("{} numbers, but FLUX.1 has {} blocks: {DOUBLE} double, then {SINGLE} single", numbers.len(), DOUBLE + SINGLE)
+            format!("{} numbers, but FLUX.1 has {BLOCKS} blocks: {DOUBLE} double, then {SINGLE} single", numbers.len())
         });
     }
-    let mut blocks = Box::new([1.; DOUBLE + SINGLE]);
+    let mut blocks = Box::new([1.; BLOCKS]);
     for part in parts {
         let (range, factor) = part.split_once('=').ok_or_else(|| format!("`{part}` is not of the form double:0-18=1"))?;
         let (kind, range) = range.split_once(':').unwrap_or((range, ""));

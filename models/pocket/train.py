@@ -6,7 +6,6 @@
     python train.py transformer --run RUN --minutes 150 --batch 16
     python train.py distill     --run RUN --minutes 25 --batch 8 --lr 4e-4
     python train.py schnell     --run RUN --minutes 25 --batch 8 --lr 4e-4   # optional: a twin of four steps
-    python train.py decoder     --run RUN --minutes 10                       # optional: sharpen the decoder further
     python train.py export      --run RUN --output weights                   # --twin for the twin
 
 Every training stage has a budget of minutes (of processor time of one of its processes), and its
@@ -65,12 +64,6 @@ def distill(o):
 def schnell(o):
     import common, train_flow
     common.spawn(o, train_flow.schnell)
-
-
-@stage
-def decoder(o):
-    import train_vae
-    train_vae.refine(o)
 
 
 @stage

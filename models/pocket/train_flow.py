@@ -61,7 +61,7 @@ def drawings(run, shape):
 
 def load_vae(run):
     vae = train_vae.build()
-    vae.load_state_dict((common.load(f"{run}/decoder.pt") or common.load(f"{run}/vae.pt"))["avg"])
+    vae.load_state_dict(common.load(f"{run}/vae.pt")["avg"])
     return vae.eval().requires_grad_(False)
 
 

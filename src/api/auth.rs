@@ -77,7 +77,7 @@ fn seconds(until: &governor::NotUntil<governor::clock::QuantaInstant>) -> u64 {
 }
 
 /// Addresses that need no key: what load balancers ask, and links that carry their own permission.
-fn open(path: &str) -> bool {
+pub(super) fn open(path: &str) -> bool {
     let path = path.trim_start_matches("/v1");
     path.starts_with("/health")
         || path.starts_with("/outputs/")

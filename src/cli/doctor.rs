@@ -12,8 +12,8 @@ use crate::ops::doctor::{Finding, Verdict, examine};
 
 /// Look at this machine: device, driver, memory, models, disks, database, keys, port
 ///
-/// Nothing is changed but the data folder and its database, which are made if they are not there. The exit code is 1 if something is
-/// bad.
+/// Makes the data folder, its database, the cache and Hugging Face's cache where they are not there, and brings a database of an older
+/// version forward. Nothing else is changed. The exit code is 1 if something is bad.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// As for serve

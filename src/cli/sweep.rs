@@ -72,7 +72,9 @@ enum Verb {
     ///
     /// Pairs the pictures that agree in every setting that varies in either run; what was fixed differently in them is what is compared.
     Compare {
+        /// The folder of the first run, as given with -o
         run_a: PathBuf,
+        /// The folder of the second; differences are B minus A
         run_b: PathBuf,
         /// Print one JSON object
         #[arg(long)]

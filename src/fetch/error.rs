@@ -96,6 +96,11 @@ pub enum Error {
     Cancelled,
     #[error("the client cannot be made")]
     Client(#[source] reqwest::Error),
+    /// A fault of this process, not of a file or the network.
+    #[error("{0}")]
+    Own(&'static str, #[source] io::Error),
+    #[error("the tokens of this request cannot be read with this data folder's `secret`; send the request again")]
+    Tokens,
 }
 
 const FORMS: &str = "give a file's path, an https link, owner/repo on Hugging Face, civitai:ID, or s3://bucket/key";
@@ -125,7 +130,8 @@ impl Error {
             Self::Store { .. } => "store_error",
             Self::DiskFull { .. } => "storage_full",
             Self::Cancelled => "cancelled",
-            Self::NoCache | Self::Write { .. } | Self::Unpack(_) | Self::Client(_) => "failed",
+            Self::Tokens => "tokens_unreadable",
+            Self::NoCache | Self::Write { .. } | Self::Unpack(_) | Self::Client(_) | Self::Own(..) => "failed",
         }
     }
 

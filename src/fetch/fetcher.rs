@@ -105,7 +105,7 @@ impl Fetcher {
         told: impl FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Fetched, Arc<Error>> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let failed = |source| Arc::new(Error::Read { path: "a socket".into(), source });
+        let failed = |source| Arc::new(Error::Own("a download cannot be begun", source));
         runtime.map_err(failed)?.block_on(self.get(reference, credentials, told))
     }
 
@@ -264,6 +264,7 @@ impl Inner {
                 Kind::Archive => unpack(&cache, &from),
                 Kind::WebPage => Err(Error::Foreign("a web page, perhaps to log in")),
                 Kind::Foreign(what) => Err(Error::Foreign(what)),
+                Kind::Unknown => Err(Error::Foreign("an unknown kind of file")),
             }
         });
         let held = held.await;
@@ -300,6 +301,7 @@ fn unpack(cache: &Cache, from: &Path) -> Result<Held, Error> {
         Kind::Archive => Err(Error::Foreign("an archive in an archive")),
         Kind::WebPage => Err(Error::Foreign("a web page")),
         Kind::Foreign(what) => Err(Error::Foreign(what)),
+        Kind::Unknown => Err(Error::Foreign("an unknown kind of file")),
     }
 }
 
@@ -331,6 +333,6 @@ fn named(reference: &Reference) -> String {
 }
 
 async fn blocking<R: Send + 'static>(work: impl FnOnce() -> Result<R, Error> + Send + 'static) -> Result<R, Error> {
-    let panicked = |error| Err(Error::Read { path: "a file".into(), source: io::Error::other(error) });
+    let panicked = |error| Err(Error::Own("the work on a file broke off", io::Error::other(error)));
     spawn_blocking(work).await.unwrap_or_else(panicked)
 }

@@ -25,7 +25,7 @@ fn is_archive(path: &Path, head: &[u8]) -> bool {
     let named = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("tar"));
     match sniff::kind(head) {
         Kind::Archive => true,
-        Kind::Foreign("an unknown kind of file") => named,
+        Kind::Unknown => named,
         _ => false,
     }
 }

@@ -10,6 +10,8 @@ pub(super) enum Kind {
     Archive,
     WebPage,
     Foreign(&'static str),
+    /// Nothing that is known by its first bytes.
+    Unknown,
 }
 
 pub(super) fn kind(head: &[u8]) -> Kind {
@@ -25,10 +27,11 @@ pub(super) fn kind(head: &[u8]) -> Kind {
     if begins("<!doctype html") || begins("<html") || begins("<head") || begins("<body") {
         return Kind::WebPage;
     }
-    let signs: [(&[u8], &str); 9] = [
+    let signs: [(&[u8], &str); 10] = [
         (b"PK\x03\x04", "a zip file or a PyTorch pickle, which can run code when opened"),
         (b"\x80\x02", "a Python pickle, which can run code when opened"),
         (b"\x80\x04", "a Python pickle, which can run code when opened"),
+        (b"\x80\x05", "a Python pickle, which can run code when opened"),
         (
             b"version https://git-lfs",
             "a git-lfs pointer, not the file that it points to (use the download link, or: git lfs pull)",
@@ -42,13 +45,13 @@ pub(super) fn kind(head: &[u8]) -> Kind {
     if let Some((_, what)) = signs.iter().find(|(sign, _)| head.starts_with(sign)) {
         return Kind::Foreign(what);
     }
-    Kind::Foreign(match text {
-        [] => "empty",
-        [b'{' | b'[', ..] => "a JSON text, perhaps an error message",
-        [b'<', ..] => "an XML text, perhaps an error message",
-        text if text.iter().all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace()) => "a text",
-        _ => "an unknown kind of file",
-    })
+    match text {
+        [] => Kind::Foreign("empty"),
+        [b'{' | b'[', ..] => Kind::Foreign("a JSON text, perhaps an error message"),
+        [b'<', ..] => Kind::Foreign("an XML text, perhaps an error message"),
+        text if text.iter().all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace()) => Kind::Foreign("a text"),
+        _ => Kind::Unknown,
+    }
 }
 
 #[cfg(test)]
@@ -68,15 +71,16 @@ mod tests {
         for (head, part) in [
             (&b"PK\x03\x04"[..], "pickle"),
             (b"\x80\x02}", "pickle"),
+            (b"\x80\x05\x95", "pickle"),
             (b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs"),
             (b"{\"error\":\"Unauthorized\"}", "JSON"),
             (b"<?xml version=\"1.0\"?><Error>", "XML"),
             (b"Not found", "a text"),
             (b"", "empty"),
-            (b"\x01\x02\x03", "unknown"),
-            (b"\xff\xff\xff\xff\xff\xff\xff\xff{", "unknown"),
         ] {
             assert!(matches!(kind(head), Kind::Foreign(what) if what.contains(part)), "{head:?}");
         }
+        assert_eq!(kind(b"\x01\x02\x03"), Kind::Unknown);
+        assert_eq!(kind(b"\xff\xff\xff\xff\xff\xff\xff\xff{"), Kind::Unknown);
     }
 }

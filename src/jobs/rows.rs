@@ -18,7 +18,8 @@ pub(super) fn job(row: &AnyRow) -> Result<Job, Error> {
     };
     let webhook = maybe("webhook")?.map(|url| -> Result<Webhook, Error> {
         let events = text("webhook_events")?;
-        Ok(Webhook { url, events: events.split_whitespace().filter_map(|event| event.parse::<Event>().ok()).collect() })
+        let events = events.split_whitespace().map(str::parse::<Event>).collect::<Result<Vec<_>, _>>();
+        Ok(Webhook { url, events: events.map_err(|()| Error::Damaged("webhook_events"))? })
     });
     Ok(Job {
         id: text("id")?.parse().map_err(|()| Error::Damaged("id"))?,

@@ -80,8 +80,7 @@ struct Card {
 
     ~Card() {
         const char *path = setting("CARD_LOG", "");
-        if (!*path) return;
-        FILE *log = fopen(path, "w");
+        FILE *log = *path ? fopen(path, "w") : nullptr;
         if (!log) return;
         fprintf(log, "{\"most_bytes\": %zu, \"largest_bytes\": %zu, \"left_bytes\": %zu, \"sent_bytes\": %zu, \"refused\": %zu, \"launches\": {",
                 most, largest, used, sent, refused);

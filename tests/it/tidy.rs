@@ -1,4 +1,4 @@
-//! The walls of the house: who may import whom, how long a file may be, what must not be left behind.
+//! The walls of the house: who may import whom, how long a file may be, and that the table of faults names tests that are there.
 
 use std::path::{Path, PathBuf};
 
@@ -122,7 +122,7 @@ fn manifests_keep_the_walls() {
 
 #[test]
 fn files_are_short() {
-    let long: Vec<String> = sources(root(), &["rs", "py", "cu", "metal"])
+    let long: Vec<String> = sources(root(), &["rs", "py", "cu", "cuh", "cpp", "hpp", "metal"])
         .into_iter()
         .filter_map(|path| {
             let lines = std::fs::read_to_string(&path).unwrap().lines().count();
@@ -130,4 +130,24 @@ fn files_are_short() {
         })
         .collect();
     assert!(long.is_empty(), "{long:#?}");
+}
+
+/// Every `file::test`, `folder::module` and `file.rs` of the table.
+#[test]
+fn the_table_of_faults_names_what_is_there() {
+    let table = std::fs::read_to_string(root().join("docs/faults.md")).unwrap();
+    let plain = |name: &&str| name.chars().all(|c| c.is_ascii_alphanumeric() || "_:.*".contains(c));
+    let (tests, program) = (root().join("tests/it"), root().join("src"));
+    for name in table.split('`').skip(1).step_by(2).filter(plain) {
+        let there = match name.split_once("::") {
+            Some((file, test)) => {
+                let text = std::fs::read_to_string(tests.join(file).with_extension("rs")).unwrap_or_default();
+                let module = program.join(name.replace("::", "/"));
+                let shown = if test == "*" { !text.is_empty() } else { text.contains(&format!("fn {test}()")) };
+                shown || module.is_dir() || module.with_extension("rs").is_file()
+            }
+            None => !name.ends_with(".rs") || tests.join(name).is_file(),
+        };
+        assert!(there, "docs/faults.md names {name}");
+    }
 }

@@ -242,14 +242,12 @@ fn attention_of_views_and_large_scores() {
     let all = (random(&[1, l, 3 * h * e]) * 8.).unwrap().to_dtype(DType::BF16).unwrap();
     let part = |i: usize| all.narrow(2, i * h * e, h * e).unwrap().reshape((1, l, h, e)).unwrap().transpose(1, 2).unwrap();
     let op = |x: [Tensor; 3]| attention(&x[0], &x[1], &x[2], 1., None).unwrap();
-    let strided = [0, 1, 2].map(|i| all.clone().narrow(2, i * h * e, h * e).unwrap());
     let want = op([part(0), part(1), part(2)].map(|x| to_f32(&x)));
     for (place, run) in places() {
         let all = all.to_device(&place).unwrap();
         let part = |i: usize| all.narrow(2, i * h * e, h * e).unwrap().reshape((1, l, h, e)).unwrap().transpose(1, 2).unwrap();
         assert!(relative(&run(&|| op([part(0), part(1), part(2)])), &want) < 6e-3, "{place:?}");
     }
-    assert_eq!(strided[1].layout().start_offset(), h * e);
 }
 
 /// On a card with cuDNN.

@@ -13,7 +13,7 @@ use crate::api::replicate::{self, Served};
 use crate::api::submit::{Sent, check_order, decoding};
 use crate::hex::hex;
 use crate::image;
-use crate::ops::serve::{LONGEST_PROMPT, MOST_LORAS, Order, OrderedLora, Tokens};
+use crate::ops::serve::{LONGEST_PROMPT, MOST_LORAS, MOST_PICTURE, Order, OrderedLora, Tokens};
 use crate::ops::{generate, near};
 
 /// More bring nothing.
@@ -21,9 +21,6 @@ const MOST_STEPS: u64 = 100;
 
 /// Largest side of a picture.
 const MOST_SIDE: usize = 2048;
-
-/// Largest part of a form that is a picture, in bytes.
-const MOST_PICTURE: usize = 20 << 20;
 
 /// A checked request.
 #[derive(Debug)]
@@ -179,7 +176,11 @@ impl Request {
             without_lora,
             fast: false,
             loras,
-            prompt_strength: if image.is_some() { Some(number("prompt_strength", 1e-6, 1.0)?.unwrap_or(0.8)) } else { None },
+            prompt_strength: if image.is_some() {
+                Some(number("prompt_strength", 1e-6, 1.0)?.unwrap_or(generate::PROMPT_STRENGTH))
+            } else {
+                None
+            },
             image: image.as_ref().map(|sent| sent.origin.clone()),
             mask: mask.as_ref().map(|sent| sent.origin.clone()),
             previews: self.stream && self.partial_images > 0,

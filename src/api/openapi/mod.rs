@@ -12,8 +12,9 @@ use utoipa::openapi::{
     Schema, ServerBuilder,
 };
 
-use self::routes::{JSON, OPEN, PROBLEM, ROUTES, Route};
+use self::routes::{JSON, PROBLEM, QUERIES, ROUTES, Route};
 use self::schemas::schemas;
+use crate::api::auth::open;
 
 pub(in crate::api) fn document() -> OpenApi {
     let mut paths = PathsBuilder::new();
@@ -63,13 +64,22 @@ fn operation(route: &Route) -> utoipa::openapi::path::Operation {
         let parameter = ParameterBuilder::new().name(name).parameter_in(ParameterIn::Path).required(Required::True);
         operation = operation.parameter(parameter.schema(Some(read(json!({ "type": "string", "minLength": 1 })))));
     }
+    let queries = QUERIES.iter().filter(|(path, _)| route.method == HttpMethod::Get && *path == route.path);
+    for name in queries.flat_map(|(_, names)| *names) {
+        let schema = match *name {
+            "cursor" => json!({ "type": "string" }),
+            _ => json!({ "type": "string", "format": "date-time" }),
+        };
+        let parameter = ParameterBuilder::new().name(*name).parameter_in(ParameterIn::Query).required(Required::False);
+        operation = operation.parameter(parameter.schema(Some(read(schema))));
+    }
     if let Some((kind, schema)) = route.body {
         let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(schema))).build();
         operation =
             operation.request_body(Some(RequestBodyBuilder::new().content(kind, content).required(Some(Required::True)).build()));
     }
     let mut answers: Vec<_> = route.answers.to_vec();
-    if OPEN.contains(&route.path) {
+    if open(route.path) {
         operation = operation.securities(Some(Vec::<SecurityRequirement>::new()));
     } else {
         operation = operation.security(SecurityRequirement::new("key", Vec::<String>::new()));

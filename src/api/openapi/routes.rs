@@ -120,6 +120,14 @@ pub(super) const ROUTES: &[Route] = &[
     route(GET, "/v1/models/{owner}/{name}/versions/{id}", "Replicate", "A version, with its openapi_schema.", None, OBJECT),
     route(
         POST,
+        "/v1/models/{owner}/{name}/versions/{id}/trainings",
+        "Replicate",
+        "Not done here.",
+        None,
+        &[("501", PROBLEM, "Problem")],
+    ),
+    route(
+        POST,
         "/v1/files",
         "Replicate",
         "Keep a file for a day, for the inputs of predictions.",
@@ -159,6 +167,14 @@ pub(super) const ROUTES: &[Route] = &[
         None,
         STREAM,
     ),
+    route(
+        GET,
+        "/outputs/{job}/{name}",
+        "Replicate, OpenAI, darkroom",
+        "A picture; the link's signature is the permission.",
+        None,
+        &[("200", "image/*", ""), ("404", PROBLEM, "Problem")],
+    ),
     route(GET, "/v1/account", "Replicate", "Whose key it is.", None, OBJECT),
     route(GET, "/v1/hardware", "Replicate", "This machine.", None, &[("200", JSON, "")]),
     route(GET, "/v1/collections", "Replicate", "None.", None, LIST),
@@ -174,6 +190,7 @@ pub(super) const ROUTES: &[Route] = &[
         IMAGES,
     ),
     route(POST, "/v1/images/edits", "OpenAI", "Pictures from a picture, with a mask or without.", Some((FORM, "Edit")), IMAGES),
+    route(POST, "/v1/images/variations", "OpenAI", "Not done here.", None, &[("501", JSON, "OpenAiError")]),
     route(GET, "/v1/models/{name}", "OpenAI", "A model.", None, &[("200", JSON, "Object"), ("404", JSON, "OpenAiError")]),
     route(GET, "/", "Cog", "What is where.", None, OBJECT),
     route(POST, "/predictions", "Cog", "Predict, and answer when it is done.", Some((JSON, "CogRequest")), COG),
@@ -258,6 +275,9 @@ pub(super) const ROUTES: &[Route] = &[
     ),
 ];
 
-/// Addresses that need no key.
-pub(super) const OPEN: [&str; 5] =
-    ["/health/live", "/health/ready", "/health-check", "/v1/files/{id}/download", "/v1/files/{id}/stream"];
+/// What lists may be asked for: address, and names of queries.
+pub(super) const QUERIES: &[(&str, &[&str])] = &[
+    ("/v1/predictions", &["cursor", "created_after", "created_before"]),
+    ("/predictions", &["cursor", "created_after", "created_before"]),
+    ("/v1/files", &["cursor"]),
+];

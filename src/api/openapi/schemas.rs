@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::api::replicate::Served;
+use crate::ops::serve::LONGEST_PROMPT;
 
 /// A model's input, with its choices in place.
 fn input(name: &str) -> Value {
@@ -58,7 +59,11 @@ pub(super) fn schemas() -> Vec<(&'static str, Value)> {
     let lora = object(&["weights"], json!({ "weights": text, "scale": { "type": "number", "minimum": -10, "maximum": 10 } }));
     let generation = json!({
         "model": { "type": "string", "enum": ["flux-dev-lora", "flux-dev", "flux-schnell-lora", "flux-schnell"] },
-        "prompt": { "type": "string", "minLength": 1, "maxLength": 8192 },
+        "prompt": {
+            // The limit is bytes, of which a character has one or more.
+            "type": "string", "description": format!("At most {LONGEST_PROMPT} bytes of UTF-8."),
+            "minLength": 1, "maxLength": LONGEST_PROMPT,
+        },
         "n": { "type": "integer", "minimum": 1, "maximum": 10 },
         "size": { "type": "string", "examples": ["auto", "1024x768"] },
         "response_format": { "type": "string", "enum": ["b64_json", "url"] },

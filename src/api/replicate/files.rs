@@ -108,7 +108,7 @@ async fn read(mut multipart: Multipart) -> Result<Sent, Problem> {
     Ok(form)
 }
 
-async fn list(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Query(page): Query<Page>) -> Answer {
+async fn list(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, page: Page) -> Answer {
     let mut uploads = server.store.uploads(&caller.tenant, page.cursor()?.as_ref(), PAGE + 1).await?;
     let more = uploads.len() > PAGE as usize;
     uploads.truncate(PAGE as usize);

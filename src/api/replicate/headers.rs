@@ -35,12 +35,9 @@ pub(super) fn wait(headers: &HeaderMap) -> Result<Option<Duration>, Problem> {
         match part.split_once('=') {
             None if part.eq_ignore_ascii_case("wait") => return Ok(Some(Duration::from_secs(LONGEST_WAIT))),
             Some((name, seconds)) if name.trim().eq_ignore_ascii_case("wait") => {
-                let seconds: u64 = seconds
-                    .trim()
-                    .parse()
-                    .ok()
-                    .filter(|seconds| (1..=99).contains(seconds))
-                    .ok_or_else(|| Problem::invalid("invalid", "", "Prefer must be wait, or wait=n with n from 1 to 60"))?;
+                let wrong =
+                    || Problem::invalid("invalid", "", "Prefer must be wait, or wait=n with n from 1 to 99; above 60 is 60");
+                let seconds: u64 = seconds.trim().parse().ok().filter(|seconds| (1..=99).contains(seconds)).ok_or_else(wrong)?;
                 return Ok(Some(Duration::from_secs(seconds.min(LONGEST_WAIT))));
             }
             _ => {}

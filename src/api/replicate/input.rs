@@ -99,7 +99,7 @@ pub(in crate::api) fn order(
         text("aspect_ratio").unwrap_or("1:1").parse().map_err(|e: String| faulty("input.aspect_ratio", &e))?;
     let megapixels = if text("megapixels") == Some("0.25") { Megapixels::Quarter } else { Megapixels::One };
     // At 0 the picture is kept: one step with next to no noise.
-    let strength = number("prompt_strength").unwrap_or(0.8).max(1e-6);
+    let strength = number("prompt_strength").unwrap_or(generate::PROMPT_STRENGTH).max(1e-6);
     let mut loras = Vec::new();
     for (weights, scale) in [("lora_weights", "lora_scale"), ("hf_lora", "lora_scale"), ("extra_lora", "extra_lora_scale")] {
         if let Some(reference) = text(weights) {

@@ -15,8 +15,9 @@ mod stream;
 use std::ops::Range;
 use std::sync::Arc;
 
-use axum::extract::{Path, Query, State};
+use axum::extract::{FromRequestParts, Path, Query, State};
 use axum::http::HeaderMap;
+use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -117,6 +118,15 @@ pub(super) struct Page {
     created_before: Option<String>,
 }
 
+impl<S: Send + Sync> FromRequestParts<S> for Page {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let query = Query::<Self>::from_request_parts(parts, state).await;
+        query.map(|Query(page)| page).map_err(|_| Problem::invalid("invalid", "", "the query cannot be read"))
+    }
+}
+
 impl Page {
     fn cursor(&self) -> Result<Option<JobId>, Problem> {
         let wrong = |()| Problem::invalid("invalid", "cursor", "is none that this server gave");
@@ -149,12 +159,7 @@ fn moment(field: &str, text: Option<&str>) -> Result<Option<i64>, Problem> {
     Ok(Some(time.timestamp_millis()))
 }
 
-pub(super) async fn list(
-    State(server): State<Arc<Server>>,
-    caller: Caller,
-    headers: HeaderMap,
-    Query(page): Query<Page>,
-) -> Answer {
+pub(super) async fn list(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, page: Page) -> Answer {
     let mut jobs = server.store.list_made(&caller.tenant, page.made()?, page.cursor()?.as_ref(), PAGE + 1).await?;
     let more = jobs.len() > PAGE as usize;
     jobs.truncate(PAGE as usize);

@@ -7,8 +7,8 @@ use crate::ops::models::Model;
 /// A picture and what is made of it: three channels in f32, in bytes, and the encoded file.
 const BYTES_PER_PIXEL: u64 = 3 * 4 + 3 + 3;
 
-/// Widths of a token's activations that are alive at once inside a block, in multiples of the hidden width: the stream,
-/// its normed copy, queries, keys, values, the attended values and the MLP's inner layer.
+/// Widths of a token's activations that are alive at once inside a block, in multiples of the hidden width: the stream (1), queries,
+/// keys and values (3) beside the MLP's inner layer (4), the former once more by heads (3), and the attended values (1).
 const HIDDEN_WIDTHS: u64 = 12;
 
 const F32_BYTES: u64 = 4;

@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::{Lora, Sources, target};
 use crate::config::Config;
 use crate::engine::Selected;
-use crate::fetch::Progress;
+use crate::fetch::{self, Progress};
 use crate::ops::{Error, files, models};
 
 #[derive(Debug, Clone)]
@@ -46,6 +46,8 @@ pub fn merge(
     let out = order.out.as_path();
     let folder = target::check(out, order.force)?;
     let selected = Sources::new(config).open(&order.loras, told)?;
+    let names: Vec<String> = order.loras.iter().map(|lora| fetch::shown(&lora.reference)).collect();
+    let names = names.join(", ");
     let mut remarks: Vec<String> = selected.iter().flat_map(|selected| selected.adapter.report.warnings()).collect();
     let bundle = &model.bundle;
     let mut changed = 0;
@@ -63,7 +65,7 @@ pub fn merge(
         };
         let temporary = files::temporary(folder).map_err(|source| Error::Write { path: out.into(), source })?;
         let to = |_: &Path| Ok(temporary.path().to_owned());
-        changed += bake(Component::Transformer, &bundle.transformer, &selected, &mut remarks, &to)?;
+        changed += bake(Component::Transformer, &bundle.transformer, &names, &selected, &mut remarks, &to)?;
         files::finish(temporary, out, order.force)?;
     } else {
         let root = root(&bundle.transformer).ok_or_else(|| Error::Combination {
@@ -79,7 +81,7 @@ pub fn merge(
                 continue;
             }
             let to = |path: &Path| path.strip_prefix(&root).map(|inside| temporary.path().join(inside)).map_err(|_| unlike(path));
-            changed += bake(component, files, &selected, &mut remarks, &to)?;
+            changed += bake(component, files, &names, &selected, &mut remarks, &to)?;
         }
         copy_rest(&root, temporary.path())?;
         if out.exists() {
@@ -90,16 +92,17 @@ pub fn merge(
     Ok(MergedModel { path: out.into(), tensors_changed: changed, bytes: size(out), remarks })
 }
 
-/// Writes each file of a component to where `place` says.
+/// Writes each file of a component to where `place` says. `names` are the adapters' references.
 fn bake(
     component: Component,
     files: &Files,
+    names: &str,
     selected: &[Selected],
     remarks: &mut Vec<String>,
     place: &dyn Fn(&Path) -> Result<PathBuf, Error>,
 ) -> Result<usize, Error> {
     let checkpoint = files.checkpoint()?;
-    let refused = |source| Error::Lora { reference: "merge".into(), source: Box::new(source) };
+    let refused = |source| Error::Lora { reference: names.into(), source: Box::new(source) };
     let baking = Baking::new(component, &checkpoint, selected).map_err(refused)?;
     remarks.extend(baking.notes.iter().cloned());
     for (i, path) in checkpoint.paths().into_iter().enumerate() {

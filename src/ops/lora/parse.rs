@@ -1,6 +1,6 @@
 //! Which adapters a user asks for, and how strong.
 
-use models::lora::{Scales, parse_blocks};
+use models::lora::{BLOCKS, Scales, parse_blocks};
 
 use crate::ops::Error;
 
@@ -23,13 +23,14 @@ pub fn parse(texts: &[String], text_scale: Option<f64>, blocks: Option<&str>) ->
     needs("lora-text-scale", text_scale.is_some())?;
     needs("lora-blocks", blocks.is_some())?;
     let blocks = blocks.map(|text| {
-        parse_blocks(text).map_err(|reason| Error::invalid("lora-blocks", &text, format!("57 numbers or ranges ({reason})")))
+        parse_blocks(text)
+            .map_err(|reason| Error::invalid("lora-blocks", &text, format!("{BLOCKS} numbers or ranges ({reason})")))
     });
     let blocks = blocks.transpose()?;
     texts.iter().map(|text| one(text, text_scale, blocks.as_deref())).collect()
 }
 
-fn one(text: &str, text_scale: Option<f64>, blocks: Option<&[f64; 57]>) -> Result<Lora, Error> {
+fn one(text: &str, text_scale: Option<f64>, blocks: Option<&[f64; BLOCKS]>) -> Result<Lora, Error> {
     // A file's name may have an @ itself: only a number behind the last one is a scale.
     let (reference, scale) = match text.rsplit_once('@').map(|(reference, scale)| (reference, scale.trim().parse::<f64>())) {
         Some((reference, Ok(scale))) => (reference, scale),

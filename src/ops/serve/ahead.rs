@@ -137,7 +137,7 @@ pub(super) fn look_ahead(
         };
         let loras = runtime.block_on(order.loras_from(blobs))?;
         sources
-            .open_as(&loras, &credentials(&order, secret), &mut { go_on })
+            .open_as(&loras, &credentials(&order, secret)?, &mut { go_on })
             .map_err(|error| if late() { too_slow(error) } else { error })
     };
     while !stop.load(Ordering::SeqCst) {

@@ -9,6 +9,7 @@ mod sign;
 mod worker;
 
 pub use order::{LONGEST_PROMPT, MOST_LORAS, Order, OrderedLora, Origin, Tokens};
+pub use run::MOST_PICTURE;
 pub use secret::Secret;
 pub use sign::Sign;
 pub use worker::{Work, outputs, preview, work};

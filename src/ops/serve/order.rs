@@ -234,23 +234,11 @@ fn fit(width: u32, height: u32) -> (usize, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::serve::Secret;
+    use crate::ops::serve::run::credentials;
 
-    #[test]
-    fn pictures_to_start_from_set_the_size() {
-        for ((width, height), size) in [
-            ((1600, 1000), (1440, 896)),
-            ((500, 333), (496, 336)),
-            ((4000, 3000), (1440, 1088)),
-            ((1080, 1920), (816, 1440)),
-            ((3, 5), (16, 16)),
-        ] {
-            assert_eq!(fit(width, height), size, "{width} x {height}");
-        }
-    }
-
-    #[test]
-    fn what_no_request_may_hold() {
-        let order = Order {
+    fn order() -> Order {
+        Order {
             prompt: "x".into(),
             size: Some((64, 64)),
             steps: 1,
@@ -267,7 +255,25 @@ mod tests {
             fast: false,
             previews: false,
             tokens: None,
-        };
+        }
+    }
+
+    #[test]
+    fn pictures_to_start_from_set_the_size() {
+        for ((width, height), size) in [
+            ((1600, 1000), (1440, 896)),
+            ((500, 333), (496, 336)),
+            ((4000, 3000), (1440, 1088)),
+            ((1080, 1920), (816, 1440)),
+            ((3, 5), (16, 16)),
+        ] {
+            assert_eq!(fit(width, height), size, "{width} x {height}");
+        }
+    }
+
+    #[test]
+    fn what_no_request_may_hold() {
+        let order = order();
         order.check().unwrap();
         let lora = |reference: &str| OrderedLora::new(reference, 1.0);
         for local in ["/etc/passwd", "./x.safetensors", "file:///etc/passwd", "s3://operators/private.safetensors", "~/x", "x"] {
@@ -280,5 +286,19 @@ mod tests {
         assert!(Order { loras: vec![lora("a/b"); 9], ..order.clone() }.check().is_err());
         assert!(Order { prompt: "x".repeat(8193), ..order.clone() }.check().is_err());
         assert!(Order { prompt: "a\0b".into(), ..order }.check().is_err());
+    }
+
+    #[test]
+    fn tokens_that_another_secret_sealed_are_not_taken_for_none() {
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let [own, other] = folders.each_ref().map(|folder| Secret::of(folder.path()).unwrap());
+        let tokens = Tokens { hub: Some("hf_token".into()), civitai: None };
+        let sealed = own.seal(&serde_json::to_string(&tokens).unwrap()).unwrap();
+        let sent = Order { tokens: Some(sealed), loras: vec![OrderedLora::new("a/b", 1.0)], ..order() };
+        assert!(credentials(&sent, &own).unwrap().hub.is_some());
+        let error = credentials(&sent, &other).unwrap_err();
+        assert!(error.told().contains("`secret`") && error.is_lora(), "{}", error.told());
+        // Nobody asks for them.
+        assert!(credentials(&Order { loras: Vec::new(), ..sent }, &other).unwrap().hub.is_none());
     }
 }

@@ -1,6 +1,7 @@
 //! One accepted job, from its order to its stored pictures.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -20,8 +21,8 @@ use crate::ops::generate::{self, Picture, Setting};
 use crate::ops::lora::Sources;
 use crate::ops::{Error, models};
 
-/// Largest file of a picture to start from, in bytes.
-const MOST_PICTURE: usize = 20 << 20;
+/// Largest file of a picture to start from, by link or in a form, in bytes.
+pub const MOST_PICTURE: usize = 20 << 20;
 
 /// For a picture to start from, and for a job's LoRAs, to arrive: the device waits meanwhile. What came of a LoRA is kept, so that a
 /// second attempt goes on from there.
@@ -56,9 +57,12 @@ pub(super) struct Done {
 }
 
 /// Of the request itself; this machine's are not for it.
-pub(super) fn credentials(order: &Order, secret: &Secret) -> Credentials {
-    let opened = order.tokens.as_deref().and_then(|sealed| secret.open(sealed));
-    opened.and_then(|text| serde_json::from_str::<Tokens>(&text).ok()).unwrap_or_default().credentials()
+pub(super) fn credentials(order: &Order, secret: &Secret) -> Result<Credentials, Error> {
+    let (Some(sealed), Some(lora)) = (&order.tokens, order.loras.first()) else { return Ok(Credentials::default()) };
+    let tokens = secret.open(sealed).and_then(|text| serde_json::from_str::<Tokens>(&text).ok());
+    // Without them it would be told that it has none.
+    let unreadable = || Error::Fetch { reference: fetch::shown(&lora.reference), source: Arc::new(fetch::Error::Tokens) };
+    Ok(tokens.ok_or_else(unreadable)?.credentials())
 }
 
 impl Runner<'_> {
@@ -186,7 +190,7 @@ impl Runner<'_> {
         let begun = Instant::now();
         let (mut look, mut late) = (PATIENCE, false);
         let loras = self.runtime.block_on(order.loras_from(&self.work.blobs))?;
-        let fetched = self.sources.open_as(&loras, &credentials(order, &self.work.secret), &mut |progress| {
+        let fetched = self.sources.open_as(&loras, &credentials(order, &self.work.secret)?, &mut |progress| {
             news.at(json!({ "stage": "fetching", "done": progress.done, "total": progress.total }));
             (self.tell)(Sign::Alive);
             let elapsed = begun.elapsed();

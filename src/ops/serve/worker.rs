@@ -71,7 +71,8 @@ pub fn work(
     let device = work.machine.open()?;
     let plan = work.machine.plan(&model, &device, work.precision)?;
     let pipeline = Pipeline::load(&model.bundle, &device, plan, &mut |_| {})?;
-    let digest = models::digest(&model.bundle, config.cache.as_deref()).ok();
+    let digest = models::digest(&model.bundle, config.cache.as_deref());
+    let digest = digest.inspect_err(|error| tracing::warn!(%error, "the model has no digest")).ok();
     let sources = Sources::for_strangers(config);
     let web = Web::new(config.private_urls, Limits::default()).map_err(|source| Error::Image { field: "image", source })?;
     let ready = ahead::Ahead::default();

@@ -437,6 +437,7 @@ mod tests {
                     prop_assert_eq!(cells.iter().filter(|cell| cell[i] == value).count(), count / length);
                 }
             }
+            cells.sort();
             cells.dedup();
             prop_assert_eq!(cells.len(), count);
         }
