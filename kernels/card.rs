@@ -27,7 +27,7 @@ fn free_on_card(card: &candle_core::CudaDevice) -> Option<u64> {
     let stream = card.cuda_stream();
     // The query answers for the context that is current on this thread.
     stream.context().bind_to_thread().ok()?;
-    let kept = if crate::launch::fused() { kept_memory(stream.context()).unwrap_or(0) } else { 0 };
+    let kept = kept_memory(stream.context()).unwrap_or(0);
     driver::result::mem_get_info().ok().map(|(free, _)| free as u64 + kept)
 }
 
@@ -88,25 +88,42 @@ pub fn machine(device: &Device) -> candle_core::Result<String> {
     if let Device::Cuda(cuda) = device {
         use candle_core::cuda_backend::WrapErr;
 
-        let (name, mut version) = (cuda.cuda_stream().context().name().w()?, 0);
-        // SAFETY: it writes one number.
-        #[expect(unsafe_code, reason = "a call of the driver")]
-        unsafe { driver::sys::cuDriverGetVersion(&raw mut version) }.result().w()?;
+        let (name, version) = (cuda.cuda_stream().context().name().w()?, driver_version().w()?);
         return Ok(format!("{name}-driver-{version}"));
     }
     candle_core::bail!("{device:?} is no CUDA card")
 }
 
+/// The newest CUDA that the driver knows: 13000 is 13.0.
+#[cfg(feature = "cuda")]
+fn driver_version() -> Result<i32, driver::DriverError> {
+    let mut version = 0;
+    // SAFETY: it writes one number.
+    #[expect(unsafe_code, reason = "a call of the driver")]
+    unsafe { driver::sys::cuDriverGetVersion(&raw mut version) }.result()?;
+    Ok(version)
+}
+
+/// The CUDA that this program is built with: libraries of the same, and kernels that older drivers do not read.
+#[cfg(feature = "cuda")]
+const BUILT_WITH: i32 = driver::sys::CUDA_VERSION as i32;
+
 /// Opens the CUDA card of this number; the error says what is missing.
 #[cfg(feature = "cuda")]
 pub fn open_cuda(ordinal: usize) -> Result<Device, String> {
+    let knows = driver_version().map_err(|e| e.to_string())?;
+    if knows / 1000 < BUILT_WITH / 1000 {
+        let [knows, needs] = [knows, BUILT_WITH].map(|version| format!("{}.{}", version / 1000, version % 1000 / 10));
+        return Err(format!("the NVIDIA driver is for CUDA {knows}, this program for {needs}; take a newer driver (580 for CUDA 13.0)"));
+    }
     let context = driver::CudaContext::new(ordinal).map_err(|e| e.to_string())?;
     let name = context.name().map_err(|e| e.to_string())?;
     capable(&name, context.compute_capability().map_err(|e| e.to_string())?)?;
     // A stream of its own: the default one would be another in each thread.
     let device = Device::new_cuda_with_stream(ordinal).map_err(|e| e.to_string())?;
-    if let (Device::Cuda(cuda), true) = (&device, crate::launch::fused()) {
-        // Two events for every allocation say what other streams may do with it; there is one stream.
+    if let Device::Cuda(cuda) = &device {
+        // Two events for every allocation say what other streams may do with it; there is one stream, and the one of transfer.rs, which
+        // sees to its order itself.
         // SAFETY: every tensor of a device is made, used and freed on its one stream.
         #[expect(unsafe_code, reason = "see above")]
         unsafe {

@@ -96,9 +96,9 @@ fn parse(config: &Config) -> Result<Cli, clap::Error> {
     Cli::from_arg_matches(&Cli::command().color(color).try_get_matches()?)
 }
 
-/// What `RUST_LOG` asks for, on standard error; without it nothing, but of a service what its operator must know.
+/// What `RUST_LOG` asks for, on standard error; without it of a service what its operator must know, else only why no card is used.
 fn log(config: &Config, service: bool) {
-    let Some(filter) = config.log.as_deref().or(service.then_some("warn")) else { return };
+    let filter = config.log.as_deref().unwrap_or(if service { "warn" } else { "off,darkroom::engine::device=warn" });
     let color = !config.no_color && std::io::stderr().is_terminal();
     let subscriber = tracing_subscriber::fmt().with_env_filter(EnvFilter::new(filter)).with_writer(std::io::stderr);
     if config.log_json { subscriber.json().init() } else { subscriber.with_ansi(color).init() }

@@ -152,6 +152,7 @@ struct Description {
     cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     const void *bias = nullptr;
     const float *a_scale = nullptr, *b_scale = nullptr;
+    int8_t fast = 0; // sums are exact here either way
     cublasLtMatmulMatrixScale_t a_mode = CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F, b_mode = CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F;
 };
 
@@ -180,6 +181,7 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t of, cublasLtM
     case CUBLASLT_MATMUL_DESC_BIAS_POINTER: return set(d.bias);
     case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER: return set(d.a_scale);
     case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER: return set(d.b_scale);
+    case CUBLASLT_MATMUL_DESC_FAST_ACCUM: return set(d.fast);
     case CUBLASLT_MATMUL_DESC_A_SCALE_MODE: return set(d.a_mode);
     case CUBLASLT_MATMUL_DESC_B_SCALE_MODE: return set(d.b_mode);
     default: return refuse("cuBLASLt: an attribute that nobody has described");

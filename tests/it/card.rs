@@ -263,6 +263,11 @@ fn an_old_card_is_refused_by_name() {
     let place = place(&[("CARD_CAPABILITY", "7.5"), ("CARD_NAME", "Tesla T4")]);
     place.generate(&["--device", "cuda"]).fails(1, &["Tesla T4", "7.5", "8.0"]);
     assert_eq!(log(&place)["launches"], json!({}));
+    let place = self::place(&[("CARD_DRIVER", "12080")]);
+    place.generate(&["--device", "cuda"]).fails(1, &["CUDA 12.8", "13.0", "driver"]);
+    // Left to choose, the program takes the processor, and says why it does.
+    let drawn = place.generate(&["--steps", "1"]);
+    assert!(drawn.is_success() && drawn.err().contains("the NVIDIA driver is for CUDA 12.8"), "{}", drawn.err());
 }
 
 /// FLUX.1-dev's folder at its real size, all zeros, in files that take no room; and a LoRA of rank 16 on every matrix of its blocks.
