@@ -25,23 +25,15 @@ for line in sys.stdin:
     ls -l "$out"
 }
 
-# CUDA's libraries may come from the machine or from Python wheels.
-libraries() {
-    if ! ldconfig -p 2>/dev/null | grep -q libcublas.so && command -v python3 >/dev/null; then
-        python3 - <<'PY'
-import glob, site, sys
-folders = {p for base in {*site.getsitepackages(), site.getusersitepackages(), *sys.path} for p in glob.glob(f"{base}/nvidia/*/lib")}
-print(":".join(sorted(folders)))
-PY
-    fi
-}
-
 run() {
     local programs=${1:?the folder that "benches/gpu.sh build" filled} out=${2:-.} failed=0
     shift $(($# < 2 ? $# : 2))
     mkdir -p "$out"
-    LD_LIBRARY_PATH="$(libraries)${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-    export LD_LIBRARY_PATH
+    # CUDA's libraries may come from the machine, from Python wheels, or from both.
+    if command -v python3 >/dev/null; then
+        LD_LIBRARY_PATH=$(python3 "$(dirname "${BASH_SOURCE[0]}")/peers/libraries.py")
+        export LD_LIBRARY_PATH
+    fi
     {
         date -u +%FT%TZ
         git rev-parse --short HEAD 2>/dev/null || true

@@ -114,7 +114,9 @@ pub fn open_cuda(ordinal: usize) -> Result<Device, String> {
     let knows = driver_version().map_err(|e| e.to_string())?;
     if knows / 1000 < BUILT_WITH / 1000 {
         let [knows, needs] = [knows, BUILT_WITH].map(|version| format!("{}.{}", version / 1000, version % 1000 / 10));
-        return Err(format!("the NVIDIA driver is for CUDA {knows}, this program for {needs}; take a newer driver (580 for CUDA 13.0)"));
+        return Err(format!(
+            "the NVIDIA driver is for CUDA {knows}, this program for {needs}; take a newer driver (580 for CUDA 13.0)"
+        ));
     }
     let context = driver::CudaContext::new(ordinal).map_err(|e| e.to_string())?;
     let name = context.name().map_err(|e| e.to_string())?;

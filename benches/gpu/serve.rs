@@ -1,5 +1,6 @@
 //! One loaded model, told over stdin what to time: darkroom's side of `benches/peers`, whose README has the protocol.
 
+use std::collections::HashMap;
 use std::io::{BufRead, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -30,6 +31,9 @@ struct Request {
     file: Option<PathBuf>,
     #[serde(default = "scale")]
     scale: f64,
+    /// The file as it was opened last, which this process still has.
+    #[serde(default)]
+    resident: bool,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -63,6 +67,8 @@ struct Server {
     pipeline: Pipeline,
     device: Device,
     loras: Vec<Selected>,
+    /// LoRAs by their files, as they were opened last.
+    opened: HashMap<PathBuf, Arc<Adapter>>,
     /// Prompts that were asked for so far.
     prompts: u64,
 }
@@ -71,7 +77,7 @@ struct Server {
 pub(crate) fn run(device: &Device, plan: Plan, model: &Path) -> anyhow::Result<()> {
     let pipeline = Pipeline::load(&Bundle::detect(model)?, device, plan, &mut |_| {})?;
     device.synchronize()?;
-    let mut server = Server { pipeline, device: device.clone(), loras: Vec::new(), prompts: 0 };
+    let mut server = Server { pipeline, device: device.clone(), loras: Vec::new(), opened: HashMap::new(), prompts: 0 };
     let mut answers = std::io::stdout().lock();
     for line in std::io::stdin().lock().lines() {
         let request = serde_json::from_str::<Request>(&line?).map_err(anyhow::Error::from);
@@ -91,6 +97,7 @@ impl Server {
                 "version": env!("CARGO_PKG_VERSION"),
                 "dtype": self.pipeline.plan().name(),
                 "plan": self.pipeline.plan().to_string(),
+                "kernels": self.pipeline.kernels(),
                 "text_tokens": self.pipeline.text_tokens(),
             }})),
             Run::Step => self.step(request),
@@ -169,14 +176,22 @@ impl Server {
         Ok(json!({"ms": times}))
     }
 
+    /// Reading and checking the file is told apart from the switch.
     fn lora(&mut self, request: &Request) -> anyhow::Result<Value> {
-        let start = Instant::now();
-        let mut set = Vec::new();
+        let (mut set, mut read) = (Vec::new(), Duration::ZERO);
         if let Some(file) = &request.file {
-            set.push(Selected { adapter: Arc::new(Adapter::open(file)?), scales: Scales::uniform(request.scale) });
+            if !request.resident {
+                let start = Instant::now();
+                let adapter = Arc::new(Adapter::open(file)?);
+                read = start.elapsed();
+                self.opened.insert(file.clone(), adapter);
+            }
+            let adapter = self.opened.get(file).ok_or_else(|| anyhow::anyhow!("{} was not opened yet", file.display()))?;
+            set.push(Selected { adapter: adapter.clone(), scales: Scales::uniform(request.scale) });
         }
-        let read = start.elapsed();
         let mode = self.pipeline.lora_mode(LoraMode::Auto);
+        self.device.synchronize()?;
+        let start = Instant::now();
         self.pipeline.patches().apply(&set, mode)?;
         self.device.synchronize()?;
         let time = start.elapsed();

@@ -1,6 +1,7 @@
 //! Time per step and peak memory of a FLUX.1-dev-sized transformer with random weights, 1024 x 1024, 512 text tokens.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
@@ -8,16 +9,22 @@ use models::flux::{Conditioning, Config, Flux, Rope};
 use models::weights::{Component, Source};
 use serde_json::{Value, json};
 
+/// The transformer's sizes, the picture's side in tokens, and its text's tokens.
+pub(crate) fn sizes(full: bool) -> (Config, usize, usize) {
+    if full { (Config::DEV, 64, 512) } else { (tenth(), 16, 64) }
+}
+
 pub(crate) fn run(device: &Device, dtype: DType, full: bool, steps: usize) -> anyhow::Result<Value> {
-    let (config, side, l_txt) = if full { (Config::DEV, 64, 512) } else { (tenth(), 16, 64) };
+    let (config, side, l_txt) = sizes(full);
     let (name, l_img) = (if full { "FLUX.1-dev" } else { "a tenth of FLUX.1-dev" }, side * side);
-    let watch = Watch::start(device);
+    let before = kernels::free_memory(device);
+    let taken = |free: Option<u64>| Some(before?.saturating_sub(free?));
 
     let start = Instant::now();
     let flux = Flux::with_config(&Source::synthetic(Component::Transformer, dtype, device)?, config.clone())?;
     device.synchronize()?;
     let made = start.elapsed();
-    let weights = watch.used();
+    let weights = taken(kernels::free_memory(device));
 
     let random = |shape: &[usize]| Tensor::randn(0f32, 1., shape, device)?.to_dtype(dtype);
     let img = random(&[1, l_img, config.channels])?;
@@ -29,19 +36,25 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, steps: usize) -> an
     let rope = Rope::new(&config, l_txt, side, side, device)?;
     // As a picture does it: what depends on the times alone is made once.
     let prepared = flux.prepare(&Tensor::new(&[0.7f32], device)?, &conditioning)?;
+    // In a step of its own: asking the driver all the time would slow down what is timed.
+    let peak = taken(least_free(device, || {
+        flux.step(0, &img, &prepared, &rope)?;
+        Ok(device.synchronize()?)
+    })?);
     let mut times = Vec::new();
     for i in 0..steps + 2 {
         let start = Instant::now();
         let out = flux.step(0, &img, &prepared, &rope)?;
         device.synchronize()?;
+        let time = start.elapsed();
         let finite = out.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite();
         anyhow::ensure!(finite, "the output is not finite");
         if i >= 2 {
-            times.push(start.elapsed());
+            times.push(time);
         }
     }
     times.sort();
-    let (median, peak) = (times[times.len() / 2], watch.peak());
+    let median = times[times.len() / 2];
     let gigabytes = |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| format!("{:.2} GB", bytes as f64 / 1e9));
     println!("\n{name}, {} px, {l_txt} text tokens, {dtype:?}, {} timed steps", side * 16, times.len());
     println!("median step    {:>10.1} ms", milliseconds(median));
@@ -63,41 +76,20 @@ fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// Samples the device's free memory every few milliseconds.
-struct Watch {
-    at_start: Option<u64>,
-    device: Device,
-    lowest: std::sync::Arc<AtomicU64>,
-    stop: std::sync::Arc<AtomicBool>,
-}
-
-impl Watch {
-    fn start(device: &Device) -> Self {
-        let at_start = kernels::free_memory(device);
-        let lowest = std::sync::Arc::new(AtomicU64::new(at_start.unwrap_or(u64::MAX)));
-        let stop = std::sync::Arc::new(AtomicBool::new(false));
-        let (thread_device, thread_lowest, thread_stop) = (device.clone(), lowest.clone(), stop.clone());
-        std::thread::spawn(move || {
-            while !thread_stop.load(Ordering::Relaxed) {
-                let Some(free) = kernels::free_memory(&thread_device) else { return };
-                thread_lowest.fetch_min(free, Ordering::Relaxed);
-                std::thread::sleep(Duration::from_millis(3));
-            }
-        });
-        Self { at_start, device: device.clone(), lowest, stop }
-    }
-
-    fn used(&self) -> Option<u64> {
-        Some(self.at_start?.saturating_sub(kernels::free_memory(&self.device)?))
-    }
-
-    fn peak(&self) -> Option<u64> {
-        Some(self.at_start?.saturating_sub(self.lowest.load(Ordering::Relaxed)))
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
+/// The least memory that is free while `run` runs, asked for every few milliseconds; `None` where the device does not tell.
+fn least_free(device: &Device, run: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Option<u64>> {
+    let (asked, ended) = (device.clone(), Arc::new(AtomicBool::new(false)));
+    let until = ended.clone();
+    let watch = std::thread::spawn(move || {
+        let mut least = kernels::free_memory(&asked)?;
+        while !until.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(3));
+            least = least.min(kernels::free_memory(&asked)?);
+        }
+        Some(least)
+    });
+    let result = run();
+    ended.store(true, Ordering::Relaxed);
+    let least = watch.join().map_err(|_| anyhow::anyhow!("watching the memory panicked"))?;
+    result.map(|()| least)
 }

@@ -17,9 +17,8 @@ import diffusers
 import torch
 import torch._inductor.config
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from safetensors import safe_open
 
-from peer import Peer, dtype
+from peer import Peer, dtype, read_lora
 
 diffusers.utils.logging.set_verbosity_error()
 
@@ -51,16 +50,16 @@ def fuse(o):
     live = {name: p.data for name, p in pipe.transformer.named_parameters()}
     pristine, on = {}, []
 
-    def switch(file, scale):
+    def switch(tensors, scale):
         nonlocal on
         if on:
             torch._foreach_copy_([live[name] for name in on], [pristine[name] for name in on], non_blocking=True)
-        on = changed_by(file) if file else []
+        on = changed_by(tensors) if tensors else []
         for name in on:
             if name not in pristine:
                 pristine[name] = copied(live[name])
-        if file:
-            load_lora(pipe, file)
+        if tensors:
+            load_lora(pipe, tensors)
             pipe.fuse_lora(lora_scale=scale)
             pipe.unload_lora_weights()
 
@@ -71,16 +70,16 @@ def hotswap(o):
     """A LoRA beside the weights, whose factors are overwritten by the next one's: nothing is compiled again."""
     pipe = load(o)
     pipe.enable_lora_hotswap(target_rank=16)
-    load_lora(pipe, o.lora)
+    load_lora(pipe, read_lora(o.lora))
     scales = [module.scaling["lora"] for module in pipe.transformer.modules() if hasattr(module, "lora_A")]
     compile_all(o, pipe)
 
-    def switch(file, scale):
-        if file:
-            load_lora(pipe, file, hotswap=True)
+    def switch(tensors, scale):
+        if tensors:
+            load_lora(pipe, tensors, hotswap=True)
         # `set_adapters` would put numbers in the place of the compiled model's tensors. The files' alpha is their rank.
         torch._foreach_zero_(scales)
-        if file:
+        if tensors:
             torch._foreach_add_(scales, scale)
 
     peer = Peer(o, pipe, switch)
@@ -143,15 +142,13 @@ def load(o, transformer=None, device=None):
     return pipe.to(device or o.device)
 
 
-def load_lora(pipe, file, **how):
-    # Without the file's name diffusers would ask the hub for it.
-    pipe.load_lora_weights(str(Path(file).parent), weight_name=Path(file).name, adapter_name="lora", **how)
+def load_lora(pipe, tensors, **how):
+    pipe.load_lora_weights(tensors, adapter_name="lora", **how)
 
 
-def changed_by(file):
+def changed_by(tensors):
     """Names of the weights that a LoRA changes."""
-    with safe_open(file, "pt") as tensors:
-        stems = [key.split(".lora_A.")[0] for key in tensors.keys() if ".lora_A." in key]
+    stems = [key.split(".lora_A.")[0] for key in tensors if ".lora_A." in key]
     return [stem.removeprefix("transformer.") + ".weight" for stem in stems]
 
 

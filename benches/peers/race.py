@@ -5,11 +5,13 @@
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import libraries
 import report
 from child import Absent, Child
 from clocks import Clocks, card_name
@@ -92,7 +94,8 @@ def start_darkroom(o, folder, arguments):
     if o.darkroom is None:
         return None
     device, dtype = ("cpu", "f32") if o.device == "cpu" else ("0", "bf16")
-    return Child("darkroom", [o.darkroom, "--serve", "--model", str(folder), "--device", device, "--dtype", dtype, *arguments, *o.darkroom_arguments], o.timeout, logs=o.logs)
+    command = [o.darkroom, "--serve", "--model", str(folder), "--device", device, "--dtype", dtype, *arguments, *o.darkroom_arguments]
+    return Child("darkroom", command, o.timeout, {**os.environ, "LD_LIBRARY_PATH": libraries.path()}, o.logs)
 
 
 def start_peer(o, peer, folder, runs):

@@ -62,7 +62,7 @@ def digits(ms):
 def ending(races, no_clocks):
     """Versions, and why there are no clocks."""
     abouts = [about for race in races for about in race["about"].values() if about and "absent" not in about]
-    for name in ("version", "torch", "diffusers", "transformers", "device", "dtype"):
+    for name in ("version", "kernels", "torch", "diffusers", "transformers", "device", "dtype"):
         values = sorted({about[name] for about in abouts if name in about})
         if values:
             yield f"{'darkroom' if name == 'version' else name}: {', '.join(values)}"

@@ -1,7 +1,10 @@
 """The order of a race and its numbers. Knows no engine: sides are anything with `ask` and `timed`."""
 
+import json
+import os
 import statistics
 import time
+import uuid
 
 from child import Absent
 
@@ -31,13 +34,31 @@ def simple(request):
     return turn
 
 
+def renewed(path):
+    """A copy of a LoRA's file with another header: the same tensors, and a content that no side has met, whatever it keeps of files."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = header.get("__metadata__", {}) | {"turn": uuid.uuid4().hex}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    copy, part = path.with_suffix(".turn.safetensors"), path.with_suffix(".part")
+    part.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    # Not written over: a side may have mapped the copy before.
+    os.replace(part, copy)
+    return copy
+
+
 def lora(files, scale, pixels):
-    """A turn with LoRAs: on, its first step, steps with it, another in its place, off, steps without."""
-    one, two = map(str, files)
+    """A turn with LoRAs: on, its first step, steps with it, another in its place, back to the first one, off, steps without.
+
+    Reading a file is told apart from its switch. The side has met neither file before; the first one it still has when it comes back.
+    """
     step = dict(REQUESTS["step"], pixels=pixels)
 
     def turn(side):
-        times, busy = {}, []
+        one, two = (str(renewed(file)) for file in files)
+        times, busy = {"read": []}, []
 
         def ask(measure, **request):
             answer, stretch = side.timed(**request)
@@ -45,9 +66,10 @@ def lora(files, scale, pixels):
             busy.append(stretch)
             return answer
 
-        ask("on", run="lora", file=one, scale=scale)
+        times["read"].append(ask("on", run="lora", file=one, scale=scale)["read_ms"])
         times["first step"] = [ask("step with it", **step)["first_ms"]]
-        ask("another", run="lora", file=two, scale=scale)
+        times["read"].append(ask("another", run="lora", file=two, scale=scale)["read_ms"])
+        ask("back", run="lora", file=one, scale=scale, resident=True)
         ask("off", run="lora", file=None)
         ask("step without", **step)
         return times, busy

@@ -13,10 +13,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+import libraries
 import report
 from child import Absent, Child
 from clocks import Clocks
-from rounds import lora, order, race, ratio, simple
+from rounds import lora, order, race, ratio, renewed, simple
 
 # A side: `good:T1,T2,...` answers with these times in turn, over and over; the others fail at the request number that follows.
 FAKE = '''
@@ -29,7 +30,7 @@ numbers = [float(x) for x in detail.split(",")]
 for i, line in enumerate(iter(sys.stdin.readline, "")):
     request = json.loads(line)
     if os.environ.get("FAKE_LOG"):
-        open(os.environ["FAKE_LOG"], "a").write(f"{kind} {request['run']}\\n")
+        open(os.environ["FAKE_LOG"], "a").write(f"{kind} {request['run']} {request.get('file')} {request.get('resident')}\\n")
     if os.environ.get("FAKE_ARGUMENTS") and "--serve" in arguments and i == 0:
         open(os.environ["FAKE_ARGUMENTS"], "a").write(" ".join(arguments) + "\\n")
     if name == "crash" and i >= numbers[0]:
@@ -43,7 +44,7 @@ for i, line in enumerate(iter(sys.stdin.readline, "")):
         answer = {"about": {"text_tokens": 512}}
     else:
         times = [numbers[i % len(numbers)] if name == "good" else 1.0] * request.get("count", 1)
-        answer = {"ms": times, "first_ms": 99.0}
+        answer = {"ms": times, "first_ms": 99.0, "read_ms": 7.0}
     print(json.dumps(answer), flush=True)
 '''
 
@@ -108,11 +109,39 @@ class Races(unittest.TestCase):
         with self.assertRaisesRegex(Absent, "cannot be started"):
             child.ask(run="about")
 
+    def lora_files(self):
+        files = [self.folder / "one.safetensors", self.folder / "two.safetensors"]
+        header = json.dumps({"a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}).encode()
+        for file in files:
+            file.write_bytes(len(header).to_bytes(8, "little") + header + b"abc")
+        return files
+
     def test_a_turn_with_loras(self):
         side = self.side("good:1,2,3,4,5,6")
-        times, busy = lora(["one", "two"], 0.9, 64)(side)
-        self.assertEqual(list(times), ["on", "step with it", "first step", "another", "off", "step without"])
-        self.assertEqual((times["first step"], times["another"], len(busy)), ([99.0], [3.0], 5))
+        times, busy = lora(self.lora_files(), 0.9, 64)(side)
+        self.assertEqual(list(times), ["read", "on", "step with it", "first step", "another", "back", "off", "step without"])
+        self.assertEqual((times["read"], times["first step"], times["another"], times["back"]), ([7.0, 7.0], [99.0], [3.0], [4.0]))
+        self.assertEqual(len(busy), 6)
+        asked = [line.split()[2:] for line in self.log.read_text().splitlines()]
+        one, two = (str(self.folder / f"{name}.turn.safetensors") for name in ("one", "two"))
+        self.assertEqual([file for file, _ in asked], [one, "None", two, one, "None", "None"])
+        self.assertEqual([resident for _, resident in asked].index("True"), 3)
+
+    def test_a_file_is_another_one_each_turn_with_the_same_tensors(self):
+        file = self.lora_files()[0]
+        first, second = renewed(file).read_bytes(), renewed(file).read_bytes()
+        self.assertNotEqual(first, second)
+        for content in (first, second):
+            end = 8 + int.from_bytes(content[:8], "little")
+            header = json.loads(content[8:end])
+            self.assertEqual((end % 8, content[end:], header["a"]["data_offsets"]), (0, b"abc", [0, 3]))
+
+    def test_cudas_wheels_come_after_what_is_there(self):
+        site = self.folder / "site"
+        (site / "nvidia" / "cudnn" / "lib").mkdir(parents=True)
+        with unittest.mock.patch.dict(os.environ, {"LD_LIBRARY_PATH": "/own:/more"}), unittest.mock.patch.object(sys, "path", [str(site)]):
+            folders = libraries.path().split(":")
+        self.assertEqual((folders[:2], folders[-1]), (["/own", "/more"], str(site / "nvidia" / "cudnn" / "lib")))
 
     def test_clocks_are_those_of_the_stretch(self):
         smi = self.folder / "nvidia-smi"

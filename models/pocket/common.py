@@ -93,3 +93,13 @@ def save(path, **things):
 
 def load(path):
     return torch.load(path, map_location="cpu", weights_only=False) if os.path.exists(path) else None
+
+
+def resume(path, model, opt, avg, budget):
+    """Puts back what a stage saved last, if it did. Returns the steps it had made."""
+    if not (old := load(path)):
+        return 0
+    model.load_state_dict(old["model"]), opt.load_state_dict(old["opt"])
+    avg.module.load_state_dict(old["avg"])
+    avg.n, budget.spent = old["step"], old["spent"]
+    return old["step"]

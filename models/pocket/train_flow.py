@@ -156,12 +156,8 @@ def preview(model, text, vae, norm, path, **how):
 def setup(o, peak, name, minutes_decay=0.999, model=None):
     model = model or build()
     opt = torch.optim.AdamW(model.parameters(), peak, (0.9, 0.95), weight_decay=0.01)
-    avg, budget, step = common.Average(model, minutes_decay), common.Budget(o.minutes), 0
-    if old := common.load(f"{o.run}/{name}.pt"):
-        model.load_state_dict(old["model"]), opt.load_state_dict(old["opt"])
-        avg.module.load_state_dict(old["avg"])
-        avg.n, step, budget.spent = old["step"], old["step"], old["spent"]
-    return model, opt, avg, budget, step
+    avg, budget = common.Average(model, minutes_decay), common.Budget(o.minutes)
+    return model, opt, avg, budget, common.resume(f"{o.run}/{name}.pt", model, opt, avg, budget)
 
 
 def loop(o, name, model, opt, avg, budget, step, norm, text, loss_of, check, warmup=200):

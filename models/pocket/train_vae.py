@@ -90,11 +90,8 @@ def train(o):
     path = f"{o.run}/vae.pt"
     model = build().to(memory_format=torch.channels_last)
     opt = torch.optim.AdamW(model.parameters(), o.lr, (0.9, 0.99), weight_decay=1e-4)
-    avg, budget, step = common.Average(model, 0.997), common.Budget(o.minutes), 0
-    if old := common.load(path):
-        model.load_state_dict(old["model"]), opt.load_state_dict(old["opt"])
-        avg.module.load_state_dict(old["avg"])
-        avg.n, step, budget.spent = old["step"], old["step"], old["spent"]
+    avg, budget = common.Average(model, 0.997), common.Budget(o.minutes)
+    step = common.resume(path, model, opt, avg, budget)
     torch.manual_seed(o.seed + 1000 * common.rank() + step)
     rng, saved, sums = np.random.default_rng([o.seed, step, common.rank()]), time.time(), np.zeros(3)
     print("parameters", sum(p.numel() for p in model.parameters()))

@@ -18,6 +18,7 @@ const IGNORED: &[&str] = &[
     "position_ids",
     "logit_scale",
     "text_projection",
+    "text_projection.weight",
     "scaled_fp8",
     "spiece_model",
     "tekken_model",

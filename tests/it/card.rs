@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::cli::Place;
-use crate::fixtures;
+use crate::fixtures::{self, apart};
 use crate::service::{DEV_LORA, Service, bytes};
 
 const PROMPT: &str = "portrait of user1003, wearing a green shirt, red top hat";
@@ -44,12 +44,6 @@ fn drawn(service: &Service, input: &Value) -> Value {
 
 fn pixels(path: &Path) -> Vec<u8> {
     image::open(path).unwrap().to_rgb8().into_raw()
-}
-
-/// The mean difference of two pictures' values, of 255.
-fn apart(a: &[u8], b: &[u8]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / a.len() as f64
 }
 
 fn draw(place: &Place, file: &str, more: &[&str]) -> Vec<u8> {
@@ -297,18 +291,8 @@ fn real_sizes(place: &Place) -> (PathBuf, PathBuf) {
         std::fs::write(model.join(folder).join("config.json"), part["config"].to_string()).unwrap();
         write_zeros(&model.join(folder).join(part["file"].as_str().unwrap()), &tensors);
     }
-    let tiny = fixtures::path("tiny-dev");
-    for file in ["model_index.json", "scheduler/scheduler_config.json"] {
-        std::fs::create_dir_all(model.join(file).parent().unwrap()).unwrap();
-        std::fs::copy(tiny.join(file), model.join(file)).unwrap();
-    }
-    for folder in ["tokenizer", "tokenizer_2"] {
-        std::fs::create_dir_all(model.join(folder)).unwrap();
-        for file in std::fs::read_dir(tiny.join(folder)).unwrap() {
-            let file = file.unwrap();
-            std::fs::copy(file.path(), model.join(folder).join(file.file_name())).unwrap();
-        }
-    }
+    std::fs::copy(fixtures::path("tiny-dev/model_index.json"), model.join("model_index.json")).unwrap();
+    fixtures::copy_folders("tiny-dev", &["scheduler", "tokenizer", "tokenizer_2"], &model);
     let path = place.path("lora.safetensors");
     let (begin, end) = write_zeros(&path, &lora);
     // A LoRA of zeros changes nothing, and is known to.

@@ -51,8 +51,8 @@ impl Place {
 
     /// `generate` with the tiny model, 32 x 32 and two steps, and `arguments` after it.
     pub(crate) fn generate(&self, arguments: &[&str]) -> Ran {
-        let model = fixtures::path("tiny-dev");
-        let mut all = vec!["generate", "a cat", "--model", model.to_str().unwrap(), "--steps", "2"];
+        let model = fixtures::tiny();
+        let mut all = vec!["generate", "a cat", "--model", &model, "--steps", "2"];
         if !arguments.iter().any(|argument| ["--width", "--height", "--aspect-ratio"].contains(argument)) {
             all.extend(["--width", "32", "--height", "32"]);
         }
@@ -191,10 +191,9 @@ fn json_says_what_was_done() {
 #[test]
 fn what_was_cut_off_is_said() {
     let place = Place::new();
-    let model = fixtures::path("tiny-dev");
+    let model = fixtures::tiny();
     let prompt = "word ".repeat(600);
-    let arguments =
-        ["generate", &prompt, "--model", model.to_str().unwrap(), "--steps", "1", "--width", "32", "--height", "32", "--json"];
+    let arguments = ["generate", &prompt, "--model", &model, "--steps", "1", "--width", "32", "--height", "32", "--json"];
     let ran = place.run(&arguments).succeeds();
     let truncated = ran.json()["truncated"].clone();
     assert!(truncated.as_array().unwrap().iter().any(|cut| cut["encoder"] == "clip" && cut["limit"] == 77), "{truncated}");
@@ -355,9 +354,8 @@ fn a_folder_that_cannot_be_written_to_is_found_before_the_work() {
 #[cfg(unix)]
 fn ctrl_c_stops_within_a_step_and_leaves_nothing() {
     let place = Place::new();
-    let model = fixtures::path("tiny-dev");
-    let arguments =
-        ["generate", "a cat", "--model", model.to_str().unwrap(), "--steps", "1000", "--width", "512", "--height", "512"];
+    let model = fixtures::tiny();
+    let arguments = ["generate", "a cat", "--model", &model, "--steps", "1000", "--width", "512", "--height", "512"];
     let mut command = place.command(&arguments);
     let mut child = command.env("RUST_LOG", "info").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut log = BufReader::new(child.stderr.take().unwrap());

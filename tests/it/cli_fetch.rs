@@ -9,12 +9,8 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::cli::{Place, Ran};
-use crate::fixtures;
+use crate::fixtures::{lora, tiny, weights};
 use crate::site::{Reply, Site};
-
-fn weights() -> Vec<u8> {
-    fs::read(fixtures::path("lora").join("diffusers.safetensors")).unwrap()
-}
 
 /// Allowed to reach this machine, where the tests' sites are.
 fn command(place: &Place, arguments: &[&str]) -> Command {
@@ -44,7 +40,7 @@ fn a_picture_with_a_lora_of_the_hub() {
         _ => Reply::new("404 Not Found", &[], b""),
     });
     let place = Place::new();
-    let model = fixtures::path("tiny-dev").display().to_string();
+    let model = tiny();
     let generate = |out: &str, lora: &str| {
         let arguments =
             ["generate", "a cat", "--model", &model, "--width", "32", "--height", "32", "--steps", "2", "--seed", "3"];
@@ -54,8 +50,7 @@ fn a_picture_with_a_lora_of_the_hub() {
     };
     let report = generate("hub.png", "me/mine@0.5");
     assert_eq!(report["loras"][0]["reference"], "me/mine");
-    let own = fixtures::path("lora").join("diffusers.safetensors");
-    generate("own.png", &format!("{}@0.5", own.display()));
+    generate("own.png", &format!("{}@0.5", lora("diffusers")));
     assert_eq!(fs::read(place.path("hub.png")).unwrap(), fs::read(place.path("own.png")).unwrap());
     assert_eq!((blobs(&place).len(), site.count("/me/mine/")), (1, 1));
 

@@ -1,36 +1,22 @@
 //! LoRAs through the real binary.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::PathBuf;
 
 use sha2::{Digest, Sha256};
 
 use crate::cli::Place;
-use crate::fixtures;
-
-fn file(name: &str) -> String {
-    fixtures::path("lora").join(format!("{name}.safetensors")).display().to_string()
-}
-
-fn tiny() -> String {
-    fixtures::path("tiny-dev").display().to_string()
-}
+use crate::fixtures::{archive, lora, tiny, weights};
 
 /// An archive as Replicate's trainer gives it.
 fn trained_model(place: &Place) -> PathBuf {
     let path = place.path("trained_model.tar");
-    let mut builder = tar::Builder::new(File::create(&path).unwrap());
-    let folder = "output/flux_train_replicate";
-    let mut add = |name: &str, bytes: &[u8]| {
-        let mut header = tar::Header::new_gnu();
-        header.set_size(bytes.len() as u64);
-        header.set_mode(0o644);
-        builder.append_data(&mut header, format!("{folder}/{name}"), bytes).unwrap();
-    };
-    add("config.yaml", b"job: extension\n");
-    add("captions/a_photo_of_me.txt", b"me");
-    add("lora.safetensors", &fs::read(file("diffusers")).unwrap());
-    builder.finish().unwrap();
+    let members: [(&str, &[u8]); 3] = [
+        ("output/flux_train_replicate/config.yaml", b"job: extension\n"),
+        ("output/flux_train_replicate/captions/a_photo_of_me.txt", b"me"),
+        ("output/flux_train_replicate/lora.safetensors", &weights()),
+    ];
+    fs::write(&path, archive(&members)).unwrap();
     path
 }
 
@@ -65,9 +51,9 @@ fn a_lora_changes_the_picture_and_is_told() {
         |arguments: &[&str]| place.generate(&[&["--seed", "5", "--json", "--quiet"], arguments].concat()).succeeds().json();
     let base = json(&["-o", "base.png"]);
     assert_eq!(base["loras"], serde_json::json!([]));
-    let reference = format!("{}@0.5", file("diffusers"));
+    let reference = format!("{}@0.5", lora("diffusers"));
     let with = json(&["-o", "with.png", "--lora", &reference, "--trigger-word", "user42"]);
-    let digest: String = Sha256::digest(fs::read(file("diffusers")).unwrap()).iter().map(|b| format!("{b:02x}")).collect();
+    let digest: String = Sha256::digest(weights()).iter().map(|b| format!("{b:02x}")).collect();
     assert_eq!(with["loras"][0]["digest"], digest);
     assert_eq!(with["loras"][0]["scale"], 0.5);
     assert_eq!(with["prompt"], "user42, a cat");
@@ -82,11 +68,11 @@ fn a_lora_changes_the_picture_and_is_told() {
     assert_eq!(again["loras"][0]["digest"], digest);
     json(&["-o", "plain.png", "--no-metadata", "--lora", &reference, "--trigger-word", "user42"]);
     assert_eq!(fs::read(place.path("tar.png")).unwrap(), fs::read(place.path("plain.png")).unwrap());
-    json(&["-o", "zero.png", "--no-metadata", "--lora", &format!("{}@0", file("diffusers"))]);
+    json(&["-o", "zero.png", "--no-metadata", "--lora", &format!("{}@0", lora("diffusers"))]);
     json(&["-o", "none.png", "--no-metadata"]);
     assert_eq!(fs::read(place.path("zero.png")).unwrap(), fs::read(place.path("none.png")).unwrap());
     // Two at once; the pictures carry them.
-    json(&["-o", "two.png", "--lora", &reference, "--lora", &format!("{}@-0.3", file("kohya")), "--lora-blocks", "double:0=0.5"]);
+    json(&["-o", "two.png", "--lora", &reference, "--lora", &format!("{}@-0.3", lora("kohya")), "--lora-blocks", "double:0=0.5"]);
     let two = fs::read(place.path("two.png")).unwrap();
     let has = |needle: &str| two.windows(needle.len()).any(|window| window == needle.as_bytes());
     assert!(has(&format!("<lora:{}:0.5>", &digest[..10])) && has("Lora hashes") && has(&digest));
@@ -106,7 +92,7 @@ fn wrong_loras_are_refused_before_anything_is_written() {
         (&["--lora-blocks", "double:0=1"], 2, "without lora"),
         (&["--lora", "page.safetensors", "--lora-blocks", "double:99=1"], 2, "0 to 18"),
         (&["--lora", "page.safetensors", "--lora-mode", "both"], 2, "auto, merge or branch"),
-        (&["--lora", &file("diffusers"), "--model", "pocket"], 1, "does not fit this base model"),
+        (&["--lora", &lora("diffusers"), "--model", "pocket"], 1, "does not fit this base model"),
     ] {
         place.generate(arguments).fails(code, &[part]);
         assert_eq!(place.files(), before, "{arguments:?}");
@@ -118,10 +104,10 @@ fn wrong_loras_are_refused_before_anything_is_written() {
 #[test]
 fn inspect_extract_and_verify() {
     let place = Place::new();
-    let report = place.run(&["lora", "inspect", &file("lokr"), "--json"]).succeeds().json();
+    let report = place.run(&["lora", "inspect", &lora("lokr"), "--json"]).succeeds().json();
     assert_eq!(report["algorithms"], serde_json::json!({ "lokr": 3 }));
     assert_eq!(report["prefix"], serde_json::json!(["lycoris_"]));
-    let shown = place.run(&["lora", "inspect", &file("kohya")]).succeeds().out();
+    let shown = place.run(&["lora", "inspect", &lora("kohya")]).succeeds().out();
     assert!(shown.contains("kohya sd-scripts") && shown.contains("lora x 7"), "{shown}");
     fs::write(place.path("me.bin"), b"PK\x03\x04....").unwrap();
     // A refused file has a report as well.
@@ -131,14 +117,14 @@ fn inspect_extract_and_verify() {
 
     let archive = trained_model(&place).display().to_string();
     place.run(&["lora", "extract", &archive, "me.safetensors"]).succeeds();
-    assert_eq!(fs::read(place.path("me.safetensors")).unwrap(), fs::read(file("diffusers")).unwrap());
+    assert_eq!(fs::read(place.path("me.safetensors")).unwrap(), weights());
     place.run(&["lora", "extract", &archive, "me.safetensors"]).fails(1, &["--force"]);
     place.run(&["lora", "extract", &archive, "me.safetensors", "--force"]).succeeds();
     place.run(&["lora", "extract", &archive, "no/where.safetensors"]).fails(1, &["mkdir"]);
     let left = place.files();
     assert_eq!(left, ["me.bin", "me.safetensors", "trained_model.tar"]);
 
-    let (one, two) = (format!("{}@0.7", file("kohya")), file("dora_in"));
+    let (one, two) = (format!("{}@0.7", lora("kohya")), lora("dora_in"));
     for mode in ["merge", "branch"] {
         let arguments = ["lora", "verify", &one, &two, "--model", &tiny(), "--switches", "30", "--lora-mode", mode, "--json"];
         let verified = place.run(&arguments).succeeds().json();

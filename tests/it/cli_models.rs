@@ -72,8 +72,7 @@ fn a_model_is_pulled_used_verified_and_removed() {
     let report = setting.run(&["generate", "a cat", "--model", "tiny.toml", "--seed", "7", "--json"]).succeeds().json();
     assert_eq!(report["model"]["name"], "tiny");
     // The same weights as a folder: the same digest and the same bytes.
-    let folder = fixtures::path("tiny-dev");
-    let arguments = ["generate", "a cat", "--model", folder.to_str().unwrap(), "--seed", "7", "--json", "--steps", "2"];
+    let arguments = ["generate", "a cat", "--model", &fixtures::tiny(), "--seed", "7", "--json", "--steps", "2"];
     let alike = setting.run(&[&arguments[..], &["--width", "32", "--height", "32", "--save-latents", "f.safetensors"]].concat());
     assert_eq!(alike.succeeds().json()["model"]["sha256"], report["model"]["sha256"]);
 

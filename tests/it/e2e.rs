@@ -3,12 +3,11 @@
 use std::ops::ControlFlow;
 use std::sync::LazyLock;
 
-use candle_core::{DType, Device, IndexOp, Tensor};
+use candle_core::{DType, IndexOp, Tensor};
 use darkroom::engine::{Event, Job, LoraMode, NoiseKind, Pipeline, Start};
-use models::bundle::Bundle;
 use serde::Deserialize;
 
-use crate::fixtures::{self, Fixture, relative_l2};
+use crate::fixtures::{self, Fixture, apart, relative_l2};
 
 /// Largest relative L2 error of the final latents.
 const LATENTS: f64 = 5e-5;
@@ -33,13 +32,8 @@ struct Case {
     mask: Option<String>,
 }
 
-fn load(model: &str) -> Pipeline {
-    let bundle = Bundle::from_folder(&fixtures::path(model)).unwrap();
-    Pipeline::load(&bundle, &Device::Cpu, DType::F32, &mut |_| {}).unwrap()
-}
-
-static DEV: LazyLock<Pipeline> = LazyLock::new(|| load("tiny-dev"));
-static SCHNELL: LazyLock<Pipeline> = LazyLock::new(|| load("tiny-schnell"));
+static DEV: LazyLock<Pipeline> = LazyLock::new(|| fixtures::pipeline("tiny-dev", DType::F32));
+static SCHNELL: LazyLock<Pipeline> = LazyLock::new(|| fixtures::pipeline("tiny-schnell", DType::F32));
 
 impl Case {
     fn pipeline(&self) -> &'static Pipeline {
@@ -100,8 +94,7 @@ fn check(pipeline_name: &str) {
         let mut worst = 0f64;
         for (i, picture) in finished.pictures.iter().take(comparable).enumerate() {
             let want: Vec<u8> = pictures.i(i).unwrap().permute((1, 2, 0)).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-            let sum: u64 = picture.as_raw().iter().zip(&want).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
-            worst = worst.max(sum as f64 / want.len() as f64);
+            worst = worst.max(apart(picture.as_raw(), &want));
         }
         println!("{}: latents {latents:.1e}, pictures {worst:.3}", case.name);
         if latents > LATENTS || worst > PICTURE || latents.is_nan() || finished.pictures.len() != case.num_outputs {

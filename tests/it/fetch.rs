@@ -12,7 +12,7 @@ use darkroom::fetch::{Credentials, Error, Fetched, Fetcher, Limits, Options, Ref
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use crate::fixtures;
+use crate::fixtures::{archive, lora, weights};
 use crate::site::{Reply, Request, Site};
 
 /// A fetcher with a cache of its own, and what a test may want to change of it.
@@ -80,26 +80,12 @@ pub(crate) fn get(fetcher: &Fetcher, reference: &str, credentials: &Credentials)
     fetcher.get_blocking(&Reference::parse(reference).unwrap(), credentials, |_| ControlFlow::Continue(()))
 }
 
-/// A small real adapter.
-pub(crate) fn weights() -> Vec<u8> {
-    fs::read(fixtures::path("lora").join("diffusers.safetensors")).unwrap()
-}
-
 pub(crate) fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 pub(crate) fn content(fetched: &Fetched) -> Vec<u8> {
     fs::read(fetched.path()).unwrap()
-}
-
-fn archive(name: &str, bytes: &[u8]) -> Vec<u8> {
-    let mut builder = tar::Builder::new(Vec::new());
-    let mut header = tar::Header::new_gnu();
-    header.set_size(bytes.len() as u64);
-    header.set_mode(0o644);
-    builder.append_data(&mut header, name, bytes).unwrap();
-    builder.into_inner().unwrap()
 }
 
 #[test]
@@ -121,7 +107,7 @@ fn a_link_is_fetched_once_and_asked_about_again() {
     assert_eq!(bench.get(&link).unwrap().path(), first.path());
     assert_eq!(site.requests()[1].header("if-none-match"), Some("\"one\""));
     // Retrained, at the same place.
-    let retrained = fs::read(fixtures::path("lora").join("kohya.safetensors")).unwrap();
+    let retrained = fs::read(lora("kohya")).unwrap();
     *state.lock().unwrap() = (retrained.clone(), "\"two\"");
     assert_eq!(content(&bench.get(&link).unwrap()), retrained);
     // The same bytes from elsewhere are kept once.
@@ -406,7 +392,7 @@ fn private_places_are_not_reached_directly_nor_by_a_redirect() {
 
 #[test]
 fn archives_and_data_uris() {
-    let tar = archive("output/flux_train_replicate/lora.safetensors", &weights());
+    let tar = archive(&[("output/flux_train_replicate/lora.safetensors", &weights())]);
     let served = tar.clone();
     let site = Site::serve(move |_| Reply::ok(&served));
     let bench = Bench::new();
@@ -420,9 +406,12 @@ fn archives_and_data_uris() {
     assert_eq!((bench.files("blobs"), bench.files("partial")), (1, 0));
 
     for (bytes, code) in [
-        (archive("a.safetensors", b"no weights"), "not_safetensors"),
-        (archive("a.safetensors", &archive("b.safetensors", &weights())), "not_safetensors: it is an archive in an archive"),
-        (archive("readme.md", b"x"), "archive_invalid"),
+        (archive(&[("a.safetensors", b"no weights")]), "not_safetensors"),
+        (
+            archive(&[("a.safetensors", &archive(&[("b.safetensors", &weights())]))]),
+            "not_safetensors: it is an archive in an archive",
+        ),
+        (archive(&[("readme.md", b"x")]), "archive_invalid"),
         (tar[..tar.len() / 2].to_vec(), "archive_invalid"),
         (tarball_with_a_link(), "archive_unsafe"),
         (vec![0x1f, 0x8b, 8, 0, 1, 2, 3, 4], "archive_invalid"),

@@ -8,8 +8,8 @@ use darkroom::fetch::Credentials;
 use models::lora::Adapter;
 use serde_json::json;
 
-use crate::fetch::{Bench, content, get, sha256, weights};
-use crate::fixtures;
+use crate::fetch::{Bench, content, get, sha256};
+use crate::fixtures::{self, archive, weights};
 use crate::site::{Reply, Site};
 
 fn hub_token(token: &str) -> Credentials {
@@ -138,18 +138,11 @@ fn settings_beside_an_adapter_come_with_it() {
         updates.into_iter().map(|update| (update.tensor(), update.change.factor)).collect::<Vec<_>>()
     };
     let wanted = factors(&folder.join("adapter_model.safetensors"));
-    let mut archive = tar::Builder::new(Vec::new());
-    for (name, bytes) in [
+    let archive = archive(&[
         ("out/adapter_model.safetensors", &weights),
         ("out/adapter_config.json", &config),
-        ("adapter_config.json", &b"{}".to_vec()),
-    ] {
-        let mut header = tar::Header::new_gnu();
-        header.set_size(bytes.len() as u64);
-        header.set_mode(0o644);
-        archive.append_data(&mut header, name, &bytes[..]).unwrap();
-    }
-    let archive = archive.into_inner().unwrap();
+        ("adapter_config.json", b"{}"),
+    ]);
     let site = Site::serve(move |request| match request.path.as_str() {
         "/trained_model.tar" => Reply::new("200 OK", &[("ETag", "\"t\"")], &archive),
         "/api/models/me/mine/revision/main?blobs=true" => {

@@ -10,9 +10,11 @@ use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{DType, Device, Tensor};
 use darkroom::engine::{LoadEvent, Pipeline, Sizes};
 use models::bundle::{Blob, Bundle};
+use models::clip::ClipText;
 use models::flux::{Conditioning, Config, Flux, Rope};
 use models::lora::{Adapter, Mode, Patches, Scales, Selected};
 use models::t5::T5Encoder;
+use models::vae::Autoencoder;
 use models::weights::{Checkpoint, Component, Error, Source, names};
 
 use crate::fixtures::{self, Fixture, MODULE, assert_close, relative_l2};
@@ -118,6 +120,36 @@ fn t5_in_every_storage_equals_its_dequantised_reference() {
     }
 }
 
+/// ComfyUI's file of the autoencoder: BFL's names in bf16.
+#[test]
+fn a_single_file_of_the_autoencoder_equals_diffusers() {
+    let (layouts, modules) = (Fixture::open("layouts/layouts.safetensors"), Fixture::open("modules/modules.safetensors"));
+    let file = open(&fixtures::path("layouts/ae.safetensors"));
+    let loaded = Arc::default();
+    let source = Source::new(Component::Vae, &file, DType::F32, &Device::Cpu).counting(&loaded);
+    let vae = Autoencoder::load(&source, Some(&fixtures::json("tiny-dev/vae/config.json"))).unwrap();
+    assert_eq!(loaded.load(Ordering::Relaxed), source.bytes());
+    source.finish().unwrap();
+    let picture = vae.decode(&modules.get("vae.decode.in.latent").narrow(0, 0, 1).unwrap()).unwrap();
+    assert_close("decode", &picture, &layouts.get("ae.safetensors.decode"), MODULE);
+    let mean = vae.encode(&modules.get("vae.encode.in.image")).unwrap().mean;
+    assert_close("encode", &mean, &layouts.get("ae.safetensors.encode_mean"), MODULE);
+}
+
+/// ComfyUI's file of CLIP, with what such files carry and this model does not use: position ids, CLIP's scale and projection.
+#[test]
+fn a_single_file_of_clip_equals_transformers() {
+    let (layouts, modules) = (Fixture::open("layouts/layouts.safetensors"), Fixture::open("modules/modules.safetensors"));
+    let file = open(&fixtures::path("layouts/clip_l.safetensors"));
+    let loaded = Arc::default();
+    let source = Source::new(Component::Clip, &file, DType::F32, &Device::Cpu).counting(&loaded);
+    let clip = ClipText::load(&source, Some(&fixtures::json("tiny-dev/text_encoder/config.json"))).unwrap();
+    assert_eq!(loaded.load(Ordering::Relaxed), source.bytes(), "what no model uses is not waited for");
+    source.finish().unwrap();
+    let (_, pooled) = clip.forward(&modules.ids("clip.in.ids")).unwrap();
+    assert_close("pooled", &pooled, &layouts.get("clip_l.safetensors.pooled"), MODULE);
+}
+
 /// Every tensor of a component of tiny-dev under its canonical (BFL) name, put together as the model reads it.
 fn canonical(component: Component, folder: &str) -> HashMap<String, Tensor> {
     let (source, _) = fixtures::component("tiny-dev", folder, component);
@@ -133,16 +165,6 @@ fn prefixed(tensors: HashMap<String, Tensor>, prefix: &str) -> HashMap<String, T
 
 fn save(tensors: &HashMap<String, Tensor>, path: &Path) {
     candle_core::safetensors::save(tensors, path).unwrap();
-}
-
-fn copy_tokenizers(to: &Path) {
-    for folder in ["tokenizer", "tokenizer_2"] {
-        std::fs::create_dir_all(to.join(folder)).unwrap();
-        for entry in std::fs::read_dir(fixtures::path(&format!("tiny-dev/{folder}"))).unwrap() {
-            let entry = entry.unwrap();
-            std::fs::copy(entry.path(), to.join(folder).join(entry.file_name())).unwrap();
-        }
-    }
 }
 
 /// Latents of a short job. Bare files cannot tell CLIP's heads and the autoencoder's groups of a tiny model.
@@ -163,7 +185,7 @@ fn sizes(bundle: &Bundle) -> Sizes {
 
 #[test]
 fn a_load_counts_each_byte_once() {
-    let bundle = Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap();
+    let bundle = fixtures::bundle("tiny-dev");
     let files = [&bundle.clip, &bundle.t5, &bundle.transformer, &bundle.vae].map(|files| files.checkpoint().unwrap());
     let bytes = |file: &Checkpoint| file.keys().map(|key| file.bytes(file.get(key).unwrap()).len() as u64).sum::<u64>();
     let mut last = LoadEvent::default();
@@ -178,7 +200,7 @@ fn a_load_counts_each_byte_once() {
 
 #[test]
 fn single_files_and_all_in_one_files_give_the_same_bits_as_the_folder() {
-    let folder = latents(Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap());
+    let folder = latents(fixtures::bundle("tiny-dev"));
     let parts = [
         ("flux1-dev.safetensors", canonical(Component::Transformer, "transformer"), "model.diffusion_model."),
         ("ae.safetensors", canonical(Component::Vae, "vae"), "vae."),
@@ -191,19 +213,19 @@ fn single_files_and_all_in_one_files_give_the_same_bits_as_the_folder() {
     ];
 
     let single = tempfile::tempdir().unwrap();
-    copy_tokenizers(single.path());
+    fixtures::copy_folders("tiny-dev", &["tokenizer", "tokenizer_2"], single.path());
     parts.iter().for_each(|(name, tensors, _)| save(tensors, &single.path().join(name)));
     let from_file = latents(Bundle::detect(&single.path().join("flux1-dev.safetensors")).unwrap());
     let from_folder = latents(Bundle::detect(single.path()).unwrap());
 
     let whole = tempfile::tempdir().unwrap();
-    copy_tokenizers(whole.path());
+    fixtures::copy_folders("tiny-dev", &["tokenizer", "tokenizer_2"], whole.path());
     let all = parts.into_iter().flat_map(|(_, tensors, prefix)| prefixed(tensors, prefix)).collect();
     let path = whole.path().join("flux1-dev-fp8.safetensors");
     save(&all, &path);
     let from_whole = latents(Bundle::detect(&path).unwrap());
     // Plans count each component once, wherever it is.
-    assert_eq!(sizes(&Bundle::detect(&path).unwrap()), sizes(&Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap()));
+    assert_eq!(sizes(&Bundle::detect(&path).unwrap()), sizes(&fixtures::bundle("tiny-dev")));
 
     for (name, other) in [("file", from_file), ("folder of files", from_folder), ("all in one", from_whole)] {
         assert_eq!(relative_l2(&other, &folder), 0., "{name}");
@@ -320,13 +342,8 @@ fn a_load_lists_every_missing_unused_and_misshapen_key() {
 #[test]
 fn a_missing_shard_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    for name in ["transformer", "text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2", "scheduler"] {
-        std::fs::create_dir_all(folder.path().join(name)).unwrap();
-        for entry in std::fs::read_dir(fixtures::path(&format!("tiny-schnell/{name}"))).unwrap() {
-            let entry = entry.unwrap();
-            std::fs::copy(entry.path(), folder.path().join(name).join(entry.file_name())).unwrap();
-        }
-    }
+    let parts = ["transformer", "text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2", "scheduler"];
+    fixtures::copy_folders("tiny-schnell", &parts, folder.path());
     Bundle::from_folder(folder.path()).unwrap();
     let shards = std::fs::read_dir(folder.path().join("transformer")).unwrap().map(|entry| entry.unwrap().path());
     let shard = shards.into_iter().find(|path| path.to_string_lossy().contains("-00002-")).unwrap();

@@ -6,7 +6,6 @@ use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Device, Tensor};
 use darkroom::engine::{Adapter, Event, Job, LoraMode, NoiseKind, Pipeline, Scales, Selected};
-use models::bundle::Bundle;
 use models::lora::{Home, Kind, parse_blocks};
 use models::weights::Component;
 use serde::Deserialize;
@@ -82,8 +81,7 @@ fn cases() -> Vec<Case> {
 }
 
 fn load(dtype: DType) -> Pipeline {
-    let bundle = Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap();
-    Pipeline::load(&bundle, &Device::Cpu, dtype, &mut |_| {}).unwrap()
+    fixtures::pipeline("tiny-dev", dtype)
 }
 
 fn latents(pipeline: &Pipeline, job: &Job) -> Tensor {

@@ -5,21 +5,12 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use darkroom::engine::{Adapter, LoraMode, Pipeline, Scales, Selected};
-use models::bundle::Bundle;
 use models::weights::Component;
 
 use crate::cli::{Place, Ran};
-use crate::fixtures;
-
-fn file(name: &str) -> String {
-    fixtures::path("lora").join(format!("{name}.safetensors")).display().to_string()
-}
-
-fn load() -> Pipeline {
-    Pipeline::load(&Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap(), &Device::Cpu, DType::F32, &mut |_| {}).unwrap()
-}
+use crate::fixtures::{self, lora};
 
 /// Every weight with the adapter at 0.7.
 fn merged(pipeline: &Pipeline, path: &Path) -> BTreeMap<(Component, String), Vec<f32>> {
@@ -36,7 +27,7 @@ fn merged(pipeline: &Pipeline, path: &Path) -> BTreeMap<(Component, String), Vec
 
 #[test]
 fn the_same_change_under_every_programs_names() {
-    let (place, pipeline) = (Place::new(), load());
+    let (place, pipeline) = (Place::new(), fixtures::pipeline("tiny-dev", DType::F32));
     let (mut said, mut unsaid) = (0, Vec::new());
     for name in [
         "diffusers",
@@ -55,10 +46,10 @@ fn the_same_change_under_every_programs_names() {
         "lokr",
         "diff",
     ] {
-        let original = merged(&pipeline, Path::new(&file(name)));
+        let original = merged(&pipeline, Path::new(&lora(name)));
         for format in ["diffusers", "kohya", "comfy"] {
             let out = format!("{name}-{format}.safetensors");
-            let ran = place.run(&["lora", "convert", &file(name), &out, "--to", format]);
+            let ran = place.run(&["lora", "convert", &lora(name), &out, "--to", format]);
             if !ran.is_success() {
                 assert!(ran.err().contains("cannot say") && !place.path(&out).exists(), "{}", ran.err());
                 unsaid.push(format!("{name} {format}"));
@@ -83,13 +74,13 @@ fn there_and_back_is_the_same_size_again() {
     let place = Place::new();
     let convert = |from: &str, to: &str, out: &str| place.run(&["lora", "convert", from, out, "--to", to]).succeeds();
     let ranks = |path: &str| place.run(&["lora", "inspect", path, "--json"]).succeeds().json()["ranks"].clone();
-    convert(&file("kohya"), "diffusers", "there.safetensors");
+    convert(&lora("kohya"), "diffusers", "there.safetensors");
     convert("there.safetensors", "kohya", "back.safetensors");
     // Members that share their down are one module again.
-    assert_eq!(ranks("back.safetensors"), ranks(&file("kohya")));
+    assert_eq!(ranks("back.safetensors"), ranks(&lora("kohya")));
     let report = place.run(&["lora", "inspect", "there.safetensors", "--json"]).succeeds().json();
     assert_eq!(report["naming"], serde_json::json!(["diffusers"]));
-    let half = place.run(&["lora", "convert", &file("kohya"), "half.safetensors", "--to", "comfy", "--dtype", "f16"]).succeeds();
+    let half = place.run(&["lora", "convert", &lora("kohya"), "half.safetensors", "--to", "comfy", "--dtype", "f16"]).succeeds();
     assert_eq!(half.out().trim(), "half.safetensors");
     let report = place.run(&["lora", "inspect", "half.safetensors", "--json"]).succeeds().json();
     assert!(
@@ -97,17 +88,17 @@ fn there_and_back_is_the_same_size_again() {
         "{report}"
     );
 
-    place.run(&["lora", "convert", &file("kohya"), "half.safetensors", "--to", "comfy"]).fails(1, &["--force"]);
-    place.run(&["lora", "convert", &file("kohya"), "x.safetensors", "--to", "a1111"]).fails(2, &["diffusers, kohya or comfy"]);
-    place.run(&["lora", "convert", &file("kohya"), "no/x.safetensors", "--to", "comfy"]).fails(1, &["mkdir"]);
+    place.run(&["lora", "convert", &lora("kohya"), "half.safetensors", "--to", "comfy"]).fails(1, &["--force"]);
+    place.run(&["lora", "convert", &lora("kohya"), "x.safetensors", "--to", "a1111"]).fails(2, &["diffusers, kohya or comfy"]);
+    place.run(&["lora", "convert", &lora("kohya"), "no/x.safetensors", "--to", "comfy"]).fails(1, &["mkdir"]);
     assert_eq!(place.files(), ["back.safetensors", "half.safetensors", "there.safetensors"]);
 }
 
 #[test]
 fn a_merged_base_is_the_base_with_the_lora() {
     let place = Place::new();
-    let tiny = fixtures::path("tiny-dev").display().to_string();
-    let (one, two) = (format!("{}@0.6", file("text_encoders")), format!("{}@-0.3", file("norm_out")));
+    let tiny = fixtures::tiny();
+    let (one, two) = (format!("{}@0.6", lora("text_encoders")), format!("{}@-0.3", lora("norm_out")));
     let ran = place.run(&["lora", "merge", &tiny, &one, &two, "merged", "--json"]).succeeds().json();
     assert!(ran["tensors_changed"].as_u64().unwrap() > 0);
     let picture = |out: &str, model: &str, more: &[&str]| {
@@ -126,7 +117,7 @@ fn a_merged_base_is_the_base_with_the_lora() {
     let inside = place.path("merged/transformer/diffusion_pytorch_model.safetensors");
     assert_eq!(fs::read(place.path("alone.safetensors")).unwrap(), fs::read(inside).unwrap());
     // What is not touched keeps its bytes: a LoRA at scale 0 gives the base's files.
-    place.run(&["lora", "merge", &tiny, &format!("{}@0", file("kohya")), "none"]).succeeds();
+    place.run(&["lora", "merge", &tiny, &format!("{}@0", lora("kohya")), "none"]).succeeds();
     for part in ["transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "model_index.json"] {
         let values = |folder: &Path| {
             let bytes = fs::read(folder.join(part)).unwrap();
@@ -142,8 +133,8 @@ fn a_merged_base_is_the_base_with_the_lora() {
     let before = place.files();
     place.run(&["lora", "merge", &tiny, &one, "merged"]).fails(1, &["--force"]);
     place.run(&["lora", "merge", &tiny, &one, "no/where"]).fails(1, &["mkdir"]);
-    place.run(&["lora", "merge", "pocket", &file("kohya"), "x.safetensors"]).fails(1, &["does not fit"]);
-    place.run(&["lora", "merge", "pocket", &file("kohya"), "folder"]).fails(2, &["ends in .safetensors"]);
+    place.run(&["lora", "merge", "pocket", &lora("kohya"), "x.safetensors"]).fails(1, &["does not fit"]);
+    place.run(&["lora", "merge", "pocket", &lora("kohya"), "folder"]).fails(2, &["ends in .safetensors"]);
     place.run(&["lora", "merge", &tiny, "only-two"]).fails(2, &["OUT"]);
     assert_eq!(place.files(), before);
 }

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use models::bundle::Bundle;
 use models::lora::{Adapter, Mode, Scales, Selected};
 use models::weights::Component;
 use safetensors::Dtype;
@@ -83,8 +82,7 @@ fn number(value: f32) -> Tensor {
 
 /// The named weight of the tiny model with the file on it, as bits.
 fn merged(file: &std::path::Path, name: &str) -> Vec<u32> {
-    let bundle = Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap();
-    let pipeline = darkroom::engine::Pipeline::load(&bundle, &Device::Cpu, DType::F32, &mut |_| {}).unwrap();
+    let pipeline = fixtures::pipeline("tiny-dev", DType::F32);
     let adapter = Arc::new(Adapter::open(file).unwrap_or_else(|e| panic!("{}: {e}", file.display())));
     assert_eq!(adapter.report.unmatched_keys, Vec::<String>::new(), "{}", file.display());
     let mut patches = pipeline.patches();
@@ -218,8 +216,7 @@ fn replacements_are_there_at_any_scale_but_zero() {
         &named(&[("diffusion_model.double_blocks.0.img_attn.proj.set_weight", &value)]),
         DType::F32,
     );
-    let bundle = Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap();
-    let pipeline = darkroom::engine::Pipeline::load(&bundle, &Device::Cpu, DType::F32, &mut |_| {}).unwrap();
+    let pipeline = fixtures::pipeline("tiny-dev", DType::F32);
     let adapter = Arc::new(Adapter::open(&file).unwrap());
     let mut patches = pipeline.patches();
     let mut at = |scale| {
@@ -245,11 +242,7 @@ fn schnell_has_no_guidance_and_says_so() {
     ]);
     let adapter = Arc::new(Adapter::open(&folder.write("dev.safetensors", &tensors, DType::F32)).unwrap());
     let set = [Selected { adapter, scales: Scales::uniform(1.) }];
-    let apply = |model: &str| {
-        let bundle = Bundle::from_folder(&fixtures::path(model)).unwrap();
-        let pipeline = darkroom::engine::Pipeline::load(&bundle, &Device::Cpu, DType::F32, &mut |_| {}).unwrap();
-        pipeline.patches().apply(&set, Mode::Auto).unwrap()
-    };
+    let apply = |model: &str| fixtures::pipeline(model, DType::F32).patches().apply(&set, Mode::Auto).unwrap();
     let schnell = apply("tiny-schnell");
     assert_eq!(schnell.changed, 1);
     assert!(schnell.notes.len() == 1 && schnell.notes[0].contains("guidance embedding"), "{:?}", schnell.notes);

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock, Mutex};
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use darkroom::engine::{Adapter, LoraMode, Pipeline, Scales, Selected};
-use models::bundle::Bundle;
 use models::weights::Component;
 use proptest::prelude::*;
 use safetensors::Dtype;
@@ -15,10 +14,7 @@ use crate::fixtures;
 
 type Matrix = (String, usize, usize);
 
-static TINY: LazyLock<Mutex<Pipeline>> = LazyLock::new(|| {
-    let bundle = Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap();
-    Mutex::new(Pipeline::load(&bundle, &Device::Cpu, DType::F32, &mut |_| {}).unwrap())
-});
+static TINY: LazyLock<Mutex<Pipeline>> = LazyLock::new(|| Mutex::new(fixtures::pipeline("tiny-dev", DType::F32)));
 
 /// The matrices of the tiny transformer's blocks, by canonical name.
 fn matrices(pipeline: &Pipeline) -> Vec<Matrix> {

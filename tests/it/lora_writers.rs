@@ -5,7 +5,6 @@ use std::ops::ControlFlow;
 
 use candle_core::{DType, Device, Tensor};
 use darkroom::engine::{LoraMode, Pipeline};
-use models::bundle::Bundle;
 use models::weights::Component;
 
 use crate::fixtures::{self, Fixture, relative_error, relative_l2};
@@ -51,8 +50,7 @@ fn bits(tensor: &Tensor) -> Vec<u32> {
 fn files_of_lycoris_peft_and_diffusers_amount_to_what_they_amount_to_there() {
     let cases: Vec<Case> = serde_json::from_value(fixtures::json("lora/writers/cases.json")).unwrap();
     let expected = Fixture::open("lora/writers/expected.safetensors");
-    let bundle = Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap();
-    let pipeline = Pipeline::load(&bundle, &Device::Cpu, DType::F32, &mut |_| {}).unwrap();
+    let pipeline = fixtures::pipeline("tiny-dev", DType::F32);
     let base = weights(&pipeline);
     let mut failures = Vec::new();
     for case in &cases {

@@ -21,7 +21,7 @@ use crate::fixtures::{self, Fixture, relative_l2};
 use crate::layouts::velocity;
 
 fn tiny() -> Bundle {
-    Bundle::from_folder(&fixtures::path("tiny-dev")).unwrap()
+    fixtures::bundle("tiny-dev")
 }
 
 fn load(bundle: &Bundle, plan: impl Into<Plan>) -> Pipeline {
@@ -41,7 +41,7 @@ fn latents(pipeline: &Pipeline, job: &Job) -> Tensor {
 }
 
 fn adapter() -> Arc<Adapter> {
-    Arc::new(Adapter::open(&fixtures::path("lora/diffusers.safetensors")).unwrap())
+    Arc::new(Adapter::open(Path::new(&fixtures::lora("diffusers"))).unwrap())
 }
 
 #[test]

@@ -42,8 +42,7 @@ fn latents_equal_those_of_diffusers() {
 /// How far apart two pictures are, mean of 255, at the size of the smaller one.
 fn apart(small: &image::RgbImage, large: &image::RgbImage) -> f64 {
     let shrunk = image::imageops::resize(large, small.width(), small.height(), image::imageops::FilterType::Triangle);
-    let sum: f64 = small.as_raw().iter().zip(shrunk.as_raw()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
-    sum / small.as_raw().len() as f64
+    fixtures::apart(small.as_raw(), shrunk.as_raw())
 }
 
 #[test]

@@ -9,20 +9,12 @@ use crate::cli::{Place, Ran};
 use crate::fixtures;
 use crate::site::{Reply, Site};
 
-fn weights() -> Vec<u8> {
-    fs::read(fixtures::path("lora").join("kohya.safetensors")).unwrap()
-}
-
 /// What a reader has beside them.
-fn prepare(place: &Place) {
-    fs::write(place.path("me.safetensors"), weights()).unwrap();
-    fs::copy(fixtures::path("lora").join("diffusers.safetensors"), place.path("you.safetensors")).unwrap();
-    let mut builder = tar::Builder::new(fs::File::create(place.path("trained_model.tar")).unwrap());
-    let mut header = tar::Header::new_gnu();
-    header.set_size(weights().len() as u64);
-    header.set_mode(0o644);
-    builder.append_data(&mut header, "output/flux_train_replicate/lora.safetensors", weights().as_slice()).unwrap();
-    builder.finish().unwrap();
+fn prepare(place: &Place, mine: &[u8]) {
+    fs::write(place.path("me.safetensors"), mine).unwrap();
+    fs::write(place.path("you.safetensors"), fixtures::weights()).unwrap();
+    let trained = fixtures::archive(&[("output/flux_train_replicate/lora.safetensors", mine)]);
+    fs::write(place.path("trained_model.tar"), trained).unwrap();
 }
 
 /// A shell's words, as far as the README needs a shell.
@@ -53,15 +45,17 @@ fn your_lora() {
     let commands: Vec<Vec<String>> = section.lines().filter_map(|line| line.strip_prefix("$ darkroom ")).map(words).collect();
     assert!(commands.len() >= 7, "{commands:?}");
 
-    let site = Site::serve(|request| match request.path.as_str() {
+    let mine = fs::read(fixtures::lora("kohya")).unwrap();
+    let served = mine.clone();
+    let site = Site::serve(move |request| match request.path.as_str() {
         "/api/models/owner/repo/revision/main?blobs=true" => {
             Reply::json(&json!({"sha": "c1", "siblings": [{"rfilename": "a.safetensors"}]}))
         }
-        _ => Reply::ok(&weights()),
+        _ => Reply::ok(&served),
     });
     let place = Place::new();
-    prepare(&place);
-    let tiny = fixtures::path("tiny-dev").display().to_string();
+    prepare(&place, &mine);
+    let tiny = fixtures::tiny();
     let pocket = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pocket").display().to_string();
     for command in commands {
         let stand_in = |word: &String| match word.as_str() {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::cli::Place;
-use crate::service::{DEV_LORA, Service, bytes, long, user1001};
+use crate::service::{DEV_LORA, Service, bytes, long, until, user1001};
 use crate::site::{Reply, Site};
 
 #[test]
@@ -281,22 +281,14 @@ fn no_job_is_lost_when_processes_are_killed() {
     let done = service.wait(&id);
     assert_eq!((done["status"].as_str(), &done["output"]), (Some("succeeded"), &whole), "the same picture");
     // On a busy machine the job may have ended before the kill came; then the new worker is not there at once.
-    let begun = Instant::now();
-    while service.worker() == worker {
-        assert!(begun.elapsed() < Duration::from_secs(30), "no new worker comes");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    until("a new worker comes", 30, || service.worker() != worker);
 
     // The service, with one job running and one waiting. Its worker goes with it.
     let (running, waiting) = (create(&service), create(&service));
     service.until(&running, |now| now["status"] == "processing");
     let worker = service.worker();
     service.kill("-9");
-    let begun = Instant::now();
-    while Path::new(&format!("/proc/{worker}")).exists() {
-        assert!(begun.elapsed() < Duration::from_secs(30), "the worker outlives the service");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    until("the worker ends with its service", 30, || !Path::new(&format!("/proc/{worker}")).exists());
     let mut service = Service::start(&place, &[]);
     for id in [&running, &waiting] {
         assert_eq!((service.wait(id)["status"].as_str(), &service.wait(id)["output"]), (Some("succeeded"), &whole));
@@ -325,12 +317,7 @@ fn the_first_signal_lets_open_requests_end_and_the_second_does_not() {
             runtime.block_on(async { request.send().await.ok()?.json::<Value>().await.ok() })
         })
     };
-    let running = |service: &Service| {
-        let begun = Instant::now();
-        while service.get("/darkroom/queue").json()["running"] != 1 {
-            assert!(begun.elapsed() < Duration::from_secs(30));
-        }
-    };
+    let running = |service: &Service| until("a job runs", 30, || service.get("/darkroom/queue").json()["running"] == 1);
     let open = held(&service);
     running(&service);
     assert_eq!(service.kill("-TERM"), Some(0), "it ends by itself");

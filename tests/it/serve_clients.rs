@@ -5,12 +5,11 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use crate::cli::Place;
-use crate::service::{Service, user1001};
+use crate::service::{Service, until, user1001};
 use crate::site::{Reply, Site};
 
 /// Where the clients are installed.
@@ -148,11 +147,7 @@ fn a_bucket() {
         let request = reqwest::Client::new().request(method, format!("{address}{path}")).header("authorization", signed);
         runtime.block_on(async { request.send().await.ok()?.text().await.ok() })
     };
-    let begun = Instant::now();
-    while ask(reqwest::Method::PUT, "/pictures").is_none() {
-        assert!(begun.elapsed() < Duration::from_secs(60), "moto_server does not start");
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    until("moto_server starts", 60, || ask(reqwest::Method::PUT, "/pictures").is_some());
     let place = Place::new();
     let environment = [
         ("AWS_ACCESS_KEY_ID", "x"),
@@ -167,11 +162,7 @@ fn a_bucket() {
     assert!(service.get(done["output"][0].as_str().unwrap()).body.starts_with(b"\x89PNG"), "{done}");
     let there = || ask(reqwest::Method::GET, "/pictures?list-type=2").unwrap().contains("some/prefix/outputs/");
     assert!(there() && !place.path("data/files").exists());
-    let begun = Instant::now();
-    while there() {
-        assert!(begun.elapsed() < Duration::from_secs(30), "old pictures stay");
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    until("old pictures go", 30, || !there());
     // A bucket that is away fails jobs, not the service.
     server.kill().unwrap();
     server.wait().unwrap();

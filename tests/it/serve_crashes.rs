@@ -2,12 +2,11 @@
 //! or changed.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::cli::Place;
-use crate::service::{DEV_LORA, Service, user1001};
+use crate::service::{DEV_LORA, Service, until, user1001};
 use crate::site::{Reply, Site};
 
 /// Of the service (which takes its worker with it), and of the worker alone.
@@ -31,14 +30,6 @@ fn body(site: &Site) -> Value {
     })
 }
 
-fn until(what: &str, is: impl Fn() -> bool) {
-    let begun = Instant::now();
-    while !is() {
-        assert!(begun.elapsed() < Duration::from_secs(60), "{what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 /// What becomes of one job when the process dies at `point`.
 fn dies_at(point: &str, whole: &Value) {
     let (site, place) = (site(), Place::new());
@@ -53,7 +44,7 @@ fn dies_at(point: &str, whole: &Value) {
         answer.json::<Value>().await.ok()
     });
     if of_service {
-        until(point, || mark.exists());
+        until(point, 60, || mark.exists());
         service.kill("-9");
         service = Service::start(&place, &[]);
     }
@@ -63,8 +54,8 @@ fn dies_at(point: &str, whole: &Value) {
     assert!(mark.exists(), "{point} was never reached");
     assert_eq!((done["status"].as_str(), &done["output"]), (Some("succeeded"), whole), "{point}");
     assert_eq!(service.get("/v1/predictions").json()["results"].as_array().unwrap().len(), 1, "{point}: one job");
-    until(&format!("{point}: the webhook"), || site.count("/told") > 0);
-    until(&format!("{point}: the outbox"), || {
+    until(&format!("{point}: the webhook"), 60, || site.count("/told") > 0);
+    until(&format!("{point}: the outbox"), 60, || {
         String::from_utf8(service.get("/metrics").body).unwrap().contains("darkroom_webhooks_waiting 0")
     });
     let told = site.requests().into_iter().filter(|request| request.path == "/told");

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -12,7 +11,8 @@ use serde_json::{Value, json};
 use sha2::Sha256;
 
 use crate::cli::Place;
-use crate::service::{Answer, DEV_LORA, Service, bytes, long, user1001};
+use crate::fixtures;
+use crate::service::{Answer, DEV_LORA, Service, bytes, long, until, user1001};
 use crate::site::{Reply, Site};
 
 fn decode(text: &Value) -> Vec<u8> {
@@ -60,8 +60,7 @@ fn go_fast_is_heeded_where_the_operator_allows_it() {
     assert_eq!(dtype, "f32");
     let pixels = |png: &[u8]| image::load_from_memory(png).unwrap().into_rgb8().into_raw();
     assert!(pixels(&slow) == pixels(&base) && pixels(&fast) != pixels(&base));
-    let apart =
-        pixels(&fast).iter().zip(pixels(&base)).map(|(a, b)| f64::from(a.abs_diff(b))).sum::<f64>() / pixels(&base).len() as f64;
+    let apart = fixtures::apart(&pixels(&fast), &pixels(&base));
     assert!(apart < 4.0, "{apart} of 255");
 }
 
@@ -384,15 +383,9 @@ fn webhooks_are_told_signed_and_told_again() {
         assert_eq!(made["webhook"], site.url(path), "{made}");
         made["id"].as_str().unwrap().to_owned()
     };
-    let until = |path: &str, n: usize| {
-        let begun = Instant::now();
-        while site.count(path) < n {
-            assert!(begun.elapsed() < Duration::from_secs(30), "{path} was asked {} times", site.count(path));
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    };
+    let asked = |path: &str, n: usize| until(&format!("{path} is asked {n} times"), 30, || site.count(path) >= n);
     let id = create(&service, "/all", json!(["start", "output", "logs", "completed"]));
-    until("/all", 4);
+    asked("/all", 4);
     let told: Vec<_> = site.requests().into_iter().filter(|request| request.path == "/all").collect();
     let statuses: Vec<_> =
         told.iter().map(|request| serde_json::from_slice::<Value>(&request.body).unwrap()["status"].clone()).collect();
@@ -411,14 +404,14 @@ fn webhooks_are_told_signed_and_told_again() {
     create(&service, "/one", json!(["completed"]));
     create(&service, "/gone", json!(["completed"]));
     create(&service, "/moved", json!(["completed"]));
-    until("/gone", 1);
-    until("/moved", 1);
+    asked("/gone", 1);
+    asked("/moved", 1);
     create(&service, "/flaky", json!(["completed"]));
-    until("/flaky", 1);
+    asked("/flaky", 1);
     // What was not told is told by whoever starts next.
     service.kill("-9");
     let service = Service::start(&place, &[]);
-    until("/flaky", 2);
+    asked("/flaky", 2);
     let [first, second] = &site.requests().into_iter().filter(|request| request.path == "/flaky").collect::<Vec<_>>()[..] else {
         panic!("twice");
     };

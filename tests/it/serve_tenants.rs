@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::cli::Place;
-use crate::service::{DEV_LORA, Service, long, user1001};
+use crate::service::{DEV_LORA, Service, long, until, user1001};
 use crate::site::{Reply, Site};
 
 fn key(place: &Place, tenant: &str, more: &[&str]) -> String {
@@ -197,11 +197,8 @@ fn what_is_too_much_is_refused_with_the_time_to_wait() {
     let service = Service::start(&place, &["--queue-of-tenant", "2", "--queue", "3", "--creates-per-minute", "6"]);
     let create = |key: &str| service.post_as(key, DEV_LORA, &json!({ "input": long(1) }));
     let running = create(&alice).json()["id"].as_str().unwrap().to_owned();
-    let begun = Instant::now();
-    while service.get_as(&alice, &format!("/v1/predictions/{running}")).json()["status"] != "processing" {
-        assert!(begun.elapsed() < Duration::from_secs(60));
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let status = || service.get_as(&alice, &format!("/v1/predictions/{running}")).json()["status"].clone();
+    until("the first job runs", 60, || status() == "processing");
     assert_eq!([create(&alice).status, create(&alice).status], [201, 201]);
     let (own, all) = (create(&alice), [create(&bob), create(&bob)]);
     assert_eq!((own.status, all[0].status, all[1].status), (429, 201, 503));
@@ -302,14 +299,9 @@ fn what_operators_see() {
     let named = service.send(named.header("traceparent", format!("00-{trace}-00f067aa0ba902b7-01")));
     assert_eq!(named.headers["x-request-id"], "mine-1");
     assert_eq!(service.get("/v1/account").headers["x-request-id"].len(), 32);
-    let begun = Instant::now();
-    let numbers = loop {
-        let numbers = String::from_utf8(service.get("/metrics").body).unwrap();
-        if numbers.contains("darkroom_jobs_total{status=\"succeeded\",code=\"\"} 1") {
-            break numbers;
-        }
-        assert!(begun.elapsed() < Duration::from_secs(5), "{numbers}");
-    };
+    let numbers = || String::from_utf8(service.get("/metrics").body).unwrap();
+    until("the job is counted", 5, || numbers().contains("darkroom_jobs_total{status=\"succeeded\",code=\"\"} 1"));
+    let numbers = numbers();
     for part in [
         "darkroom_queue_jobs 0",
         "darkroom_stage_seconds_bucket{stage=\"denoise\",le=\"300\"} 1",
@@ -336,10 +328,7 @@ fn a_worker_that_hangs_is_replaced_and_one_that_is_paused_is_fenced() {
     let worker = service.worker();
     Command::new("kill").args(["-STOP", &worker.to_string()]).status().unwrap();
     let begun = Instant::now();
-    while service.get("/health/ready").status == 200 {
-        assert!(begun.elapsed() < Duration::from_secs(40));
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    until("it is found to hang", 40, || service.get("/health/ready").status != 200);
     assert!(begun.elapsed() > Duration::from_secs(10), "it was given its time");
     assert_eq!(service.get("/health/live").status, 200);
     let done = service.wait(&id);
@@ -354,20 +343,10 @@ fn old_pictures_go() {
     let done = service.picture(&tiny()["input"]);
     let (id, link) = (done["id"].as_str().unwrap(), done["output"][0].as_str().unwrap());
     assert_eq!(service.get(link).status, 200);
-    let begun = Instant::now();
-    loop {
-        let now = service.get(&format!("/v1/predictions/{id}")).json();
-        if now["data_removed"] == true {
-            assert_eq!((&now["output"], &now["input"], now["logs"].as_str()), (&Value::Null, &json!({}), Some("")));
-            assert_eq!(
-                (now["status"].as_str(), now["model"].as_str()),
-                (Some("succeeded"), Some("black-forest-labs/flux-dev-lora"))
-            );
-            break;
-        }
-        assert!(begun.elapsed() < Duration::from_secs(60));
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    service.until(id, |now| now["data_removed"] == true);
+    let now = service.get(&format!("/v1/predictions/{id}")).json();
+    assert_eq!((&now["output"], &now["input"], now["logs"].as_str()), (&Value::Null, &json!({}), Some("")));
+    assert_eq!((now["status"].as_str(), now["model"].as_str()), (Some("succeeded"), Some("black-forest-labs/flux-dev-lora")));
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(service.get(link).status, 404);
 }

@@ -120,11 +120,7 @@ impl Service {
     }
 
     pub(crate) fn until(&self, id: &str, is: impl Fn(&Value) -> bool) {
-        let begun = Instant::now();
-        while !is(&self.get(&format!("/v1/predictions/{id}")).json()) {
-            assert!(begun.elapsed() < Duration::from_secs(60));
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        until(id, 60, || is(&self.get(&format!("/v1/predictions/{id}")).json()));
     }
 
     pub(crate) fn worker(&self) -> u32 {
@@ -143,6 +139,16 @@ impl Service {
     pub(crate) fn kill(&mut self, signal: &str) -> Option<i32> {
         Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
         self.child.wait().unwrap().code()
+    }
+}
+
+/// Waits until it is so; fails after so many seconds.
+#[track_caller]
+pub(crate) fn until(what: &str, seconds: u64, mut is: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !is() {
+        assert!(begun.elapsed() < Duration::from_secs(seconds), "not within {seconds} s: {what}");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

@@ -9,7 +9,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::cli::{Place, Ran};
-use crate::fixtures;
+use crate::fixtures::{self, lora, tiny};
+use crate::service::until;
 
 /// The tiny model at 32 x 32, quietly, into the folder `run`.
 fn arguments<'a>(model: &'a str, more: &[&'a str]) -> Vec<&'a str> {
@@ -19,7 +20,7 @@ fn arguments<'a>(model: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 }
 
 fn sweep(place: &Place, more: &[&str]) -> Ran {
-    let model = fixtures::path("tiny-dev").display().to_string();
+    let model = tiny();
     place.run(&arguments(&model, more))
 }
 
@@ -35,10 +36,6 @@ pub(crate) fn names(folder: &Path) -> BTreeSet<String> {
 fn modified(folder: &Path) -> BTreeMap<String, std::time::SystemTime> {
     let time = |name: String| (name.clone(), fs::metadata(folder.join(name)).unwrap().modified().unwrap());
     names(folder).into_iter().map(time).collect()
-}
-
-pub(crate) fn adapter(name: &str) -> String {
-    fixtures::path("lora").join(format!("{name}.safetensors")).display().to_string()
 }
 
 #[test]
@@ -109,7 +106,7 @@ fn the_columns_are_these() {
 #[test]
 fn every_command_makes_its_picture_again_byte_for_byte() {
     let place = Place::new();
-    let lora = format!("{}@0.5", adapter("diffusers"));
+    let lora = format!("{}@0.5", lora("diffusers"));
     let mut more = vec!["--lora", "none", "--lora", &lora, "--lora-scale", "0.5,1", "--steps", "2", "--trigger-word", "it's me"];
     // What begins with a dash is no flag, and what is said of LoRAs is not said of the base alone.
     more.extend(["--true-cfg", "2", "--negative-prompt=-hat", "--lora-text-scale=-0.5", "--prompts", "prompts.txt"]);
@@ -189,7 +186,7 @@ fn a_run_that_is_refused_changes_nothing_of_the_one_before() {
     let place = Place::new();
     sweep(&place, &["--steps", "1,2"]).succeeds();
     let manifest = fs::read(place.path("run/manifest.json")).unwrap();
-    let model = fixtures::path("tiny-dev").display().to_string();
+    let model = tiny();
     let long = [
         "sweep", "a cat", "--model", &model, "--width", "256", "--height", "256", "--steps", "900:1000", "--seeds", "9", "-q",
         "-o", "run",
@@ -223,7 +220,7 @@ fn what_is_missing_is_not_compared_with() {
 fn a_killed_sweep_goes_on() {
     let place = Place::new();
     let more = ["--guidance", "1:4:1", "--steps", "1,2", "--seeds", "4"];
-    let model = fixtures::path("tiny-dev").display().to_string();
+    let model = tiny();
     let mut kills = 0;
     loop {
         let mut child = place.command(&arguments(&model, &more)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -264,15 +261,11 @@ fn a_killed_sweep_goes_on() {
 #[cfg(unix)]
 fn ctrl_c_stops_it_and_keeps_what_is_done() {
     let place = Place::new();
-    let model = fixtures::path("tiny-dev").display().to_string();
+    let model = tiny();
     let more = ["--guidance", "1:90:1", "--steps", "10"];
     let child = place.command(&arguments(&model, &more)).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let ledger = place.path("run/ledger.jsonl");
-    let begun = std::time::Instant::now();
-    while fs::read_to_string(&ledger).unwrap_or_default().lines().count() < 2 {
-        assert!(begun.elapsed() < Duration::from_secs(60));
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    until("two pictures are made", 60, || fs::read_to_string(&ledger).unwrap_or_default().lines().count() >= 2);
     std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
@@ -289,10 +282,10 @@ fn ctrl_c_stops_it_and_keeps_what_is_done() {
 #[test]
 fn a_file_says_what_flags_say_and_flags_count_more() {
     let place = Place::new();
-    let model = fixtures::path("tiny-dev").display().to_string();
+    let model = tiny();
     fs::create_dir(place.path("set")).unwrap();
     fs::write(place.path("set/prompts.txt"), "a cat\n\n a dog \n").unwrap();
-    fs::copy(adapter("diffusers"), place.path("set/me.safetensors")).unwrap();
+    fs::copy(lora("diffusers"), place.path("set/me.safetensors")).unwrap();
     let text = format!(
         "lora = \"me.safetensors@0.5\"\nmodel = {model:?}\nprompts = \"prompts.txt\"\nguidance = [1, 2.5]\nsteps = \"1:2\"\nwidth = 32\nheight = 32\n\
          seeds = 3\nzip = \"guidance,steps\"\nnegative-prompt = \"dogs\"\ntrue-cfg = 2\nnoise = \"cuda\"\n"
@@ -366,7 +359,7 @@ fn wrong_sweeps_are_refused_before_anything_is_written() {
     fails(&["--identity", "nowhere"], &["identity", "a folder of pictures"]);
     fails(&["--steps", "1:1000", "--guidance", "0:99.9:0.1", "--seeds", "2", "--yes"], &["2000000 cells", "several runs"]);
     fails(&["--steps", "1:100", "--guidance", "0:99.9:0.1", "--seeds", "10"], &["1000000 pictures", "--yes"]);
-    let lora = format!("{}@nan", adapter("diffusers"));
+    let lora = format!("{}@nan", lora("diffusers"));
     fails(&["--lora", &lora], &["finite scale"]);
     sweep(&place, &["--lora", "no.safetensors"]).fails(1, &["no.safetensors"]);
     place.run(&["sweep"]).fails(2, &["prompt"]);

@@ -13,7 +13,7 @@ use crate::serve_clients::clients;
 /// Makes a run with these arguments and drives its report.
 fn drive(arguments: &[&str]) {
     let place = Place::new();
-    let model = fixtures::path("tiny-dev").display().to_string();
+    let model = fixtures::tiny();
     let mut all = vec!["sweep", "--model", &model, "--width", "32", "-q", "-o", "run"];
     all.extend(arguments);
     place.run(&all).succeeds();

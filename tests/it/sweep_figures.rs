@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use crate::cli::Place;
 use crate::fixtures;
-use crate::sweep::{adapter, rows};
+use crate::sweep::rows;
 
 fn run_of(place: &Place, folder: &str, more: &[&str]) -> PathBuf {
-    let model = fixtures::path("tiny-dev").display().to_string();
+    let model = fixtures::tiny();
     let mut all = vec!["sweep", "a cat", "--model", &model, "--width", "32", "--height", "32", "-q", "-o", folder];
     all.extend(more);
     place.run(&all).succeeds();
@@ -44,7 +44,7 @@ fn two_runs_are_compared_seed_by_seed() {
         assert_eq!(figure["n"], 5);
     }
     // Two LoRAs over the same scales: paired by the scale as it was given.
-    let (one, two) = (adapter("diffusers"), adapter("kohya"));
+    let (one, two) = (fixtures::lora("diffusers"), fixtures::lora("kohya"));
     let scales = ["--steps", "1", "--lora-scale", "0.5,1", "--seeds", "2"];
     run_of(&place, "l1", &[&["--lora", &one, "--trigger-word", "user1"][..], &scales].concat());
     run_of(&place, "l2", &[&["--lora", &two, "--trigger-word", "user2"][..], &scales].concat());
