@@ -75,67 +75,49 @@ pub struct Output {
     pub latents: Option<PathBuf>,
 }
 
-/// Number format of the model: what it computes in, or what its large matrices are kept as.
+/// Number format of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
-    F32,
-    Bf16,
-    F16,
-    /// e4m3 with a scale for each row.
-    Fp8,
-    /// The same, with activations of e4m3 in the products.
-    Fp8Products,
-    /// The same, made of dense weights that LoRAs were merged into.
-    Fp8Merged,
-    /// GGUF blocks.
-    Q8_0,
-    Q6K,
-    Q5K,
-    Q4K,
-    Q4_0,
+    /// What it computes in: f32, bf16 or f16.
+    Dense(DType),
+    /// What its large matrices are kept as; what is computed in is the device's own choice.
+    Kept(Keep),
 }
 
 impl Precision {
-    pub const ALL: [(&str, Self); 11] = [
-        ("f32", Self::F32),
-        ("bf16", Self::Bf16),
-        ("f16", Self::F16),
-        ("fp8", Self::Fp8),
-        ("fp8-products", Self::Fp8Products),
-        ("fp8-merged", Self::Fp8Merged),
-        ("q8_0", Self::Q8_0),
-        ("q6_k", Self::Q6K),
-        ("q5_k", Self::Q5K),
-        ("q4_k", Self::Q4K),
-        ("q4_0", Self::Q4_0),
+    pub const ALL: [Self; 11] = [
+        Self::Dense(DType::F32),
+        Self::Dense(DType::BF16),
+        Self::Dense(DType::F16),
+        Self::Kept(Keep::Fp8),
+        Self::Kept(Keep::Fp8Products),
+        Self::Kept(Keep::Fp8Merged),
+        Self::Kept(Keep::Gguf(GgmlDType::Q8_0)),
+        Self::Kept(Keep::Gguf(GgmlDType::Q6K)),
+        Self::Kept(Keep::Gguf(GgmlDType::Q5K)),
+        Self::Kept(Keep::Gguf(GgmlDType::Q4K)),
+        Self::Kept(Keep::Gguf(GgmlDType::Q4_0)),
     ];
 
     /// As `--dtype` calls it.
     #[must_use]
-    pub fn name(self) -> &'static str {
-        Self::ALL.iter().find(|(_, one)| *one == self).map_or("", |(name, _)| name)
+    pub fn name(self) -> String {
+        match self {
+            Self::Dense(dtype) => dtype.as_str().to_owned(),
+            Self::Kept(keep) => keep.to_string(),
+        }
     }
 
     /// What the device computes in if nothing is asked for.
     #[must_use]
     pub fn of(device: &Device) -> Self {
-        match engine::default_dtype(device) {
-            DType::BF16 => Self::Bf16,
-            DType::F16 => Self::F16,
-            _ => Self::F32,
-        }
+        Self::Dense(engine::default_dtype(device))
     }
 
-    /// What is computed in; the device's own choice for those that say only what is kept.
+    /// What is computed in; `None` for the device's own choice.
     #[must_use]
     pub fn dtype(self) -> Option<DType> {
-        match self {
-            Self::F32 => Some(DType::F32),
-            Self::Bf16 => Some(DType::BF16),
-            Self::F16 => Some(DType::F16),
-            Self::Fp8 | Self::Fp8Products | Self::Fp8Merged => None,
-            Self::Q8_0 | Self::Q6K | Self::Q5K | Self::Q4K | Self::Q4_0 => None,
-        }
+        if let Self::Dense(dtype) = self { Some(dtype) } else { None }
     }
 
     /// Errors if the device has no values of this kind, or no units for such products.
@@ -143,7 +125,7 @@ impl Precision {
         if self.keep().is_fp8() && device.is_metal() {
             return Err(Error::invalid("dtype", &self.name(), "q8_0, or another: Metal has no e4m3 (files in fp8 are read)"));
         }
-        if !matches!(self, Self::Fp8Products | Self::Fp8Merged) || kernels::has_fp8_products(device) {
+        if !matches!(self.keep(), Keep::Fp8Products | Keep::Fp8Merged) || kernels::has_fp8_products(device) {
             return Ok(());
         }
         let allowed =
@@ -153,7 +135,7 @@ impl Precision {
 
     /// Errors if LoRAs cannot act in this way on such weights.
     pub fn allows(self, mode: LoraMode) -> Result<(), Error> {
-        if self != Self::Fp8Merged || mode == LoraMode::Auto {
+        if self.keep() != Keep::Fp8Merged || mode == LoraMode::Auto {
             return Ok(());
         }
         let problem = format!(
@@ -166,17 +148,7 @@ impl Precision {
     /// What the transformer's large matrices are kept as.
     #[must_use]
     pub fn keep(self) -> Keep {
-        match self {
-            Self::F32 | Self::Bf16 | Self::F16 => Keep::Stored,
-            Self::Fp8 => Keep::Fp8,
-            Self::Fp8Products => Keep::Fp8Products,
-            Self::Fp8Merged => Keep::Fp8Merged,
-            Self::Q8_0 => Keep::Gguf(GgmlDType::Q8_0),
-            Self::Q6K => Keep::Gguf(GgmlDType::Q6K),
-            Self::Q5K => Keep::Gguf(GgmlDType::Q5K),
-            Self::Q4K => Keep::Gguf(GgmlDType::Q4K),
-            Self::Q4_0 => Keep::Gguf(GgmlDType::Q4_0),
-        }
+        if let Self::Kept(keep) = self { keep } else { Keep::Stored }
     }
 }
 
@@ -184,7 +156,7 @@ impl FromStr for Precision {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let known = Self::ALL.iter().find(|(name, _)| *name == text).map(|(_, precision)| *precision);
-        known.ok_or_else(|| format!("must be one of {}", Self::ALL.map(|(name, _)| name).join(", ")))
+        let known = Self::ALL.into_iter().find(|precision| precision.name() == text);
+        known.ok_or_else(|| format!("must be one of {}", Self::ALL.map(Self::name).join(", ")))
     }
 }

@@ -19,7 +19,7 @@ pub(super) struct Picture {
     pub(super) finished: Finished,
     pub(super) model: String,
     pub(super) sha256: String,
-    pub(super) dtype: &'static str,
+    pub(super) dtype: String,
     pub(super) latents: bool,
 }
 
@@ -50,7 +50,7 @@ impl<'scope> Writer<'scope> {
 fn write(folder: &mut Folder, pictures: &Receiver<Picture>) -> Result<(), Error> {
     for picture in pictures {
         let Picture { made, job, finished, model, sha256, dtype, latents } = picture;
-        let setting = Setting { model: &model, digest: Some(&sha256), device: &made.device, dtype };
+        let setting = Setting { model: &model, digest: Some(&sha256), device: &made.device, dtype: &dtype };
         let png = generate::encode(&job, &finished, (Format::Png, 100), Some(setting))?.swap_remove(0);
         let latents = latents.then(|| generate::latents(&finished)).transpose()?;
         folder.add(&made, &png, latents.as_deref())?;
