@@ -2,7 +2,7 @@
 //!
 //! Keys are made by us alone, such as `outputs/JOB/out-0.webp`; nothing of a request gets into one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -29,6 +29,8 @@ pub enum Error {
 #[derive(Debug, Clone)]
 pub struct Blobs {
     store: Arc<dyn ObjectStore>,
+    /// On this machine. In a bucket there are no folders.
+    root: Option<PathBuf>,
 }
 
 impl Blobs {
@@ -55,7 +57,8 @@ impl Blobs {
                 Arc::new(LocalFileSystem::new_with_prefix(address).map_err(|_| Error::Open)?.with_fsync(true))
             }
         };
-        Ok(Self { store })
+        let root = (!address.contains("://")).then(|| PathBuf::from(address));
+        Ok(Self { store, root })
     }
 
     /// Keeps `bytes` under `key`, all or nothing, in the place of what was there.
@@ -72,11 +75,16 @@ impl Blobs {
         }
     }
 
-    /// Removes everything below `folder`, such as `outputs/JOB`.
+    /// Removes `folder`, such as `outputs/JOB`, and what is in it. The store could remove empty folders itself, but would not stop at
+    /// `outputs`.
     pub async fn remove(&self, folder: &str) -> Result<(), Error> {
         let below = self.store.list_with_delimiter(Some(&Key::from(folder))).await.map_err(|error| failed(&error))?;
         for object in below.objects {
             self.delete(object.location.as_ref()).await?;
+        }
+        if let Some(root) = &self.root {
+            // One that is not empty, or not there, is left.
+            let _ = std::fs::remove_dir(root.join(folder));
         }
         Ok(())
     }
@@ -115,6 +123,11 @@ mod tests {
         blobs.delete("uploads/none").await.unwrap();
         assert_eq!(blobs.get("outputs/a/0.png").await.unwrap(), None);
         assert!(blobs.get("outputs/b/0.png").await.unwrap().is_some());
+        let outputs = folder.path().join("new/outputs");
+        assert!(!outputs.join("a").exists() && outputs.join("b").exists(), "no empty folders are left");
+        blobs.remove("outputs/b").await.unwrap();
+        blobs.remove("outputs/none").await.unwrap();
+        assert_eq!(std::fs::read_dir(&outputs).unwrap().count(), 0, "the folder of all stays");
         for wrong in ["gs://x", "s3://", "https://bucket"] {
             assert!(matches!(Blobs::open(wrong, &[]), Err(Error::Address(_))), "{wrong}");
         }

@@ -24,6 +24,9 @@ const LONGEST: Duration = Duration::from_secs(3600);
 /// Longest name of a prediction, in bytes.
 const LONGEST_NAME: usize = 128;
 
+/// Names live among the idempotency keys, apart from those of other dialects.
+const NAMES: &str = "cog:";
+
 type Answer = Result<Response, Cog>;
 
 pub(super) fn router() -> Router<Arc<Server>> {
@@ -84,9 +87,14 @@ pub(super) async fn named(server: &Server, caller: &Caller, id: &str) -> Result<
     server.store.keyed(&caller.tenant, &key(id)).await?.ok_or(Problem::NotFound)
 }
 
-/// Names live among the idempotency keys, apart from those of other dialects.
+/// What a client named this prediction, if it did.
+pub(super) async fn name(server: &Server, job: &Job) -> Result<Option<String>, Problem> {
+    let key = server.store.key_of(job, NAMES).await?;
+    Ok(key.and_then(|key| key.strip_prefix(NAMES).map(str::to_owned)))
+}
+
 fn key(id: &str) -> String {
-    format!("cog:{id}")
+    format!("{NAMES}{id}")
 }
 
 async fn predict(server: &Server, caller: &Caller, mut headers: HeaderMap, body: &[u8], path: Option<String>) -> Answer {

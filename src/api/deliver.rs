@@ -1,17 +1,19 @@
 //! Telling webhooks, from the outbox: signed, guarded, again after failures.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, KeyInit, Mac};
+use serde_json::json;
 use sha2::Sha256;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 use super::outputs::now;
-use super::{Server, replicate};
+use super::{Server, cog, replicate};
 use crate::failpoint::failpoint;
 use crate::jobs::{Delivery, Event, Job};
 
@@ -19,7 +21,10 @@ use crate::jobs::{Delivery, Event, Job};
 const LOOK: Duration = Duration::from_millis(250);
 
 /// Deliveries at a time; a slow receiver takes one of them.
-const AT_ONCE: usize = 32;
+const AT_ONCE: i64 = 32;
+
+/// And of one tenant, so that its silent receivers do not take all places.
+const OF_TENANT: i64 = 4;
 
 /// Before each further attempt to tell of an end: some seconds at first, three days in all. Other events are told once.
 const PAUSES: [Duration; 9] = [
@@ -37,21 +42,56 @@ const PAUSES: [Duration; 9] = [
 /// A receiver may ask for a longer pause, but not for more than this.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
+/// How many deliveries of each tenant are under way.
+#[derive(Debug, Clone, Default)]
+struct Places(Arc<Mutex<BTreeMap<String, i64>>>);
+
+impl Places {
+    fn taken(&self) -> MutexGuard<'_, BTreeMap<String, i64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, tenant: &str) -> Place {
+        *self.taken().entry(tenant.to_owned()).or_default() += 1;
+        Place { places: self.clone(), tenant: tenant.to_owned() }
+    }
+}
+
+/// A tenant's place, left when dropped.
+struct Place {
+    places: Places,
+    tenant: String,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut taken = self.places.taken();
+        if let Some(count) = taken.get_mut(&self.tenant) {
+            *count -= 1;
+            if *count == 0 {
+                taken.remove(&self.tenant);
+            }
+        }
+    }
+}
+
 impl Server {
     /// Empties the outbox until `ended`. What is not told by then is told by whoever starts next.
     pub(super) async fn deliver(self: Arc<Self>, ended: watch::Receiver<bool>) {
-        let places = Arc::new(Semaphore::new(AT_ONCE));
+        let places = Places::default();
         while !*ended.borrow() {
-            let free = places.available_permits() as i64;
-            let due = if free > 0 { self.store.due(free).await } else { Ok(Vec::new()) };
+            let telling = places.taken().clone();
+            let free = AT_ONCE - telling.values().sum::<i64>();
+            let due = if free > 0 { self.store.due(free, OF_TENANT, &telling).await } else { Ok(Vec::new()) };
             match due {
                 Ok(due) => {
                     for (delivery, job) in due {
-                        let Ok(place) = places.clone().acquire_owned().await else { return };
-                        let server = self.clone();
+                        let (server, place) = (self.clone(), places.take(&job.tenant));
                         tokio::spawn(async move {
                             server.tell(&delivery, &job).await;
                             drop(place);
+                            // Its tenant may have more.
+                            server.ended.notify_one();
                         });
                     }
                 }
@@ -83,7 +123,13 @@ impl Server {
         let Some(webhook) = &job.webhook else { return Sent::Told };
         let base = job.request["address"].as_str().unwrap_or_default();
         // Links, never the pictures themselves: receivers refuse large bodies.
-        let Ok(prediction) = replicate::prediction(self, base, job, true).await else { return Sent::Again(None) };
+        let Ok(mut prediction) = replicate::prediction(self, base, job, true).await else { return Sent::Again(None) };
+        // Cog's clients know their predictions by the names that they gave them.
+        match cog::name(self, job).await {
+            Ok(Some(name)) => prediction["id"] = json!(name),
+            Ok(None) => {}
+            Err(_) => return Sent::Again(None),
+        }
         let body = prediction.to_string();
         // The same for every attempt, so that receivers can tell repetitions.
         let id = format!("msg_{}_{}", job.id, delivery.event.as_str());

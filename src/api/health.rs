@@ -55,6 +55,11 @@ impl Meters {
         Self { recorder, handle }
     }
 
+    /// Times are kept one by one until they are added up: now, or when somebody asks for them, which perhaps nobody does.
+    pub(super) fn add_up(&self) {
+        self.handle.run_upkeep();
+    }
+
     fn count(&self, name: &'static str, labels: Vec<Label>) {
         self.recorder.register_counter(&Key::from_parts(name, labels), &META).increment(1);
     }
@@ -179,4 +184,57 @@ async fn metrics(State(server): State<Arc<Server>>, caller: Caller) -> Result<Re
     }
     let kind = "text/plain; version=0.0.4; charset=utf-8";
     Ok(([(CONTENT_TYPE, kind)], meters.handle.render()).into_response())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::api::{Files, Keep, Options};
+    use crate::blobs::Blobs;
+    use crate::fetch::{Limits, Web};
+    use crate::jobs::Store;
+    use crate::ops::serve::Secret;
+
+    /// Without this each request takes memory until somebody asks for the numbers.
+    #[tokio::test]
+    async fn times_are_added_up_while_nobody_asks_for_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let store = Store::open(&format!("sqlite:{}", path("jobs.db")), crate::jobs::Limits::default()).await.unwrap();
+        let (blobs, web) = (Blobs::open(&path("files"), &[]).unwrap(), Web::new(true, Limits::default()).unwrap());
+        let options = Options {
+            data: folder.path().into(),
+            public_url: None,
+            files: Files::Auto,
+            local: true,
+            https: false,
+            creates: None,
+            keep: Keep::default(),
+            without_lora: false,
+            go_fast: false,
+            loras: None,
+        };
+        let secret = Secret::of(folder.path()).unwrap();
+        let server = Arc::new(Server::new(store, blobs, secret, web, Vec::new(), options));
+        let measure = || (0..200_000).for_each(|_| server.meters.time("seconds", Vec::new(), 0.01));
+        let asked = || {
+            let begun = Instant::now();
+            assert!(server.meters.handle.render().contains("seconds_count"));
+            begun.elapsed()
+        };
+        measure();
+        let piled_up = asked();
+        measure();
+        let (ending, ended) = watch::channel(false);
+        tokio::join!(server.clone().clear(ended), async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            ending.send_replace(true);
+        });
+        let added_up = asked();
+        assert!(added_up * 2 < piled_up, "{added_up:?} and {piled_up:?}");
+    }
 }

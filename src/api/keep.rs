@@ -40,6 +40,7 @@ impl Server {
                 self.queued.store(waiting.queued.unsigned_abs(), Ordering::Relaxed);
             }
             if Instant::now() >= next {
+                self.meters.add_up();
                 if let Err(error) = self.clear_old().await {
                     tracing::error!(%error, "old jobs are not cleared away");
                 }

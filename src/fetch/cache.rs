@@ -4,6 +4,7 @@
 //! blobs/<digest>.safetensors   whole and checked; read locked while in use, so that nobody evicts it
 //! sources/<key>.json           what a reference last gave
 //! partial/<key>, <key>.json    a download that goes on where it stopped; <key>.lock: who does it
+//! partial/unpacked...          what is taken out of an archive; locked meanwhile
 //! ```
 
 use std::fs::{self, File, FileTimes};
@@ -24,7 +25,7 @@ const STALE: Duration = Duration::from_secs(7 * 24 * 3600);
 #[derive(Debug, Clone)]
 pub(super) struct Cache {
     folder: PathBuf,
-    /// All blobs together, in bytes; what is in use may exceed it.
+    /// Whole and unfinished files together, in bytes; what is in use may exceed it.
     bound: u64,
 }
 
@@ -92,23 +93,30 @@ impl Cache {
 
     /// When each was used last, its size and place, in this order.
     pub(super) fn blobs(&self) -> Vec<(SystemTime, u64, PathBuf)> {
-        let entries = fs::read_dir(self.folder.join("blobs")).into_iter().flatten();
-        let mut blobs: Vec<_> = entries
-            .filter_map(|entry| {
-                let entry = entry.ok()?;
-                let data = entry.metadata().ok()?;
-                Some((data.modified().ok()?, data.len(), entry.path()))
-            })
-            .collect();
+        let mut blobs = self.files("blobs");
         blobs.sort();
         blobs
     }
 
-    /// Least recently used first; what somebody holds stays.
-    fn make_room(&self) {
-        let blobs = self.blobs();
-        let mut total: u64 = blobs.iter().map(|(_, bytes, _)| bytes).sum();
-        for (_, bytes, path) in blobs {
+    fn files(&self, part: &str) -> Vec<(SystemTime, u64, PathBuf)> {
+        let entries = fs::read_dir(self.folder.join(part)).into_iter().flatten();
+        let files = entries.filter_map(|entry| {
+            let entry = entry.ok()?;
+            let data = entry.metadata().ok()?;
+            Some((data.modified().ok()?, data.len(), entry.path()))
+        });
+        files.collect()
+    }
+
+    /// Least recently used first, whole or not, and before them what does not fit at all; what somebody holds stays.
+    pub(super) fn make_room(&self) {
+        let mut files = self.files("blobs");
+        // Locks, notes and files that become notes have a dot in their names. They are small, and go with their downloads or their age.
+        let large = |path: &Path| path.file_name().is_some_and(|name| !name.to_string_lossy().contains('.'));
+        files.extend(self.files("partial").into_iter().filter(|(.., path)| large(path)));
+        files.sort_by_key(|(used, bytes, _)| (*bytes <= self.bound, *used));
+        let mut total: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();
+        for (_, bytes, path) in files {
             if total <= self.bound {
                 break;
             }
@@ -153,12 +161,21 @@ impl Cache {
     }
 }
 
-/// Removes a blob that nobody holds.
+/// Removes a blob that nobody holds, or an unfinished download that nobody goes on with.
 pub(super) fn remove_unused(path: &Path) -> bool {
-    File::options().read(true).write(true).open(path).is_ok_and(|file| {
+    // Whoever downloads holds a file beside it.
+    let beside = File::open(path.with_extension("lock"));
+    if beside.as_ref().is_ok_and(|lock| lock.try_lock().is_err()) {
+        return false;
+    }
+    let removed = File::options().read(true).write(true).open(path).is_ok_and(|file| {
         // The lock ends with the file, after the name is gone.
         file.try_lock().is_ok() && fs::remove_file(path).is_ok()
-    })
+    });
+    if removed {
+        let _ = fs::remove_file(path.with_extension("json"));
+    }
+    removed
 }
 
 /// SHA-256 of a file.
@@ -243,6 +260,40 @@ mod tests {
         let left: u64 = fs::read_dir(folder.path().join("blobs")).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
         assert!(left <= 5000, "{left}");
         assert_eq!(fs::read_dir(folder.path().join("partial")).unwrap().count(), 0);
+    }
+
+    /// What nobody goes on with counts and goes; what somebody downloads or unpacks stays.
+    #[test]
+    fn unfinished_downloads_are_within_the_bound() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path().into(), 250).unwrap();
+        let begin = |name: &str, bytes: usize, age: u64| {
+            let file = cache.partial(name);
+            fs::write(&file, vec![7; bytes]).unwrap();
+            fs::write(file.with_extension("json"), b"{}").unwrap();
+            let used = SystemTime::now() - Duration::from_secs(age);
+            File::options().write(true).open(&file).unwrap().set_modified(used).unwrap();
+            file
+        };
+        let held = begin("held", 100, 90);
+        let lock = File::create(held.with_extension("lock")).unwrap();
+        lock.try_lock().unwrap();
+        let unpacked = begin("unpacked", 50, 80);
+        let open = File::open(&unpacked).unwrap();
+        open.try_lock_shared().unwrap();
+        let old = begin("old", 40, 70);
+        drop(put(&cache, "whole", 30));
+        let new = begin("new", 60, 10);
+        // More than all together may have: it goes first, although it is the newest.
+        let huge = begin("huge", 300, 0);
+        cache.make_room();
+        assert!(!huge.exists() && !old.exists() && held.exists() && unpacked.exists() && new.exists());
+        assert!(!old.with_extension("json").exists() && new.with_extension("json").exists(), "notes go with their files");
+        assert!(cache.hold("whole").is_some());
+        // Once they are left, they go like all else.
+        drop((lock, open));
+        drop(put(&cache, "next", 160));
+        assert!(!held.exists() && !unpacked.exists() && new.exists() && cache.hold("whole").is_some());
     }
 
     #[test]

@@ -37,7 +37,7 @@ impl Partial {
     }
 
     /// Length and ETag of what is there, if it can be gone on with.
-    fn begun(&self) -> Option<(u64, String)> {
+    pub(super) fn begun(&self) -> Option<(u64, String)> {
         let length = fs::metadata(&self.path).ok()?.len();
         let Begun { etag } = cache::read_json(&self.notes())?;
         (length > 0).then_some((length, etag))

@@ -48,6 +48,25 @@ struct Inner {
     flights: Mutex<HashMap<String, (WeakFlight, watch::Receiver<Progress>)>>,
 }
 
+/// The right to download one file. When it ends, what broke off stays if it can be gone on with and the cache has room.
+struct Turn {
+    lock: File,
+    cache: Cache,
+    partial: Partial,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if self.partial.begun().is_none() {
+            self.partial.remove();
+        }
+        let _ = self.lock.unlock();
+        if self.partial.path.exists() {
+            self.cache.make_room();
+        }
+    }
+}
+
 impl std::fmt::Debug for Inner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Not the store's settings, which hold secrets.
@@ -156,6 +175,7 @@ impl Inner {
         if let Reference::Data(text) = reference {
             let (text, partial) = (text.clone(), Partial { path: self.cache.partial(key) });
             let bytes = blocking(move || data::decode(&text)).await?;
+            let _turn = self.lock(key).await?;
             std::fs::write(&partial.path, &bytes).map_err(Error::write(&partial.path))?;
             let mut hasher = Sha256::new();
             hasher.update(&bytes);
@@ -165,7 +185,7 @@ impl Inner {
         if self.offline {
             return known().map(|(held, _)| held).ok_or_else(|| Error::Offline(named(reference)));
         }
-        let _lock = self.lock(key).await?;
+        let _turn = self.lock(key).await?;
         match self.current(key, reference, credentials, known(), progress).await {
             // The source is down, not the file: what it gave last time still serves.
             Err(error) if error.is_passing() => match known() {
@@ -273,8 +293,9 @@ impl Inner {
     }
 
     /// Waits until no other process downloads the same.
-    async fn lock(&self, key: &str) -> Result<File, Error> {
-        let path = self.cache.partial(key).with_extension("lock");
+    async fn lock(&self, key: &str) -> Result<Turn, Error> {
+        let partial = Partial { path: self.cache.partial(key) };
+        let path = partial.path.with_extension("lock");
         let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(Error::write(&path))?;
         while let Err(error) = file.try_lock() {
             match error {
@@ -282,16 +303,18 @@ impl Inner {
                 std::fs::TryLockError::Error(source) => return Err(Error::Write { path, source }),
             }
         }
-        Ok(file)
+        Ok(Turn { lock: file, cache: self.cache.clone(), partial })
     }
 }
 
 fn unpack(cache: &Cache, from: &Path) -> Result<Held, Error> {
     let folder = from.parent().unwrap_or(Path::new("."));
     let write = Error::write(folder);
-    let mut out = tempfile::NamedTempFile::new_in(folder).map_err(write)?;
+    let mut out = tempfile::Builder::new().prefix("unpacked").tempfile_in(folder).map_err(write)?;
+    // So that nobody who makes room takes it for left behind.
+    out.as_file().lock_shared().map_err(Error::write(out.path()))?;
     archive::extract_file(File::open(from).map_err(Error::write(from))?, out.as_file_mut())?;
-    let file = out.into_temp_path();
+    let (_lock, file) = out.into_parts();
     let head = cache::head(&file, sniff::HEAD).map_err(Error::write(&file))?;
     match sniff::kind(&head) {
         Kind::Safetensors => {

@@ -1,5 +1,6 @@
 //! Events that webhooks must still be told.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use sqlx::Row;
@@ -34,15 +35,39 @@ impl Store {
         Ok(())
     }
 
-    /// Events to be told now, at most `limit`, with the jobs that they are of. Taken for a minute.
-    pub async fn due(&self, limit: i64) -> Result<Vec<(Delivery, Job)>, Error> {
+    /// Events to be told now, at most `limit`, with the jobs that they are of. Taken for a minute. No tenant has more than `most` at a
+    /// time: `telling` says how many each has already. Whoever has fewest is first, so that nobody waits for another's receiver.
+    pub async fn due(&self, limit: i64, most: i64, telling: &BTreeMap<String, i64>) -> Result<Vec<(Delivery, Job)>, Error> {
+        let cases: String = telling.values().enumerate().map(|(i, n)| format!("WHEN ${} THEN {n} ", i + 3)).collect();
+        let already = if cases.is_empty() { "0".into() } else { format!("CASE jobs.tenant {cases}ELSE 0 END") };
+        let find = format!(
+            "SELECT job, event FROM (
+                 SELECT outbox.job AS job, outbox.event AS event, outbox.next_at AS next_at,
+                     ROW_NUMBER() OVER (PARTITION BY jobs.tenant ORDER BY outbox.next_at, outbox.job) + {already} AS place
+                 FROM outbox JOIN jobs ON jobs.id = outbox.job WHERE outbox.next_at <= {{now}}
+             ) ready WHERE place <= $1 ORDER BY place, next_at LIMIT $2"
+        );
+        let mut find = self.query(&find).bind(most).bind(limit);
+        for tenant in telling.keys() {
+            find = find.bind(tenant);
+        }
+        // Looked for without the writer's lock: mostly there is nothing.
+        let names = |row: &AnyRow| -> Result<(String, String), Error> { Ok((row.try_get("job")?, row.try_get("event")?)) };
+        let mut found = find.fetch_all(self.pool()).await?.iter().map(names).collect::<Result<Vec<_>, _>>()?;
+        if found.is_empty() {
+            return Ok(Vec::new());
+        }
+        // In one order, so that two services do not wait for each other.
+        found.sort();
         let mut transaction = self.begin().await?;
-        let take = "UPDATE outbox SET next_at = {now} + $1 WHERE (job, event) IN \
-             (SELECT job, event FROM outbox WHERE next_at <= {now} ORDER BY next_at LIMIT $2 {skip}) RETURNING job, event, attempts";
-        let rows = self.query(take).bind(milliseconds(DELIVERING)).bind(limit).fetch_all(&mut *transaction).await?;
         let mut due = Vec::new();
-        for row in &rows {
-            let delivery = delivery(row)?;
+        for (job_id, event) in &found {
+            // Another service may have been faster.
+            let take = "UPDATE outbox SET next_at = {now} + $1 WHERE job = $2 AND event = $3 AND next_at <= {now} \
+                 RETURNING job, event, attempts";
+            let take = self.query(take).bind(milliseconds(DELIVERING)).bind(job_id).bind(event);
+            let Some(row) = take.fetch_optional(&mut *transaction).await? else { continue };
+            let delivery = delivery(&row)?;
             let find = self.query("SELECT {columns} FROM jobs WHERE id = $1").bind(delivery.job.as_str());
             if let Some(row) = find.fetch_optional(&mut *transaction).await? {
                 due.push((delivery, job(&row)?));
@@ -50,6 +75,13 @@ impl Store {
         }
         transaction.commit().await?;
         Ok(due)
+    }
+
+    /// The idempotency key that named this job, if it begins so and is remembered.
+    pub async fn key_of(&self, job: &Job, begins: &str) -> Result<Option<String>, Error> {
+        let find = self.query("SELECT key FROM idempotency WHERE tenant = $1 AND job = $2 AND key LIKE $3");
+        let find = find.bind(&job.tenant).bind(job.id.as_str()).bind(format!("{begins}%"));
+        Ok(find.fetch_optional(self.pool()).await?.map(|row| row.try_get("key")).transpose()?)
     }
 
     /// Told, or given up.

@@ -22,6 +22,11 @@ version = client.models.get(MODEL).latest_version
 assert version.openapi_schema["components"]["schemas"]["Input"]["properties"]["guidance"]["maximum"] == 10
 again = client.run(f"{MODEL}:{version.id}", input=SHORT)
 assert again[0].read() == output[0].read(), "a seed is a seed"
+deployment = client.deployments.get(MODEL)
+assert deployment.current_release.version == version.id and deployment.id in [d.id for d in client.deployments.list().results]
+prediction = deployment.predictions.create(input=SHORT)
+prediction.wait()
+assert prediction.status == "succeeded", prediction.error
 
 # Longer than the client waits for: it polls, and its progress bar moves.
 prediction = client.predictions.create(

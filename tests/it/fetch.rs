@@ -181,6 +181,40 @@ fn a_broken_download_goes_on_where_it_broke() {
 }
 
 #[test]
+fn what_broke_off_stays_within_the_caches_bound() {
+    let half = weights().len() / 2;
+    let site = Site::serve(move |request| match (request.header("range"), request.path.starts_with("/plain")) {
+        (Some(_), _) => ranged(request, &weights(), "\"a\""),
+        (None, true) => Reply::ok(&weights()).cut(half),
+        (None, false) => Reply::new("200 OK", &[("ETag", "\"a\"")], &weights()).cut(half),
+    });
+    let once = |bound: usize| Bench::with(|options| (options.cache_bytes, options.limits.attempts) = (bound as u64, 1));
+    let bench = once(weights().len() * 2);
+    for i in 0..8 {
+        bench.refused(&site.url(&format!("/{i}.safetensors")));
+    }
+    // A part and its notes for each of those that there is room for.
+    assert_eq!(bench.files("partial"), 8, "four of eight halves");
+    assert_eq!(content(&bench.get(&site.url("/7.safetensors")).unwrap()), weights());
+    assert!(site.requests().last().unwrap().header("range").is_some(), "it went on where it was");
+    // Without a mark nobody can go on with it.
+    let bench = once(1 << 30);
+    bench.refused(&site.url("/plain.safetensors"));
+    assert_eq!(bench.files("partial"), 0);
+    // Whoever leaves is heard as well.
+    let slow = Site::serve(|_| {
+        Reply::new("200 OK", &[("ETag", "\"a\"")], &weights()).slowly(weights().len() / 8, Duration::from_millis(30))
+    });
+    let bench = once(1000);
+    let leaves = |progress: darkroom::fetch::Progress| {
+        if progress.done > 2000 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let left =
+        bench.fetcher.get_blocking(&Reference::parse(&slow.url("/slow.safetensors")).unwrap(), &Credentials::default(), leaves);
+    assert_eq!((left.unwrap_err().code(), bench.files("partial")), ("cancelled", 0));
+}
+
+#[test]
 fn what_cannot_be_gone_on_with_is_begun_anew() {
     // Ranges ignored; another version; the same from a server that heeds Range and not If-Range; a server that claims another start; the
     // whole already here.

@@ -1,11 +1,12 @@
 //! What the service keeps beside the queue, on SQLite and PostgreSQL: keys, uploads, what ended, what grew old.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use darkroom::jobs::{Error, Event, JobId, Limits, NewJob, NewUpload, Status, Store, Webhook};
 use serde_json::json;
 
-use crate::jobs::{claim, done, new, on_both};
+use crate::jobs::{all_due, claim, done, new, on_both};
 
 #[test]
 fn a_database_of_an_older_version_is_copied_and_brought_forward() {
@@ -193,14 +194,60 @@ fn who_is_alone_takes_over_what_the_dead_held() {
         let webhook = Webhook { url: "https://example.com/".into(), events: vec![Event::Start] };
         let (job, _) = store.submit(&NewJob { webhook: Some(webhook), ..new("me", "") }).await.unwrap();
         let held = claim(&store, "w").await.unwrap();
-        assert_eq!(store.due(9).await.unwrap().len(), 1);
+        assert_eq!(all_due(&store, 9).await.len(), 1);
         store.take_over().await.unwrap();
         tokio::time::sleep(Duration::from_millis(2)).await;
         store.reap().await.unwrap();
-        let (now, due) = (store.get("me", &job.id).await.unwrap().unwrap(), store.due(9).await.unwrap().len());
+        let (now, due) = (store.get("me", &job.id).await.unwrap().unwrap(), all_due(&store, 9).await.len());
         let file = address.starts_with("sqlite:");
         // Of a shared database nobody knows who else is at it.
         assert_eq!((now.status, due), if file { (Status::Queued, 1) } else { (Status::Running, 0) });
         assert_eq!(store.finish(&held, &done()).await.is_ok(), !file);
+    });
+}
+
+#[test]
+fn webhooks_of_one_tenant_leave_room_for_those_of_others() {
+    on_both(Limits::default, |store, _| async move {
+        let ended = async |tenant: &str| {
+            let webhook = Some(Webhook { url: "https://example.com/".into(), events: vec![Event::Completed] });
+            let (job, _) = store.submit(&NewJob { webhook, ..new(tenant, "") }).await.unwrap();
+            store.cancel(tenant, &job.id).await.unwrap();
+        };
+        let tenants = async |limit: i64, telling: &[(&str, i64)]| -> Vec<String> {
+            let telling = telling.iter().map(|(tenant, n)| ((*tenant).to_owned(), *n)).collect();
+            let mut due: Vec<_> = store.due(limit, 4, &telling).await.unwrap().into_iter().map(|(_, job)| job.tenant).collect();
+            due.sort();
+            due
+        };
+        for _ in 0..12 {
+            ended("flood").await;
+        }
+        ended("late").await;
+        ended("later").await;
+        // Twelve wait longer, and still the others have their places.
+        assert_eq!(tenants(3, &[]).await, ["flood", "late", "later"]);
+        assert_eq!(tenants(32, &[("flood", 1), ("late", 1)]).await, ["flood"; 3]);
+        ended("late").await;
+        assert_eq!(tenants(32, &[("flood", 4), ("late", 1)]).await, ["late"]);
+        assert_eq!(tenants(32, &[("flood", 4)]).await, Vec::<String>::new());
+        // Each is taken once, whoever asks at the same time.
+        let other = store.clone();
+        let none = BTreeMap::new();
+        let (one, two) = tokio::join!(store.due(32, 32, &none), other.due(32, 32, &none));
+        let (one, two) = (one.unwrap(), two.unwrap());
+        let all: BTreeSet<_> = one.iter().chain(&two).map(|(delivery, _)| delivery.job.clone()).collect();
+        assert_eq!((one.len() + two.len(), all.len()), (8, 8));
+    });
+}
+
+#[test]
+fn a_jobs_key_is_found_again() {
+    on_both(Limits::default, |store, _| async move {
+        let keyed = NewJob { idempotency: Some(("cog:order-4711".into(), "b".into())), ..new("me", "") };
+        let (named, _) = store.submit(&keyed).await.unwrap();
+        let (other, _) = store.submit(&new("me", "")).await.unwrap();
+        assert_eq!(store.key_of(&named, "cog:").await.unwrap().as_deref(), Some("cog:order-4711"));
+        assert_eq!((store.key_of(&named, "x").await.unwrap(), store.key_of(&other, "cog:").await.unwrap()), (None, None));
     });
 }

@@ -145,6 +145,57 @@ fn models_describe_themselves() {
 }
 
 #[test]
+fn deployments_are_the_models_themselves() {
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    let path = "/v1/deployments/black-forest-labs/flux-dev-lora";
+    let (list, one) = (service.get("/v1/deployments").json(), service.get(path).json());
+    assert!(list["results"].as_array().unwrap().contains(&one), "{list}");
+    let model = service.get("/v1/models/black-forest-labs/flux-dev-lora").json();
+    let release = &one["current_release"];
+    assert_eq!(
+        (&release["version"], release["model"].as_str()),
+        (&model["latest_version"]["id"], Some("black-forest-labs/flux-dev-lora"))
+    );
+    assert!(
+        release["configuration"]["min_instances"].is_u64()
+            && one["owner"] == "black-forest-labs"
+            && one["name"] == "flux-dev-lora"
+    );
+    assert_eq!(service.get("/v1/deployments/me/mine").status, 404);
+    let made = service.post(
+        &format!("{path}/predictions"),
+        &[("prefer", "wait")],
+        &json!({ "input": { "prompt": "x", "num_inference_steps": 1 } }),
+    );
+    assert_eq!((made.status, made.json()["status"].as_str()), (201, Some("succeeded")), "{}", made.json());
+}
+
+/// Whatever their sender says that they are.
+#[test]
+fn downloads_are_nothing_that_browsers_run() {
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    let downloaded = |kind: &str| {
+        let part = reqwest::multipart::Part::bytes(b"<script>".to_vec()).file_name("a");
+        let form = reqwest::multipart::Form::new().part("content", part).text("type", kind.to_owned());
+        let file = service.send(service.client.post(format!("{}/v1/files", service.address)).multipart(form));
+        assert_eq!(file.status, 201, "{kind:?}: {}", file.json());
+        let file = service.get(file.json()["urls"]["download"].as_str().unwrap());
+        assert_eq!((file.status, file.headers["x-content-type-options"].to_str().unwrap()), (200, "nosniff"), "{kind:?}");
+        file.headers["content-type"].to_str().unwrap().to_owned()
+    };
+    for picture in ["image/png", "image/jpeg", "image/webp", "image/gif"] {
+        assert_eq!(downloaded(picture), picture);
+    }
+    for other in
+        ["image/SVG+xml", "image/svg+xml", "image/png,text/html", "image/png; x=\"", "image/a\nb", "text/html", "IMAGE/PNG", ""]
+    {
+        assert_eq!(downloaded(other), "application/octet-stream", "{other:?}");
+    }
+}
+
+#[test]
 fn links_to_pictures_are_their_own_permission() {
     let place = Place::new();
     let service = Service::start(&place, &["--files", "links"]);

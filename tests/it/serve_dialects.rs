@@ -223,6 +223,32 @@ fn cogs_predictions() {
     assert_eq!(service.post("/predictions", &[("prefer", "wait")], &theirs).status, 201);
 }
 
+/// Also names that look like ours, when they are stopped and when webhooks tell of them.
+#[test]
+fn cogs_clients_name_their_predictions() {
+    let site = Site::serve(|_| Reply::ok(b""));
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    let put = |id: &str| {
+        let body = json!({ "input": long(1), "webhook": site.url("/told"), "webhook_events_filter": ["completed"] });
+        let request = service.client.put(format!("{}/predictions/{id}", service.address));
+        let request = request.header("content-type", "application/json").header("prefer", "respond-async");
+        assert_eq!(service.send(request.body(body.to_string())).status, 202);
+    };
+    let cancel = |id: &str| service.post(&format!("/predictions/{id}/cancel"), &[], &json!({})).status;
+    let names = ["0123456789abcdefghjkmnpqrs", "order-4711"];
+    for name in names {
+        put(name);
+        assert_eq!(cancel(name), 200, "{name}");
+    }
+    assert_eq!((cancel("1123456789abcdefghjkmnpqrs"), cancel("order-4712")), (404, 404));
+    until("both are told", 30, || site.count("/told") == 2);
+    let told = site.requests().into_iter().map(|told| serde_json::from_slice::<Value>(&told.body).unwrap());
+    let mut told: Vec<_> = told.map(|told| (told["id"].clone(), told["status"].clone())).collect();
+    told.sort_by_key(|(id, _)| id.to_string());
+    assert_eq!(told, names.map(|name| (json!(name), json!("canceled"))));
+}
+
 #[test]
 fn jobs_with_their_place_and_progress() {
     let place = Place::new();

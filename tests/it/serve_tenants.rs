@@ -219,6 +219,31 @@ fn what_is_too_much_is_refused_with_the_time_to_wait() {
     assert_eq!(service.get_as(&bob, "/v1/account").status, 200, "a right key is never in the way");
 }
 
+/// Forty-eight events for somebody who never answers: those of another tenant are told at once all the same.
+#[test]
+fn a_silent_receiver_holds_up_nobody_elses_webhooks() {
+    let site = Site::serve(|request| if request.path == "/silent" { Reply::silence() } else { Reply::ok(b"") });
+    let place = Place::new();
+    let (alice, bob) = (key(&place, "alice", &[]), key(&place, "bob", &[]));
+    let service = Service::start(&place, &[]);
+    let create = |key: &str, path: &str, more: &[(&str, &str)]| {
+        let mut body = tiny();
+        body["webhook"] = json!(site.url(path));
+        let made = service.post(DEV_LORA, &[&[("authorization", &*format!("Bearer {key}"))][..], more].concat(), &body);
+        assert_eq!(made.status, 201, "{}", made.json());
+    };
+    for _ in 0..11 {
+        create(&alice, "/silent", &[]);
+    }
+    create(&alice, "/silent", &[("prefer", "wait")]);
+    create(&bob, "/told", &[("prefer", "wait")]);
+    let begun = Instant::now();
+    while site.count("/told") < 4 {
+        assert!(begun.elapsed() < Duration::from_secs(10), "{} of 4 were told", site.count("/told"));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 #[test]
 fn files_of_a_tenant_take_no_more_room_than_they_may() {
     let place = Place::new();
@@ -347,6 +372,7 @@ fn old_pictures_go() {
     let now = service.get(&format!("/v1/predictions/{id}")).json();
     assert_eq!((&now["output"], &now["input"], now["logs"].as_str()), (&Value::Null, &json!({}), Some("")));
     assert_eq!((now["status"].as_str(), now["model"].as_str()), (Some("succeeded"), Some("black-forest-labs/flux-dev-lora")));
+    assert_eq!(std::fs::read_dir(place.path("data/files/outputs")).unwrap().count(), 0, "no empty folder is left of it");
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(service.get(link).status, 404);
 }

@@ -90,6 +90,8 @@ pub(super) const ROUTES: &[Route] = &[
         Some((JSON, "PredictionOfModel")),
         CREATED,
     ),
+    route(GET, "/v1/deployments", "Replicate", "List the models, as deployments of themselves.", None, LIST),
+    route(GET, "/v1/deployments/{owner}/{name}", "Replicate", "A model, as a deployment of itself.", None, OBJECT),
     route(
         POST,
         "/v1/deployments/{owner}/{name}/predictions",

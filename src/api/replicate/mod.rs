@@ -4,6 +4,7 @@
 //! dropped and unknown keys beside `input` refused; cancel comes with a JSON content type and no body.
 
 mod create;
+mod deployments;
 mod files;
 mod headers;
 mod input;
@@ -46,7 +47,7 @@ pub(super) fn router() -> Router<Arc<Server>> {
         .route("/models/{owner}/{name}/predictions", post(create::by_model))
         .route("/models/{owner}/{name}/versions/{id}/trainings", post(unsupported))
         .route("/trainings", get(none).post(unsupported))
-        .route("/deployments/{owner}/{name}/predictions", post(create::by_model))
+        .merge(deployments::router())
         .route("/collections", get(none))
         .route("/hardware", get(|| async { Json(json!([{ "name": "this machine", "sku": "local" }])) }))
         .route("/account", get(account))
@@ -89,10 +90,11 @@ pub(super) async fn show(
 }
 
 async fn cancel(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Path(id): Path<String>) -> Answer {
-    let id = match id.parse::<JobId>() {
-        Ok(id) => id,
-        // Cog's clients name their predictions themselves.
-        Err(()) => super::cog::named(&server, &caller, &id).await?.id,
+    // Cog's clients name their predictions themselves, and their names may look like ours.
+    let id = match super::cog::named(&server, &caller, &id).await {
+        Ok(job) => job.id,
+        Err(Problem::NotFound) => id.parse::<JobId>().map_err(|()| Problem::NotFound)?,
+        Err(problem) => return Err(problem),
     };
     let job = server.store.cancel(&caller.tenant, &id).await?.ok_or(Problem::NotFound)?;
     if job.status.is_final() {
