@@ -31,6 +31,8 @@ pub fn describe(bytes: &[u8]) -> String {
         "a git-lfs pointer, not the file itself; run `git lfs pull` in that folder".into()
     } else if starts("<!doctype") || starts("<html") || starts("<?xml") || starts("<head") {
         "a web page; the download was answered by a login or error page".into()
+    } else if bytes.starts_with(b"PK\x03\x04") && !is_torch(bytes) {
+        "a zip file; unpack it and name the .safetensors file inside".into()
     } else if bytes.starts_with(b"PK\x03\x04")
         || bytes.starts_with(b"\x80\x02")
         || bytes.starts_with(b"\x80\x04")
@@ -46,6 +48,13 @@ pub fn describe(bytes: &[u8]) -> String {
     }
 }
 
+/// PyTorch's files are zips with a `data.pkl`: the first thing in them, and named again in the directory at the end.
+fn is_torch(zip: &[u8]) -> bool {
+    let part = zip.len().min(64 << 10);
+    let names_it = |part: &[u8]| part.windows(8).any(|name| name == b"data.pkl");
+    names_it(&zip[..part]) || names_it(&zip[zip.len() - part..])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,7 +63,12 @@ mod tests {
     fn foreign_files_are_named() {
         let pickle = format(b"\x80\x02}q\x00").unwrap_err();
         assert!(pickle.contains("pickle"), "{pickle}");
-        assert!(format(b"PK\x03\x04....").unwrap_err().contains("pickle"));
+        let far = [&b"PK\x03\x04"[..], &[0; 100_000], b"archive/data.pkl", &[0; 1000]].concat();
+        for torch in [&b"PK\x03\x04..archive/data.pkl"[..], &far] {
+            assert!(format(torch).unwrap_err().contains("pickle"));
+        }
+        let zip = format(b"PK\x03\x04..me/lora.safetensors").unwrap_err();
+        assert!(zip.contains("zip") && zip.contains("unpack") && !zip.contains("pickle"), "{zip}");
         assert!(format(b"<!DOCTYPE html><html>").unwrap_err().contains("web page"));
         assert!(format(b"version https://git-lfs.github.com/spec/v1\n").unwrap_err().contains("git lfs pull"));
         assert!(format(b"").unwrap_err().contains("empty"));

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::progress::JobBar;
 use super::settings::device;
+use super::signal::Interrupt;
 use crate::bytes;
 use crate::config::Config;
 use crate::engine::{DeviceChoice, LoraMode};
@@ -133,6 +134,21 @@ fn fetching() -> impl FnMut(Progress) -> ControlFlow<()> {
     }
 }
 
+/// The same for what writes a file. Ctrl-C stops it before the next tensor, so that nothing half done is left.
+fn writing() -> anyhow::Result<impl FnMut(lora::Stage) -> ControlFlow<()>> {
+    let interrupt = Interrupt::install()?;
+    interrupt.job_begins();
+    let mut bar = JobBar::new(false);
+    Ok(move |stage: lora::Stage| {
+        match stage {
+            lora::Stage::Fetching(progress) => bar.tell(Stage::Fetching(progress)),
+            lora::Stage::Writing => {}
+            lora::Stage::Finishing => interrupt.writing_begins(),
+        }
+        if interrupt.stopping() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })
+}
+
 pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
     match args.verb {
         Verb::Inspect { reference, json } => {
@@ -144,19 +160,19 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
             }
         }
         Verb::Extract { archive, out, force } => {
-            let extracted = lora::extract(&archive, &out, force)?;
+            let extracted = lora::extract(&archive, &out, force, &mut writing()?)?;
             super::say(&format!("{} from {}, {}", extracted.member, archive.display(), bytes::in_words(extracted.bytes)));
             super::show(&extracted.path.display().to_string())
         }
         Verb::Convert { reference, out, to, dtype, force } => {
             let order = ConvertOrder { reference, out, format: to, precision: dtype, force };
-            let converted = lora::convert(&order, config, &mut fetching())?;
+            let converted = lora::convert(&order, config, &mut writing()?)?;
             super::say(&format!("{} tensors, {}", converted.tensors, bytes::in_words(converted.bytes)));
             super::show(&converted.path.display().to_string())
         }
         Verb::Merge { base, loras, out, lora_text_scale, lora_blocks, force, json } => {
             let loras = lora::parse(&loras, lora_text_scale, lora_blocks.as_deref())?;
-            let merged = lora::merge(&MergeOrder { base, loras, out, force }, config, &mut fetching())?;
+            let merged = lora::merge(&MergeOrder { base, loras, out, force }, config, &mut writing()?)?;
             merged.remarks.iter().for_each(|remark| super::say(&format!("note: {remark}")));
             if json {
                 return super::show(&serde_json::to_string(&merged)?);

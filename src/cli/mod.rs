@@ -59,7 +59,11 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Help and version are asked for and go to standard output; clap's code for errors is 2.
             let code = u8::try_from(error.exit_code()).unwrap_or(WRONG_USAGE);
-            return if error.print().is_ok() { ExitCode::from(code) } else { ExitCode::from(FAILED) };
+            return match error.print() {
+                // As in `show`: a reader that has enough is no failure.
+                Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => ExitCode::from(FAILED),
+                _ => ExitCode::from(code),
+            };
         }
     };
     if !config.mistakes.is_empty() {

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tokio::runtime::Runtime;
+use url::Url;
 
 use super::settings::{device, size};
 use crate::api::{self, Files, Keep, Options, Server, Tls, Unit};
@@ -46,10 +47,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "STORAGE")]
     storage: Option<String>,
     /// Encrypt: auto (a certificate of our own, made on the first start), or CERTIFICATE.pem,KEY.pem
-    #[arg(long, value_name = "HOW")]
-    tls: Option<String>,
+    #[arg(long, value_name = "HOW", value_parser = certificate)]
+    tls: Option<Certificate>,
     /// As clients reach this server, if a proxy is in front of it
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", value_parser = public_url)]
     public_url: Option<String>,
     /// How pictures are given: links, data (inside the answer), or auto (links over https only, which clients ask for)
     #[arg(long, value_name = "HOW", value_parser = files, default_value = "auto")]
@@ -139,6 +140,34 @@ fn open_within(place: &Place, limits: Limits) -> anyhow::Result<(Runtime, Store,
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let store = runtime.block_on(Store::open(&place.database(&data), limits)).map_err(ops::Error::from)?;
     Ok((runtime, store, data))
+}
+
+/// What `--tls` names.
+#[derive(Debug, Clone)]
+enum Certificate {
+    Own,
+    Files { certificate: PathBuf, key: PathBuf },
+}
+
+fn certificate(text: &str) -> Result<Certificate, String> {
+    match text.split_once(',') {
+        _ if text == "auto" => Ok(Certificate::Own),
+        Some((certificate, key)) => Ok(Certificate::Files { certificate: certificate.into(), key: key.into() }),
+        None => Err("must be auto, or CERTIFICATE.pem,KEY.pem".into()),
+    }
+}
+
+/// Links begin with it, so what a browser would mend is refused.
+fn public_url(text: &str) -> Result<String, String> {
+    let lower = text.to_ascii_lowercase();
+    let after = lower.strip_prefix("https://").or_else(|| lower.strip_prefix("http://"));
+    let host = after.is_some_and(|rest| rest.starts_with(|c: char| c.is_alphanumeric() || c == '['));
+    let whole = Url::parse(text).is_ok_and(|url| url.query().is_none() && url.fragment().is_none());
+    if host && whole && !text.contains(char::is_whitespace) {
+        Ok(text.into())
+    } else {
+        Err("must be an address such as https://pictures.example.com".into())
+    }
 }
 
 fn files(text: &str) -> Result<Files, String> {
@@ -232,7 +261,7 @@ fn serve(
         // The lock is on what is in the folder.
         runtime.block_on(store.take_over()).map_err(ops::Error::from)?;
     }
-    let tls = args.tls.as_deref().map(|how| tls(how, &data, args.listen)).transpose()?;
+    let tls = args.tls.as_ref().map(|how| tls(how, &data, args.listen)).transpose()?;
     if !local && tls.is_none() {
         super::say(
             "warning: without --tls keys and pictures travel in the open; put a proxy that encrypts in front of this server",
@@ -299,10 +328,9 @@ fn worker_arguments(model: usize) -> Vec<OsString> {
 }
 
 /// A certificate of our own, for this machine's names, or somebody's files.
-fn tls(how: &str, data: &Path, listen: SocketAddr) -> anyhow::Result<Tls> {
-    if how != "auto" {
-        let (certificate, key) = how.split_once(',').context("--tls must be auto, or CERTIFICATE.pem,KEY.pem")?;
-        return Ok(Tls::open(Path::new(certificate), Path::new(key))?);
+fn tls(how: &Certificate, data: &Path, listen: SocketAddr) -> anyhow::Result<Tls> {
+    if let Certificate::Files { certificate, key } = how {
+        return Ok(Tls::open(certificate, key)?);
     }
     let mut names = vec!["localhost".to_owned(), "127.0.0.1".into(), "::1".into()];
     if !listen.ip().is_loopback() && !listen.ip().is_unspecified() {
@@ -343,4 +371,35 @@ fn lock(data: &Path) -> anyhow::Result<std::fs::File> {
         anyhow::bail!("another darkroom serves from {}; give this one its own --data", data.display());
     }
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_can_begin_with_a_public_url() {
+        for good in
+            ["https://pictures.example.com", "http://10.0.0.7:8000/flux/", "HTTPS://[::1]:8443", "https://münchen.example"]
+        {
+            assert_eq!(public_url(good).as_deref(), Ok(good));
+        }
+        for bad in [
+            "foo",
+            "ftp://x",
+            "https://",
+            "https:",
+            "https:x",
+            "https:///x",
+            "http://:80",
+            "//x",
+            "",
+            "https://x/?a=1",
+            "https://x#a",
+            "https://x:port",
+            "https://x ",
+        ] {
+            assert!(public_url(bad).is_err_and(|why| why.contains("https://")), "{bad}");
+        }
+    }
 }

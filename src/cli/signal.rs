@@ -1,4 +1,5 @@
-//! Ctrl-C. A job is stopped between two steps; anything else is left at once, since nothing is half written then.
+//! Ctrl-C. A job is stopped between two steps, a file between two tensors; anything else is left at once, since nothing is half written
+//! then.
 
 use std::process;
 use std::sync::Arc;

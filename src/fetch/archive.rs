@@ -8,7 +8,7 @@ use std::path::{Component, Path};
 use flate2::bufread::MultiGzDecoder;
 use tar::{Archive, EntryType};
 
-use super::{Error, MOST_BYTES, peft};
+use super::{Error, MOST_BYTES, names_weights, peft};
 
 const MOST_MEMBERS: usize = 4096;
 
@@ -84,7 +84,7 @@ fn members(reader: impl Read, out: &mut impl Write) -> Result<Member, Error> {
             EntryType::GNUSparse => return bad("a sparse file"),
             _ => return bad("no plain file"),
         }
-        if !path.extension().is_some_and(|end| end.eq_ignore_ascii_case("safetensors")) {
+        if !names_weights(&name) {
             if peft::is_config(&name) && entry.size() <= peft::MOST_CONFIG && configs.len() < MOST_CONFIGS {
                 let mut config = Vec::new();
                 copy(&mut entry, &mut config)?;
@@ -242,6 +242,11 @@ mod tests {
             (member.name.as_str(), member.bytes, content.as_slice()),
             ("output/flux_train_replicate/lora.safetensors", 7, &b"weights"[..])
         );
+
+        // As macOS packs it: what it knows of each file lies beside it.
+        let packed = [("me/._lora.safetensors", FILE, &b"Mac OS X"[..]), ("me/lora.safetensors", FILE, b"weights")];
+        let (member, content) = run(&archive(&packed)).unwrap();
+        assert_eq!((member.name.as_str(), content.as_slice()), ("me/lora.safetensors", &b"weights"[..]));
 
         let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
         gzip.write_all(&bytes).unwrap();

@@ -55,6 +55,10 @@ pub enum Error {
     NoFile { repo: String },
     #[error("the repository {repo} holds several .safetensors files; name one of them: {}", .files.join(", "))]
     SeveralFiles { repo: String, files: Vec<String> },
+    #[error("the folder {folder} holds no .safetensors file; it holds {}", some(.files))]
+    NoFileInFolder { folder: PathBuf, files: Vec<String> },
+    #[error("the folder {folder} holds several .safetensors files; name one of them: {}", some(.files))]
+    SeveralInFolder { folder: PathBuf, files: Vec<String> },
     #[error("{0} leads through more than {limit} redirects", limit = super::client::MOST_HOPS)]
     Redirects(String),
     #[error("{0} cannot be reached; check the name and the network")]
@@ -105,6 +109,16 @@ pub enum Error {
 
 const FORMS: &str = "give a file's path, an https link, owner/repo on Hugging Face, civitai:ID, or s3://bucket/key";
 
+/// The names of a folder's files, as many as one reads.
+fn some(names: &[String]) -> String {
+    const SHOWN: usize = 12;
+    match names.len() {
+        0 => "nothing".into(),
+        n if n > SHOWN => format!("{} and {} more", names[..SHOWN].join(", "), n - SHOWN),
+        _ => names.join(", "),
+    }
+}
+
 impl Error {
     /// A stable name for programs.
     #[must_use]
@@ -120,7 +134,9 @@ impl Error {
             Self::NotAllowed { .. } => "url_not_allowed",
             Self::Unauthorized { .. } => "unauthorized",
             Self::NotFound { .. } => "not_found",
-            Self::NoFile { .. } | Self::SeveralFiles { .. } => "ambiguous",
+            Self::NoFile { .. } | Self::SeveralFiles { .. } | Self::NoFileInFolder { .. } | Self::SeveralInFolder { .. } => {
+                "ambiguous"
+            }
             Self::Redirects(_) => "too_many_redirects",
             Self::Certificate(_) => "tls_error",
             Self::Unreachable(_) | Self::Broken(_) | Self::Stalled { .. } | Self::Status { .. } => "unreachable",

@@ -4,7 +4,7 @@ use serde_json::Value;
 use url::Url;
 
 use super::client::{Ask, Client};
-use super::{Credentials, Error, Reference, peft};
+use super::{Credentials, Error, Reference, names_weights, peft};
 
 /// One file to be fetched, and what its source says of it beforehand.
 #[derive(Debug, Clone)]
@@ -76,7 +76,7 @@ impl Services {
         let commit = listing["sha"].as_str().ok_or_else(understood)?;
         let siblings = listing["siblings"].as_array().ok_or_else(understood)?;
         let name = |sibling: &Value| sibling["rfilename"].as_str().unwrap_or_default().to_owned();
-        let weights = |sibling: &&Value| name(sibling).to_ascii_lowercase().ends_with(".safetensors");
+        let weights = |sibling: &&Value| names_weights(&name(sibling));
         let found = match file {
             Some(file) => siblings.iter().find(|sibling| name(sibling) == file),
             None => {

@@ -74,6 +74,12 @@ impl CacheView {
     }
 }
 
+/// Whether a file of this name, in any folder, is one of weights. macOS puts a `._name` beside a file, which holds none of it.
+fn names_weights(name: &str) -> bool {
+    let file = name.rsplit('/').next().unwrap_or(name);
+    file.to_ascii_lowercase().ends_with(".safetensors") && !file.starts_with("._")
+}
+
 /// How far a download is, in bytes. `total` is what the server announces.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {

@@ -27,8 +27,16 @@ pub(super) fn kind(head: &[u8]) -> Kind {
     if begins("<!doctype html") || begins("<html") || begins("<head") || begins("<body") {
         return Kind::WebPage;
     }
-    let signs: [(&[u8], &str); 10] = [
-        (b"PK\x03\x04", "a zip file or a PyTorch pickle, which can run code when opened"),
+    if head.starts_with(b"PK\x03\x04") {
+        // PyTorch puts it first.
+        let pickle = head.windows(8).any(|name| name == b"data.pkl");
+        return Kind::Foreign(if pickle {
+            "a PyTorch pickle, which can run code when opened"
+        } else {
+            "a zip file (unpack it and give the .safetensors file in it)"
+        });
+    }
+    let signs: [(&[u8], &str); 9] = [
         (b"\x80\x02", "a Python pickle, which can run code when opened"),
         (b"\x80\x04", "a Python pickle, which can run code when opened"),
         (b"\x80\x05", "a Python pickle, which can run code when opened"),
@@ -69,7 +77,8 @@ mod tests {
         assert_eq!(kind(b"\x1f\x8b\x08"), Kind::Archive);
         assert_eq!(kind(b"\n <!DOCTYPE HTML><title>Log in"), Kind::WebPage);
         for (head, part) in [
-            (&b"PK\x03\x04"[..], "pickle"),
+            (&b"PK\x03\x04..archive/data.pkl"[..], "pickle"),
+            (b"PK\x03\x04..me/lora.safetensors", "a zip file (unpack it"),
             (b"\x80\x02}", "pickle"),
             (b"\x80\x05\x95", "pickle"),
             (b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs"),

@@ -56,6 +56,15 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// Of several files, while others are there now.
+    #[error("{failed} of {} files could not be written (these were: {})", failed + written.len(), listed(written))]
+    Partly {
+        written: Vec<PathBuf>,
+        failed: usize,
+        /// Why the first was not.
+        #[source]
+        source: Box<Error>,
+    },
     #[error("lora {reference} is refused")]
     Lora {
         reference: String,
@@ -96,6 +105,7 @@ impl Error {
     pub fn is_usage(&self) -> bool {
         match self {
             Self::Invalid { .. } | Self::Combination { .. } | Self::UnknownModel { .. } => true,
+            Self::Jobs(error) => matches!(error, crate::jobs::Error::Address(_)),
             Self::Models(error) => error.is_usage(),
             _ => false,
         }
@@ -138,6 +148,7 @@ impl Error {
             Self::Fetch { source, .. } => format!("lora_{}", source.code()),
             Self::Run { .. }
             | Self::Write { .. }
+            | Self::Partly { .. }
             | Self::UnwritableFolder { .. }
             | Self::NoFolder { .. }
             | Self::Exists { .. } => "storage".into(),
@@ -154,4 +165,8 @@ impl Error {
     pub(super) fn invalid(field: &'static str, value: &impl ToString, allowed: impl Into<String>) -> Self {
         Self::Invalid { field, value: value.to_string(), allowed: allowed.into(), hint: String::new() }
     }
+}
+
+fn listed(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }

@@ -12,6 +12,7 @@ pub mod lora;
 mod machine;
 pub mod models;
 pub mod serve;
+mod shown;
 mod sizes;
 pub mod sweep;
 

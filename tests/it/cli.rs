@@ -250,6 +250,13 @@ fn files_are_replaced_only_with_force() {
     assert_eq!(fs::read(place.path("a.png")).unwrap(), b"old");
     place.generate(&["-o", "a.png", "--force"]).succeeds();
     assert!(fs::read(place.path("a.png")).unwrap().starts_with(b"\x89PNG"));
+    // One file for two things would be one of them.
+    place
+        .generate(&["-o", "a.png", "--save-latents", "./a.png", "--force"])
+        .fails(2, &["save-latents is ./a.png", "another name"]);
+    let several = ["-o", "s.png", "--num-outputs", "2", "--save-latents", "s-1.png"];
+    place.generate(&several).fails(2, &["save-latents is s-1.png"]);
+    assert!(fs::read(place.path("a.png")).unwrap().starts_with(b"\x89PNG"));
     fs::write(place.path("l.safetensors"), "old").unwrap();
     place.generate(&["-o", "b.png", "--save-latents", "l.safetensors"]).fails(1, &["l.safetensors", "--force"]);
     assert_eq!(place.files(), ["a.png", "l.safetensors"]);
@@ -318,7 +325,7 @@ fn files_that_are_no_model_are_called_by_their_name() {
         ("page.safetensors", b"<!DOCTYPE html><html>", "a web page"),
         ("pointer.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("pickle.safetensors", b"\x80\x02}q\x00", "pickle"),
-        ("pickle.ckpt", b"PK\x03\x04", "pickle"),
+        ("pickle.ckpt", b"PK\x03\x04..archive/data.pkl", "pickle"),
         ("half.safetensors", &whole[..whole.len() / 2], "half.safetensors"),
     ];
     for (name, bytes, word) in cases {
@@ -374,6 +381,47 @@ fn ctrl_c_stops_within_a_step_and_leaves_nothing() {
     assert!(rest.contains("nothing was written"), "{rest}");
     assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
     assert_eq!(place.files(), [""; 0]);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn names_that_are_no_text_are_answered_as_they_can_be() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let place = Place::new();
+    let model = fixtures::path("tiny-dev");
+    let json = |verb: &str, name: &[u8]| {
+        let arguments = [
+            verb,
+            "a cat",
+            "--model",
+            model.to_str().unwrap(),
+            "--width",
+            "32",
+            "--height",
+            "32",
+            "--steps",
+            "1",
+            "-q",
+            "--json",
+            "-o",
+        ];
+        Ran::of(place.command(&arguments).arg(OsStr::from_bytes(name))).succeeds().json()
+    };
+    assert_eq!(json("generate", b"caf\xe9.png")["files"], serde_json::json!(["caf\u{fffd}.png"]));
+    assert!(place.path("").join(OsStr::from_bytes(b"caf\xe9.png")).exists());
+    assert_eq!(json("sweep", b"caf\xe9")["html"], "caf\u{fffd}/report.html");
+}
+
+#[test]
+fn a_reader_that_has_enough_is_no_failure() {
+    let place = Place::new();
+    for arguments in [&["generate", "--help"][..], &["--version"], &["completions", "bash"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let status = place.command(arguments).stdout(writer).stderr(Stdio::null()).status().unwrap();
+        assert_eq!(status.code(), Some(0), "{arguments:?}");
+    }
 }
 
 #[test]

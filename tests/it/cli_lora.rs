@@ -102,6 +102,40 @@ fn wrong_loras_are_refused_before_anything_is_written() {
 }
 
 #[test]
+fn a_folder_is_the_lora_in_it() {
+    let place = Place::new();
+    let inspect = |reference: &str| place.run(&["lora", "inspect", reference, "--json"]).succeeds().json();
+    // As PEFT writes it: what scales the factors is in the other file.
+    let peft = crate::fixtures::path("lora/writers/peft");
+    let whole = inspect(peft.join("adapter_model.safetensors").to_str().unwrap());
+    fs::create_dir(place.path("me")).unwrap();
+    for name in ["adapter_model.safetensors", "adapter_config.json"] {
+        fs::copy(peft.join(name), place.path("me").join(name)).unwrap();
+    }
+    fs::write(place.path("me/._adapter_model.safetensors"), "Mac OS X").unwrap();
+    assert_eq!(inspect("me"), whole);
+    fs::copy(lora("kohya"), place.path("me/optimizer.safetensors")).unwrap();
+    assert_eq!(inspect("me/"), whole);
+    fs::remove_file(place.path("me/adapter_model.safetensors")).unwrap();
+    assert_eq!(inspect("me")["digest"], inspect(&lora("kohya"))["digest"]);
+    place.generate(&["--lora", "me@0.5", "-o", "a.png"]).succeeds();
+    fs::copy(lora("bfl"), place.path("me/other.safetensors")).unwrap();
+    place.generate(&["--lora", "me"]).fails(1, &["several", "name one of them: optimizer.safetensors, other.safetensors"]);
+    fs::create_dir(place.path("none")).unwrap();
+    place.generate(&["--lora", "none"]).fails(1, &["folder none holds no .safetensors file", "nothing"]);
+    fs::write(place.path("none/lora.bin"), "x").unwrap();
+    place.generate(&["--lora", "none"]).fails(1, &["it holds lora.bin"]);
+}
+
+#[test]
+fn a_zip_is_called_a_zip() {
+    let place = Place::new();
+    fs::write(place.path("me.zip"), b"PK\x03\x04..me/lora.safetensors").unwrap();
+    let ran = place.generate(&["--lora", "me.zip"]).fails(1, &["zip", "unpack"]);
+    assert!(!ran.err().contains("pickle"), "{}", ran.err());
+}
+
+#[test]
 fn inspect_extract_and_verify() {
     let place = Place::new();
     let report = place.run(&["lora", "inspect", &lora("lokr"), "--json"]).succeeds().json();
@@ -109,7 +143,7 @@ fn inspect_extract_and_verify() {
     assert_eq!(report["prefix"], serde_json::json!(["lycoris_"]));
     let shown = place.run(&["lora", "inspect", &lora("kohya")]).succeeds().out();
     assert!(shown.contains("kohya sd-scripts") && shown.contains("lora x 7"), "{shown}");
-    fs::write(place.path("me.bin"), b"PK\x03\x04....").unwrap();
+    fs::write(place.path("me.bin"), b"PK\x03\x04..archive/data.pkl").unwrap();
     // A refused file has a report as well.
     let ran = place.run(&["lora", "inspect", "me.bin", "--json"]);
     assert!(!ran.is_success() && ran.err().contains("pickle"), "{}", ran.err());

@@ -24,6 +24,7 @@ mod layouts;
 mod lora;
 mod lora_convert;
 mod lora_files;
+mod lora_merge;
 mod lora_properties;
 mod lora_writers;
 mod parity_encoders;

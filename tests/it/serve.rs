@@ -392,7 +392,14 @@ fn what_serve_refuses() {
     let place = Place::new();
     place.run(&["serve", "--listen", "0.0.0.0:0", "--data", "d"]).fails(1, &["no keys", "--open-to-all"]);
     place.run(&["serve", "--model", "flux9", "--data", "d"]).fails(2, &["flux9"]);
-    place.run(&["serve", "--database", "mysql://x", "--data", "d"]).fails(1, &["no database"]);
+    place.run(&["serve", "--database", "mysql://x", "--data", "d"]).fails(2, &["no database"]);
+    place.run(&["keys", "list", "--database", "foo", "--data", "d"]).fails(2, &["foo", "no database"]);
+    place.run(&["serve", "--tls", "foo", "--data", "d"]).fails(2, &["--tls", "foo", "auto"]);
+    for url in ["foo", "ftp://x", "https://"] {
+        // Without a model it ends, whatever it thinks of the address.
+        let ran = place.run(&["serve", "--public-url", url, "--model", "flux9", "--listen", "127.0.0.1:0", "--data", "d"]);
+        ran.fails(2, &["--public-url", url, "https://"]);
+    }
     std::fs::write(place.path("file"), b"x").unwrap();
     place.run(&["serve", "--data", "file"]).fails(1, &["cannot be made"]);
 }

@@ -214,6 +214,21 @@ fn what_is_missing_is_not_compared_with() {
     assert_eq!(of(&after, 1, 2), of(&before, 1, 2));
 }
 
+#[test]
+fn a_damaged_picture_is_named_and_made_again() {
+    let place = Place::new();
+    let more = ["--steps", "1", "--seeds", "2"];
+    sweep(&place, &more).succeeds();
+    let name = names(&place.path("run/pictures")).pop_first().unwrap();
+    let path = place.path("run/pictures").join(&name);
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+    place.run(&["sweep", "report", "run"]).fails(1, &[&format!("run/pictures/{name}"), "makes it again"]);
+    let json = sweep(&place, &[&more[..], &["--json"]].concat()).succeeds().json();
+    assert_eq!((&json["made"], &json["kept"], &json["rows"]), (&json!(1), &json!(1), &json!(2)));
+    assert!(fs::read(&path).unwrap() == whole);
+}
+
 /// Killed at any moment and started again, until it is done: the same pictures, each once, each whole.
 #[test]
 #[cfg(unix)]
@@ -284,7 +299,7 @@ fn a_file_says_what_flags_say_and_flags_count_more() {
     let place = Place::new();
     let model = tiny();
     fs::create_dir(place.path("set")).unwrap();
-    fs::write(place.path("set/prompts.txt"), "a cat\n\n a dog \n").unwrap();
+    fs::write(place.path("set/prompts.txt"), "\u{feff}a cat\n\n a dog \n").unwrap();
     fs::copy(lora("diffusers"), place.path("set/me.safetensors")).unwrap();
     let text = format!(
         "lora = \"me.safetensors@0.5\"\nmodel = {model:?}\nprompts = \"prompts.txt\"\nguidance = [1, 2.5]\nsteps = \"1:2\"\nwidth = 32\nheight = 32\n\

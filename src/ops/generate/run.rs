@@ -20,6 +20,7 @@ use crate::ops::Error;
 use crate::ops::Machine;
 use crate::ops::lora::{Lora, Sources};
 use crate::ops::models::{self, Model};
+use crate::ops::shown;
 
 /// Everything that a run needs to know.
 #[derive(Debug, Clone)]
@@ -48,6 +49,7 @@ pub enum Stage<'a> {
 /// What was done. Serialised, it is the answer of `--json`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
+    #[serde(serialize_with = "shown::paths")]
     pub files: Vec<PathBuf>,
     /// As the encoders read it.
     pub prompt: String,
@@ -67,6 +69,7 @@ pub struct Report {
     pub dtype: String,
     pub timings: Seconds,
     pub truncated: Vec<Cut>,
+    #[serde(serialize_with = "shown::maybe")]
     pub latents: Option<PathBuf>,
     /// What of the request had no effect.
     pub remarks: Vec<String>,
@@ -141,8 +144,9 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage<'_>) -> Co
     let begun = Instant::now();
     let device = device_name(&device);
     let setting = Setting { model: &model.name, digest: digest.as_deref(), device: &device, dtype: &finished.dtype };
-    let files = write(&targets, &job, &finished, order.output.metadata.then_some(setting))?;
-    let latents = targets.write_latents(|| latents(&finished))?;
+    // All are encoded before the first is written, so that a format's limit leaves nothing behind.
+    let encoded = encode(&job, &finished, (targets.format, targets.quality), order.output.metadata.then_some(setting))?;
+    let (files, latents) = targets.write(&encoded, || latents(&finished))?;
     let timings = seconds(load, &finished, begun.elapsed());
 
     Ok(Report {
@@ -174,12 +178,6 @@ fn digest(model: &Model, config: &Config) -> JoinHandle<Option<String>> {
         let digest = models::digest(&bundle, cache.as_deref());
         digest.inspect_err(|error| tracing::warn!(%error, "the model has no digest")).ok()
     })
-}
-
-fn write(targets: &Targets, job: &Job, finished: &Finished, setting: Option<Setting<'_>>) -> Result<Vec<PathBuf>, Error> {
-    // All are encoded before the first is written, so that a format's limit leaves nothing behind.
-    let encoded = encode(job, finished, (targets.format, targets.quality), setting)?;
-    encoded.iter().enumerate().map(|(i, bytes)| targets.write_picture(i, bytes)).collect()
 }
 
 /// The picture files' bytes, one for each output.

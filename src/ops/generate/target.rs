@@ -58,6 +58,13 @@ impl Targets {
             Target::Named(path) => Some(path),
             Target::Generated { .. } => None,
         });
+        if let Some(latents) = self.latents.as_deref().filter(|_| named.clone().any(|path| self.is_latents(path))) {
+            return Err(Error::Combination {
+                field: "save-latents",
+                problem: format!("is {}, where a picture goes", latents.display()),
+                hint: "give the latents another name, such as latents.safetensors".into(),
+            });
+        }
         for path in named.chain(&self.latents) {
             if path.is_dir() {
                 return Err(Error::Exists { path: path.clone() });
@@ -69,15 +76,46 @@ impl Targets {
         Ok(())
     }
 
+    /// Whether this path is that of the latents, however their folders are called.
+    fn is_latents(&self, path: &Path) -> bool {
+        self.latents.as_deref().is_some_and(|latents| place(latents) == place(path))
+    }
+
+    /// Writes the pictures and the latents, all that can be written: the paths that they got. An error names those as well.
+    pub(super) fn write(
+        &self,
+        pictures: &[Vec<u8>],
+        latents: impl FnOnce() -> Result<Vec<u8>, Error>,
+    ) -> Result<(Vec<PathBuf>, Option<PathBuf>), Error> {
+        let (mut written, mut failed) = (Vec::new(), Vec::new());
+        for (i, bytes) in pictures.iter().enumerate() {
+            match self.write_picture(i, bytes) {
+                Ok(path) => written.push(path),
+                Err(error) => failed.push(error),
+            }
+        }
+        let latents = self.write_latents(latents).unwrap_or_else(|error| {
+            failed.push(error);
+            None
+        });
+        let count = failed.len();
+        let Some(first) = failed.into_iter().next() else { return Ok((written, latents)) };
+        written.extend(latents);
+        if written.is_empty() {
+            return Err(first);
+        }
+        Err(Error::Partly { written, failed: count, source: Box::new(first) })
+    }
+
     /// Writes output `index`, from 0; the path that it got.
-    pub(super) fn write_picture(&self, index: usize, bytes: &[u8]) -> Result<PathBuf, Error> {
+    fn write_picture(&self, index: usize, bytes: &[u8]) -> Result<PathBuf, Error> {
         match &self.pictures[index] {
             Target::Named(path) => write(path, self.force, bytes).map(|()| path.clone()),
             Target::Generated { folder, stem } => {
                 for attempt in 1.. {
                     let suffix = if attempt == 1 { String::new() } else { format!("-{attempt}") };
                     let path = tidy(folder.join(format!("{stem}{suffix}.{}", self.format)));
-                    if path.exists() {
+                    if path.exists() || self.is_latents(&path) {
                         continue;
                     }
                     match write(&path, false, bytes) {
@@ -92,7 +130,7 @@ impl Targets {
     }
 
     /// Writes the latents, if they are wanted; the path.
-    pub(super) fn write_latents(&self, bytes: impl FnOnce() -> Result<Vec<u8>, Error>) -> Result<Option<PathBuf>, Error> {
+    fn write_latents(&self, bytes: impl FnOnce() -> Result<Vec<u8>, Error>) -> Result<Option<PathBuf>, Error> {
         let Some(path) = &self.latents else { return Ok(None) };
         write(path, self.force, &bytes()?)?;
         Ok(Some(path.clone()))
@@ -157,6 +195,12 @@ fn is_folder(path: &Path) -> bool {
     path.is_dir() || path.as_os_str().to_string_lossy().ends_with(std::path::is_separator)
 }
 
+/// Where a file will be.
+fn place(path: &Path) -> PathBuf {
+    let folder = folder_of(path);
+    folder.canonicalize().unwrap_or_else(|_| folder.into()).join(path.file_name().unwrap_or_default())
+}
+
 /// `./name` as people write it: `name`.
 fn tidy(path: PathBuf) -> PathBuf {
     path.strip_prefix(".").map(Path::to_path_buf).unwrap_or(path)
@@ -202,6 +246,49 @@ mod tests {
         wanted.force = true;
         Targets::plan(&wanted, &[1]).unwrap().write_picture(0, b"new").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
+    }
+
+    #[test]
+    fn pictures_and_latents_never_share_a_name() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("sub")).unwrap();
+        let plan = |name: &str, latents: &str, seeds: &[u64]| {
+            let mut wanted = output(Some(folder.path().join(name)));
+            (wanted.force, wanted.latents) = (true, Some(folder.path().join(latents)));
+            Targets::plan(&wanted, seeds)
+        };
+        for (name, latents, seeds) in
+            [("a.png", "a.png", &[1][..]), ("a.png", "sub/../a.png", &[1]), ("a.png", "a-2.png", &[1, 2]), ("a", "a.png", &[1])]
+        {
+            let error = plan(name, latents, seeds).unwrap_err();
+            assert!(error.to_string().contains("save-latents") && error.is_usage(), "{error}");
+        }
+        // Generated names go out of the way.
+        let (pictures, latents) =
+            plan("sub/", "sub/darkroom-7.png", &[7]).unwrap().write(&[b"picture".to_vec()], || Ok(b"latents".to_vec())).unwrap();
+        assert_eq!(fs::read(&pictures[0]).unwrap(), b"picture");
+        assert_eq!(fs::read(latents.unwrap()).unwrap(), b"latents");
+    }
+
+    #[test]
+    fn what_can_be_written_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let mut wanted = output(Some(path("a.png")));
+        wanted.latents = Some(path("a.safetensors"));
+        let targets = Targets::plan(&wanted, &[1, 2, 3]).unwrap();
+        // Somebody else was faster.
+        fs::write(path("a-2.png"), b"theirs").unwrap();
+        let pictures = [b"1".to_vec(), b"2".to_vec(), b"3".to_vec()];
+        let error = targets.write(&pictures, || Ok(b"latents".to_vec())).unwrap_err().told();
+        for part in ["1 of 4", "a-1.png, ", "a-3.png, ", "a.safetensors)", "a-2.png is there already"] {
+            assert!(error.contains(part), "{part:?} is not in: {error}");
+        }
+        let content = ["a-1.png", "a-2.png", "a-3.png", "a.safetensors"].map(|name| fs::read(path(name)).unwrap());
+        assert_eq!(content, [&b"1"[..], b"theirs", b"3", b"latents"]);
+        // Nothing was written: its own error says it all.
+        let error = targets.write(&pictures, || Ok(b"latents".to_vec())).unwrap_err();
+        assert!(matches!(error, Error::Exists { .. }), "{error}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod parse;
 mod sources;
 mod target;
 mod verify;
+mod watch;
 
 pub use convert::{ConvertOrder, Converted, convert};
 pub use extract::{Extracted, extract};
@@ -17,3 +18,4 @@ pub use crate::fetch::shown;
 pub use parse::{Lora, parse};
 pub use sources::{Sources, check_foreign};
 pub use verify::{Timed, Verified, VerifyOrder, verify};
+pub use watch::Stage;

@@ -22,6 +22,9 @@ pub fn parse(texts: &[String], text_scale: Option<f64>, blocks: Option<&str>) ->
     };
     needs("lora-text-scale", text_scale.is_some())?;
     needs("lora-blocks", blocks.is_some())?;
+    if let Some(scale) = text_scale.filter(|scale| !scale.is_finite()) {
+        return Err(Error::invalid("lora-text-scale", &scale, "a finite number, such as 0.9"));
+    }
     let blocks = blocks.map(|text| {
         parse_blocks(text)
             .map_err(|reason| Error::invalid("lora-blocks", &text, format!("{BLOCKS} numbers or ranges ({reason})")))
@@ -42,8 +45,7 @@ fn one(text: &str, text_scale: Option<f64>, blocks: Option<&[f64; BLOCKS]>) -> R
         *scales.blocks = *blocks;
     }
     if !scales.is_finite() {
-        let field = if scale.is_finite() { "lora-text-scale" } else { "lora" };
-        return Err(Error::invalid(field, &text, "a finite scale, such as 0.9"));
+        return Err(Error::invalid("lora", &text, "a LoRA with a finite scale, such as me.safetensors@0.9"));
     }
     Ok(Lora { reference: reference.into(), scales })
 }
@@ -69,7 +71,7 @@ mod tests {
         for (result, part) in [
             (parse(&["x@nan".into()], None, None), "finite"),
             (parse(&["x@inf".into()], None, None), "finite"),
-            (parse(&["x".into()], Some(f64::NAN), None), "lora-text-scale"),
+            (parse(&["x".into()], Some(f64::NAN), None), "lora-text-scale is NaN"),
             (parse(&["x".into()], None, Some("1,2")), "57"),
             (parse(&[], Some(1.0), None), "without lora"),
             (parse(&[], None, Some("double=1")), "without lora"),

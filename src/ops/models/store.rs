@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{Card, Error, File, digest, hub, resolve};
 use crate::config::Config;
+use crate::ops::shown;
 
 /// One row of `models list`.
 #[derive(Debug, Clone, Serialize)]
@@ -61,6 +62,7 @@ impl Found {
 #[derive(Debug, Clone, Serialize)]
 pub struct Checked {
     pub file: String,
+    #[serde(serialize_with = "shown::maybe")]
     pub path: Option<PathBuf>,
     #[serde(flatten)]
     pub found: Found,

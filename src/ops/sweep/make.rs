@@ -1,6 +1,6 @@
 //! The pictures of a sweep, made one after another.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use super::plan::{self, Base, Cell, Plan};
 use super::stats;
 use super::wish::{Asked, Sweep};
 use super::writer::{Picture, Writer};
-use super::{Axis, environment, folder, report};
+use super::{Axis, environment, folder, metrics, report};
 use crate::config::Config;
 use crate::engine::{self, Event, Finished, LoadEvent, Pipeline, Selected};
 use crate::fetch::Progress;
@@ -100,11 +100,16 @@ pub(super) fn make(sweep: &Sweep, config: &Config, folder: &mut Folder, told: To
     };
     let cells = &manifest.cells;
     let mut done = folder.done()?;
+    let wanted: HashSet<&str> = cells.iter().map(|cell| cell.key.as_str()).collect();
+    // A picture that cannot be read is not there: nothing of the run could be measured.
+    let is_damaged = |key: &str| {
+        let read = metrics::read(&path, key);
+        read.inspect_err(|error| tracing::warn!(%error, "it is made again")).is_err()
+    };
     // Those that were timed less often are timed anew.
-    done.retain(|_, made| made.repeats.len().max(1) >= sweep.repeats);
+    done.retain(|key, made| made.repeats.len().max(1) >= sweep.repeats && !(wanted.contains(key.as_str()) && is_damaged(key)));
     let order = plan::order(cells, &|key| done.contains_key(key));
-    let kept =
-        cells.iter().filter(|cell| done.contains_key(&cell.key)).map(|cell| &cell.key).collect::<std::collections::HashSet<_>>();
+    let kept = cells.iter().filter(|cell| done.contains_key(&cell.key)).map(|cell| &cell.key).collect::<HashSet<_>>();
     let mut outcome = Outcome { kept: kept.len(), remarks, ..Outcome::default() };
     if order.is_empty() {
         accepted()?;

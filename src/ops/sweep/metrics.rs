@@ -103,8 +103,16 @@ fn references(rows: &[Row], most: Option<f64>) -> HashMap<usize, usize> {
 
 pub(super) fn read(run: &Path, key: &str) -> Result<RgbImage, Error> {
     let path = run.join(folder::picture(key));
-    let bytes = std::fs::read(&path).map_err(|source| Error::UnreadableFile { field: "picture", path, source })?;
-    Ok(image::decode_picture(&bytes, Limits::default())?)
+    let bytes = std::fs::read(&path);
+    let bytes = bytes.map_err(|source| Error::UnreadableFile { field: "picture", path: path.clone(), source })?;
+    image::decode_picture(&bytes, Limits::default()).map_err(|error| {
+        let reason = match error {
+            image::Error::Damaged { reason, .. } => reason,
+            other => other.to_string(),
+        };
+        let problem = format!("holds a picture that cannot be read, {} ({reason})", path.display());
+        Error::Run { folder: run.into(), problem, hint: "the command of this sweep makes it again".into() }
+    })
 }
 
 /// `None` where one of them was not kept.

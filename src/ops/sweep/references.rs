@@ -14,7 +14,7 @@ use super::metrics::Judge;
 use super::results::{Results, Row};
 use crate::config::Config;
 use crate::image::{self, Limits};
-use crate::ops::{Error, files, models};
+use crate::ops::{Error, files, models, shown};
 
 const FILE: &str = "references.json";
 
@@ -25,9 +25,10 @@ const JUDGE: &str = "clip-vit-l14";
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct References {
     /// Of the person.
+    #[serde(serialize_with = "shown::maybe")]
     pub identity: Option<PathBuf>,
     /// Of somebody else, each.
-    #[serde(default)]
+    #[serde(default, serialize_with = "shown::paths")]
     pub others: Vec<PathBuf>,
     /// A CLIP: a card's name, a card's path or a folder.
     #[serde(default)]

@@ -231,6 +231,8 @@ impl Wish {
                 path: path.clone(),
                 source,
             })?;
+            // Windows' editors begin a text with a byte order mark.
+            let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
             all.extend(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned));
         }
         if all.is_empty() {

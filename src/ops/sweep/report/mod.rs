@@ -19,7 +19,7 @@ use super::results::{self, DENOISE, Results};
 use super::{Axis, References, folder};
 use crate::config::Config;
 use crate::image::{self, Format};
-use crate::ops::{Error, files};
+use crate::ops::{Error, files, shown};
 
 /// More sheets than this nobody looks at one by one; the page has them all.
 const MOST_SHEETS: usize = 100;
@@ -32,9 +32,12 @@ const ENVIRONMENT: &str = "environment.json";
 /// What was written.
 #[derive(Debug, Clone, Serialize)]
 pub struct Written {
+    #[serde(serialize_with = "shown::path")]
     pub html: PathBuf,
     pub rows: usize,
+    #[serde(serialize_with = "shown::paths")]
     pub sheets: Vec<PathBuf>,
+    #[serde(serialize_with = "shown::paths")]
     pub plots: Vec<PathBuf>,
 }
 
