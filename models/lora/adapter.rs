@@ -9,9 +9,10 @@ use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 
 use super::assemble::{self, Parts};
+use super::error::some;
 use super::keys::{self, Parsed, Role};
-use super::modules::{Module, Naming};
-use super::{Base, Change, Error, Report, foreign, metadata, precheck};
+use super::modules::{Module, Naming, WIDTH};
+use super::{Base, Change, Error, Report, foreign, metadata, precheck, twice};
 use crate::weights::{self, Checkpoint, Component, Kind as Storage, Stored};
 
 /// One change of one tensor of the model.
@@ -28,6 +29,18 @@ impl Update {
     #[must_use]
     pub fn tensor(&self) -> String {
         if self.bias { self.module.bias() } else { self.module.weight() }
+    }
+
+    /// The hidden width of the base that this fits, as far as a block's matrix tells it.
+    fn width(&self) -> Option<usize> {
+        let name = self.module.name.as_str();
+        if self.bias || !(name.starts_with("double_blocks.") || name.starts_with("single_blocks.")) {
+            return None;
+        }
+        let shape = self.change.kind.shape().ok()?;
+        let [rows, columns] = shape.as_slice() else { return None };
+        let inwards = name.ends_with("_mlp.2") || name.ends_with(".linear2");
+        Some(if inwards { *rows } else { *columns })
     }
 }
 
@@ -53,7 +66,14 @@ impl Adapter {
     /// The report alone, with the refusal in it if there is one.
     #[must_use]
     pub fn inspect(path: &Path) -> Report {
-        Self::examine(path).0
+        let (mut report, updates) = Self::examine(path);
+        // No base is at hand that would refuse what does not fit it.
+        let widths: BTreeSet<usize> = updates.unwrap_or_default().iter().filter_map(Update::width).collect();
+        if widths.iter().any(|width| *width != WIDTH) {
+            let widths = widths.iter().map(usize::to_string).collect::<Vec<_>>().join(" and ");
+            report.notes.push(format!("it fits a base that is {widths} wide, and not FLUX.1, which is {WIDTH} wide"));
+        }
+        report
     }
 
     /// SHA-256 of the file, in hexadecimal.
@@ -86,8 +106,9 @@ impl Adapter {
     fn examine(path: &Path) -> (Report, Result<Vec<Update>, Error>) {
         let mut report = Report::default();
         let updates = read(path, &mut report);
-        if let Err(error) = &updates {
-            report.refuse(error);
+        match &updates {
+            Ok(_) => report.warn(),
+            Err(error) => report.refuse(error),
         }
         (report, updates)
     }
@@ -112,13 +133,14 @@ fn read(path: &Path, report: &mut Report) -> Result<Vec<Update>, Error> {
     report.trigger_words = metadata::trigger_words(header);
     report.trainer = metadata::trainer(header);
 
-    let (modules, unmatched_modules) = sort(&checkpoint, report)?;
+    let (mut modules, unmatched_modules) = sort(&checkpoint, report)?;
     let guidance = modules.keys().any(|module| module.name.starts_with("guidance_in"));
     report.base = Some(match metadata::base(header) {
         Base::Unknown if guidance => Base::Dev,
         stated => stated,
     });
-    foreign::refuse(&checkpoint, &report.unmatched_keys)?;
+    let transformer = modules.keys().any(|module| module.component == Component::Transformer);
+    foreign::refuse(&checkpoint, &report.unmatched_keys, transformer)?;
     let keys = report.unmatched_keys.clone();
     if modules.is_empty() && foreign::whole_checkpoint(&checkpoint) {
         let what = "a base model or a part of one, not an adapter; give it with --model".into();
@@ -130,6 +152,7 @@ fn read(path: &Path, report: &mut Report) -> Result<Vec<Update>, Error> {
     if unmatched_modules > modules.len() {
         return Err(Error::MostlyUnmatched { unmatched: unmatched_modules, modules: modules.len() + unmatched_modules, keys });
     }
+    report.warnings.extend(twice::settle(&checkpoint, &mut modules));
     report.modules_matched = modules.len();
     checked?;
     assemble::updates(&checkpoint, path, modules, report)
@@ -145,7 +168,7 @@ fn open(path: &Path) -> Result<Checkpoint, Error> {
     if n == 9 && head[8] == b'{' {
         let length = u64::from_le_bytes([head[0], head[1], head[2], head[3], head[4], head[5], head[6], head[7]]);
         let mut header = head;
-        file.take(length.min(16 << 20).saturating_sub(1)).read_to_end(&mut header).map_err(io)?;
+        file.take(length.min(precheck::MAX_HEADER_BYTES as u64).saturating_sub(1)).read_to_end(&mut header).map_err(io)?;
         precheck(&header).map_err(|reason| Error::Limit { path: path.into(), reason })?;
     }
     Checkpoint::open(&[path.to_path_buf()]).map_err(|error| match error {
@@ -165,11 +188,14 @@ fn hexadecimal(hasher: Sha256) -> String {
     hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// How OneTrainer calls an embedding that it trained with the LoRA, before the embedding's own name and the encoder's.
+const EMBEDDING: &str = "bundle_emb.";
+
 /// Sorts the keys by module. Returns the modules and the number of modules that are none of FLUX.1's.
 fn sort<'a>(checkpoint: &'a Checkpoint, report: &mut Report) -> Result<(BTreeMap<Module, Parts<'a>>, usize), Error> {
     let mut modules: BTreeMap<Module, Parts<'a>> = BTreeMap::new();
     let (mut prefixes, mut namings, mut separators) = (BTreeSet::new(), BTreeSet::<Naming>::new(), BTreeSet::new());
-    let (mut unknown, mut ignored) = (BTreeSet::new(), 0);
+    let (mut unknown, mut ignored, mut embeddings) = (BTreeSet::new(), 0, BTreeSet::new());
     for key in checkpoint.keys() {
         match keys::parse(key) {
             Parsed::Known(found) => {
@@ -178,14 +204,22 @@ fn sort<'a>(checkpoint: &'a Checkpoint, report: &mut Report) -> Result<(BTreeMap
                 separators.insert(if found.dotted { "dotted" } else { "flattened" });
                 let parts = modules.entry(found.module).or_default();
                 parts.body = found.body;
+                parts.naming = Some(found.naming);
+                // What is refused by its name may have several tensors in one role.
                 if let Some(before) = parts.keys.insert(found.role, key)
+                    && !matches!(found.role, Role::Unsupported(_))
                     && !same(checkpoint, before, key)
                 {
                     let reason = format!("{before} and {key} say different things about it");
                     return Err(Error::Module { module: parts.body.clone(), reason });
                 }
             }
-            Parsed::Ignored => ignored += 1,
+            Parsed::Ignored => match key.strip_prefix(EMBEDDING) {
+                Some(name) => {
+                    embeddings.insert(name.rsplit_once('.').map_or(name, |(name, _)| name).to_owned());
+                }
+                None => ignored += 1,
+            },
             // ComfyUI's extraction stores differences of tensors that it did not change.
             Parsed::Unknown if key.ends_with(".diff") && zero(checkpoint, key) => ignored += 1,
             Parsed::Unknown => {
@@ -196,6 +230,11 @@ fn sort<'a>(checkpoint: &'a Checkpoint, report: &mut Report) -> Result<(BTreeMap
     }
     if ignored > 0 {
         report.notes.push(format!("{ignored} tensors of the trainer's own bookkeeping, or zero, are not applied"));
+    }
+    if !embeddings.is_empty() {
+        let words = some("", &embeddings.into_iter().collect::<Vec<_>>(), "");
+        let lost = "which are not applied: in a prompt they do not mean what they meant in training";
+        report.warnings.push(format!("the LoRA brings embeddings of its own for {words}, {lost}"));
     }
     report.prefix = prefixes.into_iter().collect();
     report.naming = namings.into_iter().collect();
@@ -288,7 +327,7 @@ mod tests {
         let peft = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/lora/writers/peft/adapter_model.safetensors");
         let alone = tempfile::tempdir().unwrap().path().with_extension("safetensors");
         std::fs::copy(&peft, &alone).unwrap();
-        let told = |path: &Path| Adapter::inspect(path).warnings().iter().any(|warning| warning.contains("adapter_config.json"));
+        let told = |path: &Path| Adapter::inspect(path).warnings.iter().any(|warning| warning.contains("adapter_config.json"));
         assert_eq!((told(&peft), told(&alone)), (false, true));
         std::fs::remove_file(alone).unwrap();
     }

@@ -9,8 +9,8 @@ use safetensors::Dtype;
 use super::adapter::{Update, zero};
 use super::change::{Change, Factor, Kind, Magnitude};
 use super::keys::{self, Role};
-use super::metadata::{self, Scaling};
-use super::modules::{Module, Place};
+use super::metadata::{Scaling, Settings};
+use super::modules::{Module, Naming, Place};
 use super::{Error, Report};
 use crate::weights::{Checkpoint, Component, Kind as Storage};
 
@@ -18,6 +18,7 @@ use crate::weights::{Checkpoint, Component, Kind as Storage};
 #[derive(Debug, Default)]
 pub(super) struct Parts<'a> {
     pub(super) body: String,
+    pub(super) naming: Option<Naming>,
     pub(super) keys: BTreeMap<Role, &'a str>,
 }
 
@@ -37,14 +38,13 @@ pub(super) fn updates(
     modules: BTreeMap<Module, Parts<'_>>,
     report: &mut Report,
 ) -> Result<Vec<Update>, Error> {
-    let config = metadata::adapter_config(path, checkpoint.metadata());
-    let scaling = |component| metadata::scaling(checkpoint.metadata(), config.as_ref(), component);
-    let scalings = [
-        (Component::Transformer, scaling("transformer.")),
-        (Component::Clip, scaling("text_encoder.")),
-        (Component::T5, scaling("text_encoder_2.")),
-    ];
     refuse_unsupported(&modules)?;
+    let settings = Settings::find(path, checkpoint.metadata())?.unwrap_or_default();
+    let scalings = [
+        (Component::Transformer, settings.scaling("transformer.")?),
+        (Component::Clip, settings.scaling("text_encoder.")?),
+        (Component::T5, settings.scaling("text_encoder_2.")?),
+    ];
     let mut updates = Vec::new();
     for (module, parts) in modules {
         let scaling = scalings.iter().find(|(component, _)| *component == module.component).map(|(_, scaling)| scaling);
@@ -198,7 +198,10 @@ impl Assembly<'_> {
             return self.number(key);
         }
         // Both sides of a LoKr are whole: its alpha is bookkeeping, except PEFT's.
-        let Some(rank) = rank else { return Ok(self.scaling.and_then(|scaling| scaling.whole_kronecker).unwrap_or(1.)) };
+        let Some(rank) = rank else {
+            let scaled = self.scaling.and_then(|scaling| scaling.whole_kronecker(&self.parts.dotted()));
+            return Ok(scaled.unwrap_or(1.));
+        };
         let stored = self.key(Role::Alpha).map(|key| self.number(key)).transpose()?;
         // A stored 0 means what an absent alpha means.
         let alpha = stored.filter(|alpha| *alpha != 0.).or_else(|| self.scaling?.alpha(&self.parts.dotted()));

@@ -22,7 +22,7 @@ pub enum Error {
     #[error("{path} is damaged: {reason}")]
     Damaged { path: PathBuf, reason: String },
     #[error("this is {what}; this engine applies LoRAs made for FLUX.1")]
-    WrongBase { what: &'static str },
+    WrongBase { what: String },
     #[error("this is {what}, which is not supported{}", some(" (", keys, ")"))]
     Unsupported { what: String, keys: Vec<String> },
     #[error("none of its {tensors} tensors belongs to a module of FLUX.1; for example {}", some("", keys, ""))]
@@ -64,7 +64,7 @@ impl Error {
     }
 }
 
-fn some(before: &str, names: &[String], after: &str) -> String {
+pub(super) fn some(before: &str, names: &[String], after: &str) -> String {
     if names.is_empty() {
         return String::new();
     }

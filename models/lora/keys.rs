@@ -89,6 +89,9 @@ const SUFFIXES: &[(&str, Role)] = &[
     (".oft_R.weight", Role::Unsupported("OFT")),
     (".oft_R.scaled_oft", Role::Unsupported("OFT")),
     (".rescale", Role::Unsupported("OFT")),
+    (".boft_R", Role::Unsupported("BOFT")),
+    (".boft_s", Role::Unsupported("BOFT")),
+    (".ia3_l", Role::Unsupported("IA3")),
     (".on_input", Role::Unsupported("IA3")),
     (".reshape_weight", Role::Unsupported("control LoRA (widened layers)")),
     (".bias_indices", Role::Unsupported("sparse bias")),
@@ -112,6 +115,7 @@ const PREFIXES: &[&str] = &[
     "model_diffusion_model_",
     "diffusion_model_",
     "lora_unet_",
+    "oft_unet_",
     "lora_transformer_",
     "lycoris_",
     "transformer_",
@@ -159,26 +163,32 @@ pub(super) fn parse(key: &str) -> Parsed {
     }
     let Some((stem, role)) = split_role(key) else { return Parsed::Unknown };
     let flattened = modules::flatten(stem);
-    let mut body = flattened.trim_end_matches('_');
-    let mut stripped = 0;
+    let Some((stripped, body, (module, naming))) = find(flattened.trim_end_matches('_')) else { return Parsed::Unknown };
+    let prefix = stem[..stripped].to_string();
+    if prefix.contains("lora_te2") && module.component == crate::weights::Component::Clip {
+        return Parsed::Unknown;
+    }
+    let dotted = stem.contains('.');
+    Parsed::Known(Key { prefix, body: body.into(), module: module.clone(), naming: *naming, role, dotted })
+}
+
+/// The length of the prefixes of a flattened name, the rest of it, and the module that this is.
+fn find(flattened: &str) -> Option<(usize, &str, &'static (Module, Naming))> {
+    let mut body = flattened;
     loop {
         // Before each prefix: `transformer_` is also how the module `transformer_blocks_0_...` begins.
-        if let Some((module, naming)) = modules::find(body) {
-            let prefix = stem[..stripped].to_string();
-            let clip_g = prefix.contains("lora_te2") && module.component == crate::weights::Component::Clip;
-            return if clip_g {
-                Parsed::Unknown
-            } else {
-                let dotted = stem.contains('.');
-                Parsed::Known(Key { prefix, body: body.into(), module: module.clone(), naming: *naming, role, dotted })
-            };
+        if let Some(found) = modules::find(body) {
+            return Some((flattened.len() - body.len(), body, found));
         }
-        let Some((prefix, rest)) = PREFIXES.iter().find_map(|prefix| Some((*prefix, body.strip_prefix(prefix)?))) else {
-            return Parsed::Unknown;
-        };
-        stripped += prefix.len();
-        body = rest;
+        body = PREFIXES.iter().find_map(|prefix| body.strip_prefix(*prefix))?;
     }
+}
+
+/// The whole weight or bias of a module of FLUX.1, which is what PEFT stores for its `modules_to_save`.
+pub(super) fn is_whole(key: &str) -> bool {
+    let stem = key.strip_suffix(".weight").or_else(|| key.strip_suffix(".bias"));
+    let module = |stem: &str| stem.split(".modules_to_save").next().is_some_and(|stem| find(&modules::flatten(stem)).is_some());
+    stem.is_some_and(module)
 }
 
 /// The module's name with its prefix, and what the tensor is for it.
@@ -190,8 +200,14 @@ pub(super) fn split_role(key: &str) -> Option<(&str, Role)> {
             return Some((stem, *role));
         }
     }
-    // PEFT with the adapter's name in the middle: `.lora_A.default.weight`.
-    for (middle, role) in [(".lora_A.", Role::Down), (".lora_B.", Role::Up), (".lora_magnitude_vector.", Role::Magnitude)] {
+    // PEFT with the adapter's name in the middle: `.lora_A.default.weight`. OFT of sd-scripts numbers the parts of a fused module.
+    const MIDDLES: [(&str, Role); 4] = [
+        (".lora_A.", Role::Down),
+        (".lora_B.", Role::Up),
+        (".lora_magnitude_vector.", Role::Magnitude),
+        (".oft_blocks.", Role::Unsupported("OFT")),
+    ];
+    for (middle, role) in MIDDLES {
         if let Some((stem, name)) = key.split_once(middle) {
             let name = name.strip_suffix(".weight").unwrap_or(name);
             return (!name.contains('.')).then_some((stem, role));
@@ -433,6 +449,14 @@ mod tests {
         }
         assert_eq!(parse("_aux.slider"), Parsed::Ignored);
         assert_eq!(parse("bundle_emb.me.clip_l"), Parsed::Ignored);
+        for (key, whole) in [
+            ("base_model.model.proj_out.weight", true),
+            ("base_model.model.proj_out.modules_to_save.default.bias", true),
+            ("base_model.model.proj_in.weight", false),
+            ("transformer.proj_out.lora_A.weight", false),
+        ] {
+            assert_eq!(is_whole(key), whole, "{key}");
+        }
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod precheck;
 mod report;
 mod resident;
 mod scales;
+mod twice;
 
 pub use adapter::{Adapter, Update};
 pub use bake::Baking;

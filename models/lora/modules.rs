@@ -15,6 +15,8 @@ use crate::weights::names::transformer;
 /// Blocks of FLUX.1, and layers of CLIP-L and T5-XXL. Smaller models have fewer; an adapter is held against its base later.
 pub(super) const DOUBLE_BLOCKS: usize = 19;
 pub(super) const SINGLE_BLOCKS: usize = 38;
+/// FLUX.1's hidden width.
+pub(super) const WIDTH: usize = 3072;
 const CLIP_LAYERS: usize = 12;
 const T5_LAYERS: usize = 24;
 

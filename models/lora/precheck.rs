@@ -6,10 +6,11 @@ use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
-/// All linear layers of FLUX.1 with their alphas are about 1,500 tensors and 200 KB of header.
-const MAX_HEADER_BYTES: usize = 4 << 20;
+/// All linear layers of FLUX.1 with their alphas are about 1,500 tensors and 200 KB of header; then come the texts.
+pub(super) const MAX_HEADER_BYTES: usize = MAX_METADATA_BYTES + (4 << 20);
 const MAX_TENSORS: usize = 20_000;
-const MAX_METADATA_BYTES: usize = 1 << 20;
+/// kohya writes every caption's tags of the data set into `ss_tag_frequency`.
+const MAX_METADATA_BYTES: usize = 16 << 20;
 const MAX_NAME: usize = 256;
 const MAX_DIMENSIONS: usize = 4;
 const MAX_SIZE: u64 = 1 << 20;
@@ -147,8 +148,10 @@ mod tests {
         assert!(refused(r#"{"a":{"dtype":"F32","shape":[0,18446744073709551615],"data_offsets":[0,0]}}"#).contains("larger"));
         assert!(refused(r#"{"a":{"dtype":"F32","shape":[1,1,1,1,1],"data_offsets":[0,4]}}"#).contains("larger"));
         assert!(refused(r#"{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}"#).contains("not acceptable"));
-        let long = format!(r#"{{"__metadata__":{{"a":"{}"}}}}"#, "x".repeat(MAX_METADATA_BYTES + 1));
-        assert!(refused(&long).contains("metadata"));
+        let texts = |bytes: usize| format!(r#"{{"__metadata__":{{"a":"{}"}}}}"#, "x".repeat(bytes));
+        precheck(&file(&texts(MAX_METADATA_BYTES - 1))).unwrap();
+        assert!(refused(&texts(MAX_METADATA_BYTES)).contains("metadata"));
+        assert!(refused(&texts(MAX_HEADER_BYTES)).contains("header takes"));
         assert!(refused("[[[[").contains("not acceptable"));
     }
 

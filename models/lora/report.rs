@@ -5,9 +5,9 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::Error;
 use super::metadata::Base;
 use super::modules::Naming;
+use super::{Error, keys};
 
 /// Why a file was refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -45,23 +45,30 @@ pub struct Report {
     pub trainer: Option<String>,
     pub base: Option<Base>,
     pub notes: Vec<String>,
+    /// What a user of the adapter should be told although it can be used.
+    pub warnings: Vec<String>,
     pub refused: Option<Refused>,
 }
 
 impl Report {
     pub(super) fn refuse(&mut self, error: &Error) {
         self.refused = Some(Refused { code: error.code(), reason: error.to_string() });
+        self.warnings.clear();
     }
 
-    /// What a user of the adapter should be told although it can be used.
-    #[must_use]
-    pub fn warnings(&self) -> Vec<String> {
+    /// Adds the warnings that follow from what was found.
+    pub(super) fn warn(&mut self) {
         let mut warnings = Vec::new();
-        if !self.unmatched_keys.is_empty() {
-            let keys = self.unmatched_keys.join(", ");
+        let (whole, strange): (Vec<&str>, Vec<&str>) =
+            self.unmatched_keys.iter().map(String::as_str).partition(|key| keys::is_whole(key));
+        if !strange.is_empty() {
+            let (count, keys) = (strange.len(), strange.join(", "));
+            warnings.push(format!("{count} keys of the LoRA belong to no module of FLUX.1 and have no effect: {keys}"));
+        }
+        if !whole.is_empty() {
+            let (count, keys) = (whole.len(), whole.join(", "));
             warnings.push(format!(
-                "{} keys of the LoRA belong to no module of FLUX.1 and have no effect: {keys}",
-                self.unmatched_keys.len()
+                "{count} keys of the LoRA are whole weights (PEFT's modules_to_save), which are not applied: {keys}"
             ));
         }
         if self.modules_matched > 0 && self.modules_empty == self.modules_matched {
@@ -74,7 +81,8 @@ impl Report {
                 "PEFT wrote the LoRA, and no adapter_config.json is with it: alpha is taken to be the rank; else {advice}"
             ));
         }
-        warnings
+        warnings.append(&mut self.warnings);
+        self.warnings = warnings;
     }
 }
 
@@ -102,9 +110,15 @@ impl fmt::Display for Report {
         line("trigger words", self.trigger_words.join(", "))?;
         line("trainer", self.trainer.clone().unwrap_or_default())?;
         line("trained on", self.base.map(|base| format!("{base:?}").to_lowercase()).unwrap_or_default())?;
-        line("unmatched", self.unmatched_keys.join(", "))?;
+        // Of a file that can be used a warning names them.
+        if self.refused.is_some() {
+            line("unmatched", self.unmatched_keys.join(", "))?;
+        }
         for note in &self.notes {
             line("note", note.clone())?;
+        }
+        for warning in &self.warnings {
+            line("warning", warning.clone())?;
         }
         line("refused", self.refused.as_ref().map(|r| format!("{} ({})", r.reason, r.code)).unwrap_or_default())
     }

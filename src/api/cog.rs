@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -61,7 +62,7 @@ async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: Head
     if is_replicates {
         return replicate::create_by_version(State(server), caller, headers, Body(body)).await.into_response();
     }
-    predict(&server, &caller, headers, &body, None).await.into_response()
+    predict(&server, &caller, headers, body, None).await.into_response()
 }
 
 async fn put(
@@ -71,7 +72,7 @@ async fn put(
     headers: HeaderMap,
     Body(body): Body,
 ) -> Response {
-    predict(&server, &caller, headers, &body, Some(id)).await.into_response()
+    predict(&server, &caller, headers, body, Some(id)).await.into_response()
 }
 
 async fn show(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Path(id): Path<String>) -> Response {
@@ -97,8 +98,8 @@ fn key(id: &str) -> String {
     format!("{NAMES}{id}")
 }
 
-async fn predict(server: &Server, caller: &Caller, mut headers: HeaderMap, body: &[u8], path: Option<String>) -> Answer {
-    let mut body = replicate::object(&headers, body)?;
+async fn predict(server: &Server, caller: &Caller, mut headers: HeaderMap, sent: Bytes, path: Option<String>) -> Answer {
+    let mut body = replicate::object(&headers, &sent)?;
     let id = match (body.remove("id").and_then(|id| id.as_str().map(str::to_owned)), path) {
         (Some(body), Some(path)) if body != path => {
             return Err(Problem::invalid(
@@ -121,6 +122,8 @@ async fn predict(server: &Server, caller: &Caller, mut headers: HeaderMap, body:
     }
     let detached = headers.get("prefer").is_some_and(|prefer| prefer.to_str().is_ok_and(|text| text.contains("respond-async")));
     let mut job = replicate::accept(server, caller, &headers, model(), &body).await?;
+    // Megabytes, which nobody needs while the answer is held.
+    drop((sent, body));
     if !detached {
         job = server.wait(job, LONGEST).await?;
     }

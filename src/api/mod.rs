@@ -5,6 +5,7 @@
 
 mod accept;
 mod auth;
+mod bodies;
 mod cog;
 mod deliver;
 mod health;

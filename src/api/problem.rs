@@ -6,10 +6,12 @@ use axum::extract::{FromRequest, Multipart, Request};
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use futures_util::StreamExt;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::MOST_BODY;
+use super::bodies::{Held, in_time};
 use crate::bytes::in_words;
 use crate::{blobs, jobs};
 
@@ -261,13 +263,37 @@ pub(super) struct Body(pub(super) Bytes);
 impl<S: Send + Sync> FromRequest<S> for Body {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        match Bytes::from_request(request, state).await {
-            Ok(bytes) => Ok(Self(bytes)),
-            Err(rejection) if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(Problem::TooLarge(MOST_BODY)),
-            Err(_) => Err(Problem::Slow),
-        }
+    async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
+        let mut held = Held::none();
+        let bytes = in_time(whole(request, &mut held)).await?;
+        Ok(Self(Bytes::from_owner(Read { bytes, _held: held })))
     }
+}
+
+/// A body that has come: it takes room for as long as anybody has it.
+struct Read {
+    bytes: Vec<u8>,
+    _held: Held,
+}
+
+impl AsRef<[u8]> for Read {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+async fn whole(request: Request, held: &mut Held) -> Result<Vec<u8>, Problem> {
+    let mut pieces = request.into_body().into_data_stream();
+    let mut bytes = Vec::new();
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.map_err(|_| Problem::Slow)?;
+        if bytes.len() + piece.len() > MOST_BODY {
+            return Err(Problem::TooLarge(MOST_BODY));
+        }
+        held.more(piece.len()).await?;
+        bytes.extend_from_slice(&piece);
+    }
+    Ok(bytes)
 }
 
 /// A form, or that it is none in our words.
@@ -290,6 +316,11 @@ impl From<jobs::Error> for Problem {
             jobs::Error::Full(_) => Self::Unavailable("The queue is full.", 10),
             jobs::Error::FilesFull(most) => Self::FilesFull(most.unsigned_abs()),
             jobs::Error::Conflict => Self::Conflict,
+            jobs::Error::ModelsFull(most) => Self::invalid(
+                "invalid",
+                "name",
+                format!("you have {most} models, as many as you may: delete one with DELETE /v1/models/OWNER/NAME"),
+            ),
             // It may be back in a moment: nothing was accepted, and clients may try again.
             jobs::Error::Database(error) => {
                 tracing::error!(%error, "the database fails");

@@ -8,16 +8,18 @@ use base64::Engine as _;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
+use tracing::Instrument;
 
 use super::auth::Caller;
 use super::problem::{Problem, faulty};
 use super::{Server, Unit};
+use crate::blobs::Blobs;
 use crate::failpoint::failpoint;
 use crate::fetch::decode_picture;
 use crate::hex::hex;
-use crate::jobs::{Job, JobId, NewJob, NewUpload, Upload, Webhook};
+use crate::jobs::{Job, JobId, NewJob, NewUpload, Store, Upload, Webhook};
 use crate::ops::generate::{Picture, prepare};
-use crate::ops::serve::{Order, Origin, Tokens};
+use crate::ops::serve::{LONGEST_REFERENCE, Order, Origin, Tokens, is_data};
 
 /// Free bytes that the disk must have for a job to be accepted.
 const RESERVE: u64 = 512 << 20;
@@ -41,17 +43,31 @@ pub(super) struct Submission {
     /// Milliseconds from now within which it must have ended.
     pub(super) within: Option<i64>,
     pub(super) webhook: Option<Webhook>,
+    /// What came with it and is not kept yet.
+    pub(super) files: Vec<File>,
     /// A client's key, with the fingerprint of what it sent.
     pub(super) idempotency: Option<(String, String)>,
 }
 
-/// A picture that a request brings: where it is kept, and its content if that is at hand.
+/// A picture that a request brings: where it is, or will be once its job is accepted, and its content if that is at hand.
 #[derive(Debug)]
 pub(super) struct Sent {
     pub(super) origin: Origin,
     pub(super) picture: Option<Picture>,
     /// What is shown of it later, where the input itself is too long.
     pub(super) shown: Option<String>,
+    /// What is to be kept.
+    pub(super) file: Option<File>,
+}
+
+impl Sent {
+    /// A picture that came with its request.
+    pub(super) fn with(caller: &Caller, field: &str, bytes: Vec<u8>) -> Self {
+        let said = Kept { name: field, kind: "application/octet-stream", metadata: json!({}), lives: UPLOAD_LIVES };
+        let picture = Picture { name: "the data sent".into(), bytes: bytes.clone() };
+        let file = File::new(caller, said, bytes);
+        Self { origin: Origin::Stored(upload_key(&file.id)), picture: Some(picture), shown: None, file: Some(file) }
+    }
 }
 
 /// What is said of a file that is kept.
@@ -63,6 +79,68 @@ pub(super) struct Kept<'a> {
     pub(super) metadata: Value,
     /// Milliseconds.
     pub(super) lives: i64,
+}
+
+/// A file to be kept under a name that nobody else has.
+#[derive(Debug)]
+pub(super) struct File {
+    id: JobId,
+    said: NewUpload,
+    bytes: Vec<u8>,
+}
+
+impl File {
+    fn new(caller: &Caller, said: Kept<'_>, bytes: Vec<u8>) -> Self {
+        let said = NewUpload {
+            tenant: caller.tenant.clone(),
+            name: said.name.into(),
+            content_type: said.kind.into(),
+            size: bytes.len() as i64,
+            sha256: hex(&Sha256::digest(&bytes)),
+            metadata: said.metadata,
+            lives: said.lives,
+        };
+        Self { id: JobId::new(), said, bytes }
+    }
+
+    /// First the note: what is not noted is never removed, and what has no room is not written.
+    async fn keep(self, store: &Store, blobs: &Blobs) -> Result<Upload, Problem> {
+        let Self { id, said, bytes } = self;
+        let upload = store.add_upload(&id, &said).await?;
+        let written = blobs.put(&upload_key(&id), bytes).await;
+        // Its owner may have deleted it while it was written.
+        let noted = store.upload(&said.tenant, &id).await?.is_some();
+        if written.is_err() || !noted {
+            forget(store, blobs, &said.tenant, &id).await;
+        }
+        written?;
+        if noted { Ok(upload) } else { Err(Problem::NotFound) }
+    }
+}
+
+/// Removes a file that nobody is to find. If that fails its time ends it.
+async fn forget(store: &Store, blobs: &Blobs, tenant: &str, id: &JobId) {
+    if blobs.delete(&upload_key(id)).await.is_ok() {
+        let _ = store.remove_upload(tenant, id).await;
+    }
+}
+
+/// Keeps what came with a job, and accepts it. If no new job names the files they are removed.
+async fn accept(store: Store, blobs: Blobs, new: NewJob, files: Vec<File>) -> Result<(Job, bool), Problem> {
+    let ids: Vec<JobId> = files.iter().map(|file| file.id.clone()).collect();
+    let accepting = async {
+        for file in files {
+            file.keep(&store, &blobs).await?;
+        }
+        Ok::<_, Problem>(store.submit(&new).await?)
+    };
+    let accepted = accepting.await;
+    if !matches!(accepted, Ok((_, true))) {
+        for id in &ids {
+            forget(&store, &blobs, &new.tenant, id).await;
+        }
+    }
+    accepted
 }
 
 /// Text of a data URI that is stored with its job; longer ones are shown as a link.
@@ -89,19 +167,23 @@ impl Server {
         submission: Submission,
     ) -> Result<(Job, bool), Problem> {
         self.accepting()?;
-        let Submission { mut order, model, version, input, mut notes, within, webhook, idempotency } = submission;
+        let Submission { mut order, model, version, input, mut notes, within, webhook, mut files, idempotency } = submission;
         self.gate.create(&caller.tenant)?;
         if let Some(webhook) = &webhook {
             self.web.check(&webhook.url).map_err(|error| faulty("webhook", &error))?;
         }
-        let mut sent = Vec::new();
-        for lora in order.loras.iter_mut().filter(|lora| lora.reference.starts_with("data:")) {
+        if let Some((key, body)) = &idempotency
+            && let Some(earlier) = self.store.repeated(&caller.tenant, key, body).await?
+        {
+            return Ok((earlier, false));
+        }
+        for lora in order.loras.iter_mut().filter(|lora| is_data(&lora.reference)) {
             // Rows of jobs are read again and again, and should be short.
             let text = std::mem::take(&mut lora.reference).into_bytes();
-            let file = Kept { name: "lora_weights", kind: "text/plain", metadata: json!({}), lives: LORA_LIVES };
-            let stored = self.keep(caller, file, text).await?;
-            sent.push(stored.id.clone());
-            (lora.reference, lora.stored) = (format!("data:{}", stored.sha256), Some(upload_key(&stored.id)));
+            let said = Kept { name: "lora_weights", kind: "text/plain", metadata: json!({}), lives: LORA_LIVES };
+            let file = File::new(caller, said, text);
+            (lora.reference, lora.stored) = (format!("data:{}", file.said.sha256), Some(upload_key(&file.id)));
+            files.push(file);
         }
         if unit.model.name == "pocket" {
             notes.push(
@@ -125,15 +207,10 @@ impl Server {
             idempotency,
         };
         failpoint("accepting");
-        let accepted = self.store.submit(&new).await;
-        if !matches!(accepted, Ok((_, true))) {
-            // No job names them.
-            for id in &sent {
-                let _ = self.store.remove_upload(&caller.tenant, id).await;
-                let _ = self.blobs.delete(&upload_key(id)).await;
-            }
-        }
-        let accepted = accepted.map_err(|error| match Problem::from(error) {
+        // In a task of its own, which comes to its end if the caller goes away.
+        let accepting = tokio::spawn(accept(self.store.clone(), self.blobs.clone(), new, files).in_current_span());
+        let accepted = accepting.await.map_err(|_| Problem::Internal)?;
+        let accepted = accepted.map_err(|problem| match problem {
             Problem::Throttled(_) => Problem::Throttled(self.seconds_of_work()),
             Problem::Unavailable("The queue is full.", _) => Problem::Unavailable("The queue is full.", self.seconds_of_work()),
             problem => problem,
@@ -166,9 +243,9 @@ impl Server {
     /// A picture in a request: a data URI, a file that was uploaded before, or a link.
     pub(super) async fn sent(&self, caller: &Caller, base: &str, field: &str, text: &str) -> Result<Sent, Problem> {
         let at = format!("input.{field}");
-        if text.starts_with("data:") {
+        if is_data(text) {
             let bytes = decode_picture(text).map_err(|error| faulty(&at, &error))?;
-            let mut sent = self.sent_bytes(caller, field, bytes).await?;
+            let mut sent = Sent::with(caller, field, bytes);
             if text.len() > LONG
                 && let Origin::Stored(key) = &sent.origin
             {
@@ -181,18 +258,11 @@ impl Server {
             let upload = self.store.upload(&caller.tenant, &id).await?.ok_or_else(gone)?;
             let bytes = self.blobs.get(&upload_key(&id)).await?.ok_or_else(gone)?;
             let picture = Picture { name: upload.name, bytes: bytes.to_vec() };
-            return Ok(Sent { origin: Origin::Stored(upload_key(&id)), picture: Some(picture), shown: None });
+            return Ok(Sent { origin: Origin::Stored(upload_key(&id)), picture: Some(picture), shown: None, file: None });
         }
+        brief(&at, text)?;
         self.web.check(text).map_err(|error| faulty(&at, &error))?;
-        Ok(Sent { origin: Origin::Link(text.into()), picture: None, shown: None })
-    }
-
-    /// A picture that came with its request, kept until its job has run.
-    pub(super) async fn sent_bytes(&self, caller: &Caller, field: &str, bytes: Vec<u8>) -> Result<Sent, Problem> {
-        let file = Kept { name: field, kind: "application/octet-stream", metadata: json!({}), lives: UPLOAD_LIVES };
-        let stored = self.keep(caller, file, bytes.clone()).await?;
-        let picture = Picture { name: "the data sent".into(), bytes };
-        Ok(Sent { origin: Origin::Stored(upload_key(&stored.id)), picture: Some(picture), shown: None })
+        Ok(Sent { origin: Origin::Link(text.into()), picture: None, shown: None, file: None })
     }
 
     /// Tokens of a request as they lie in the database: unreadable there.
@@ -200,32 +270,30 @@ impl Server {
         if tokens.is_empty() {
             return Ok(None);
         }
+        for (field, token) in [("input.hf_api_token", &tokens.hub), ("input.civitai_api_token", &tokens.civitai)] {
+            brief(field, token.as_deref().unwrap_or_default())?;
+        }
         let text = serde_json::to_string(tokens).map_err(|_| Problem::Internal)?;
         self.secret.seal(&text).map(Some).map_err(|_| Problem::Internal)
     }
 
     /// Keeps a file of a caller.
-    pub(super) async fn keep(&self, caller: &Caller, file: Kept<'_>, bytes: Vec<u8>) -> Result<Upload, Problem> {
+    pub(super) async fn keep(&self, caller: &Caller, said: Kept<'_>, bytes: Vec<u8>) -> Result<Upload, Problem> {
         self.accepting()?;
-        let new = NewUpload {
-            tenant: caller.tenant.clone(),
-            name: file.name.into(),
-            content_type: file.kind.into(),
-            size: bytes.len() as i64,
-            sha256: hex(&Sha256::digest(&bytes)),
-            metadata: file.metadata,
-            lives: file.lives,
-        };
-        let id = JobId::new();
-        // First the bytes: what the store names is there.
-        self.blobs.put(&upload_key(&id), bytes).await?;
-        let added = self.store.add_upload(&id, &new).await;
-        if added.is_err() {
-            // Nothing names it.
-            let _ = self.blobs.delete(&upload_key(&id)).await;
-        }
-        Ok(added?)
+        let (file, store, blobs) = (File::new(caller, said, bytes), self.store.clone(), self.blobs.clone());
+        // In a task of its own, which comes to its end if the caller goes away.
+        let keeping = async move { file.keep(&store, &blobs).await };
+        tokio::spawn(keeping.in_current_span()).await.map_err(|_| Problem::Internal)?
     }
+}
+
+/// Refuses what would make a job's row long.
+fn brief(field: &str, text: &str) -> Result<(), Problem> {
+    if text.len() > LONGEST_REFERENCE {
+        let said = format!("is {} bytes long, and must be at most {LONGEST_REFERENCE}: give a shorter one", text.len());
+        return Err(Problem::invalid("invalid", field, said));
+    }
+    Ok(())
 }
 
 pub(super) fn upload_key(id: &JobId) -> String {

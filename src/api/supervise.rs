@@ -109,7 +109,9 @@ impl Worker {
         let mut count = 0;
         while !*stop.borrow() {
             count += 1;
-            let (name, begun) = (format!("{}-{}-{count}", std::process::id(), unit.model.name), Instant::now());
+            // In containers every service is process 1: among those who share a database only chance tells their workers apart.
+            let name = format!("{}-{}-{count}-{}", std::process::id(), unit.model.name, JobId::new());
+            let begun = Instant::now();
             let ended = self.run(&name, &server, &unit, &mut stop).await;
             let deaths = unit.life().deaths;
             *unit.state() = Life { deaths: deaths + 1, ..Life::default() };

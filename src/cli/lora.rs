@@ -167,6 +167,7 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
         Verb::Convert { reference, out, to, dtype, force } => {
             let order = ConvertOrder { reference, out, format: to, precision: dtype, force };
             let converted = lora::convert(&order, config, &mut writing()?)?;
+            converted.warnings.iter().for_each(|warning| super::say(&format!("warning: {warning}")));
             super::say(&format!("{} tensors, {}", converted.tensors, bytes::in_words(converted.bytes)));
             super::show(&converted.path.display().to_string())
         }

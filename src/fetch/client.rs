@@ -146,6 +146,11 @@ impl Client {
     }
 
     pub(super) async fn json(&self, ask: &Ask) -> Result<Value, Error> {
+        serde_json::from_slice(&self.text(ask).await?).map_err(|_| Error::Answer(host(&ask.url)))
+    }
+
+    /// A short answer's bytes.
+    pub(super) async fn text(&self, ask: &Ask) -> Result<Vec<u8>, Error> {
         let mut response = self.get(ask, &HeaderMap::new()).await?;
         let mut body = Vec::new();
         while let Some(chunk) = self.chunk(&mut response).await? {
@@ -154,7 +159,7 @@ impl Client {
                 return Err(Error::Answer(host(response.url())));
             }
         }
-        serde_json::from_slice(&body).map_err(|_| Error::Answer(host(response.url())))
+        Ok(body)
     }
 
     fn stalled(&self, url: &Url, after: Duration) -> Error {

@@ -44,12 +44,12 @@ impl Partial {
     }
 
     /// Puts these settings into the file's header -> its SHA-256 then.
-    pub(super) fn join(&self, settings: &str) -> Result<String, Error> {
+    pub(super) fn join(&self, settings: &[u8]) -> Result<String, Error> {
         let write = |source| Error::Write { path: self.path.clone(), source };
         // From here on it is not the source's file, and must not be gone on with.
         let _ = fs::remove_file(self.notes());
         let mut file = File::options().read(true).write(true).open(&self.path).map_err(write)?;
-        peft::join(&mut file, settings.as_bytes()).map_err(write)?;
+        peft::join(&mut file, settings).map_err(write)?;
         cache::digest(&self.path).map_err(write)
     }
 

@@ -227,11 +227,7 @@ impl Inner {
                 _ => {}
             }
             let settings = match &located.config {
-                Some(ask) => match self.client.json(ask).await {
-                    // What is none is left alone, as beside a local file.
-                    Err(Error::Answer(_)) => None,
-                    settings => Some(settings?),
-                },
+                Some(ask) => Some(self.client.text(ask).await?),
                 None => None,
             };
             // With settings in its header the file is another one than the hub's.
@@ -256,8 +252,8 @@ impl Inner {
                     _ => break outcome,
                 }
             };
-            if let (Some(settings), Outcome::Whole { sha256, .. }) = (&settings, &mut outcome) {
-                let (partial, settings) = (Partial { path: partial.path.clone() }, settings.to_string());
+            if let (Some(settings), Outcome::Whole { sha256, .. }) = (settings, &mut outcome) {
+                let partial = Partial { path: partial.path.clone() };
                 *sha256 = blocking(move || partial.join(&settings)).await?;
             }
             (outcome, located.version)

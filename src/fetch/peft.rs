@@ -1,8 +1,12 @@
 //! PEFT keeps what scales its factors in a file beside them. Put into the header of theirs, the two are not parted.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
+use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 pub(super) const WEIGHTS: &str = "adapter_model.safetensors";
@@ -23,7 +27,84 @@ pub(super) fn is_config(name: &str) -> bool {
     name.rsplit('/').next() == Some(CONFIG)
 }
 
-/// Puts `config` into the header of a safetensors file as its text `adapter_config`; its data moves back. What is none of either stays
+/// JSON whose objects keep their order: of the patterns in them PEFT takes the first that fits.
+#[derive(Debug)]
+enum Ordered {
+    Object(Vec<(String, Ordered)>),
+    Array(Vec<Ordered>),
+    Plain(Value),
+}
+
+impl<'de> Deserialize<'de> for Ordered {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = Ordered;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("JSON")
+            }
+            fn visit_unit<E>(self) -> Result<Ordered, E> {
+                Ok(Ordered::Plain(Value::Null))
+            }
+            fn visit_bool<E>(self, value: bool) -> Result<Ordered, E> {
+                Ok(Ordered::Plain(value.into()))
+            }
+            fn visit_i64<E>(self, value: i64) -> Result<Ordered, E> {
+                Ok(Ordered::Plain(value.into()))
+            }
+            fn visit_u64<E>(self, value: u64) -> Result<Ordered, E> {
+                Ok(Ordered::Plain(value.into()))
+            }
+            fn visit_f64<E>(self, value: f64) -> Result<Ordered, E> {
+                Ok(Ordered::Plain(value.into()))
+            }
+            fn visit_str<E>(self, value: &str) -> Result<Ordered, E> {
+                Ok(Ordered::Plain(value.into()))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Ordered, A::Error> {
+                let mut items = Vec::new();
+                while let Some(item) = seq.next_element()? {
+                    items.push(item);
+                }
+                Ok(Ordered::Array(items))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Ordered, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Ordered::Object(entries))
+            }
+        }
+        deserializer.deserialize_any(Any)
+    }
+}
+
+impl Serialize for Ordered {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Object(entries) => {
+                let mut map = serializer.serialize_map(Some(entries.len()))?;
+                for (key, value) in entries {
+                    map.serialize_entry(key, value)?;
+                }
+                map.end()
+            }
+            Self::Array(items) => serializer.collect_seq(items),
+            Self::Plain(value) => value.serialize(serializer),
+        }
+    }
+}
+
+/// Settings in one line; what is no JSON as it is, so that whoever reads the adapter sees it and refuses it.
+fn text(config: &[u8]) -> String {
+    // Windows' editors begin a text with a byte order mark.
+    let config = config.strip_prefix(b"\xef\xbb\xbf").unwrap_or(config);
+    let line = serde_json::from_slice::<Ordered>(config).and_then(|settings| serde_json::to_string(&settings));
+    line.unwrap_or_else(|_| String::from_utf8_lossy(config).into_owned())
+}
+
+/// Puts `config` into the header of a safetensors file as its text `adapter_config`; its data moves back. What is no such file stays
 /// as it is, for those to refuse who read it.
 pub(super) fn join(file: &mut File, config: &[u8]) -> io::Result<()> {
     let length = file.metadata()?.len();
@@ -39,14 +120,10 @@ pub(super) fn join(file: &mut File, config: &[u8]) -> io::Result<()> {
     }
     let mut header = vec![0; old as usize];
     file.read_exact(&mut header)?;
-    let (Ok(mut header), Ok(config)) =
-        (serde_json::from_slice::<Map<String, Value>>(&header), serde_json::from_slice::<Map<String, Value>>(config))
-    else {
-        return Ok(());
-    };
+    let Ok(mut header) = serde_json::from_slice::<Map<String, Value>>(&header) else { return Ok(()) };
     let texts = header.entry("__metadata__").or_insert_with(|| Value::Object(Map::new()));
     let Some(texts) = texts.as_object_mut() else { return Ok(()) };
-    texts.insert("adapter_config".into(), Value::String(Value::Object(config).to_string()));
+    texts.insert("adapter_config".into(), Value::String(text(config)));
     let mut header = Value::Object(header).to_string().into_bytes();
     // Never shorter than it was, and data begin at a multiple of eight.
     header.resize(header.len().max(old as usize).next_multiple_of(8), b' ');
@@ -94,7 +171,40 @@ mod tests {
         join(&mut file, &std::fs::read(peft.join(CONFIG)).unwrap()).unwrap();
         assert_eq!(factors(&alone), factors(&peft.join(WEIGHTS)));
         assert_ne!(factors(&alone), without);
-        assert!(Adapter::inspect(&alone).warnings().is_empty());
+        assert_eq!(Adapter::inspect(&alone).warnings, [""; 0]);
+    }
+
+    #[test]
+    fn settings_keep_their_order_and_what_is_none_is_seen() {
+        for (config, joined) in [
+            (
+                &br#"{ "b": {"z": [1, {"y": 0.5, "x": null}], "a": true}, "a": "\u00e9" }"#[..],
+                r#"{"b":{"z":[1,{"y":0.5,"x":null}],"a":true},"a":"é"}"#,
+            ),
+            (b"\xef\xbb\xbf{\"r\": 4}", r#"{"r":4}"#),
+            (b"[]", "[]"),
+            (b"{not json", "{not json"),
+            (b"\xff", "\u{fffd}"),
+        ] {
+            assert_eq!(text(config), joined);
+        }
+        // PEFT writes them sorted, and such a file is the same whether order is kept or not.
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/lora/writers/peft_lokr");
+        let config = std::fs::read(folder.join(CONFIG)).unwrap();
+        assert_eq!(text(&config), serde_json::from_slice::<Value>(&config).unwrap().to_string());
+        // A damaged one is not as good as none: the scale is not known.
+        let broken = folder_of(&folder, b"{\"r\": ");
+        let report = Adapter::inspect(&broken.path().join("a.safetensors"));
+        assert!(report.refused.is_some_and(|refused| refused.code == "damaged" && refused.reason.contains("adapter_config")));
+    }
+
+    /// A folder with the adapter of another one joined with these settings.
+    fn folder_of(folder: &Path, config: &[u8]) -> tempfile::TempDir {
+        let made = tempfile::tempdir().unwrap();
+        let path = made.path().join("a.safetensors");
+        std::fs::copy(folder.join(WEIGHTS), &path).unwrap();
+        join(&mut File::options().read(true).write(true).open(&path).unwrap(), config).unwrap();
+        made
     }
 
     #[test]
@@ -114,7 +224,7 @@ mod tests {
             assert_eq!(header["__metadata__"]["adapter_config"], "{\"r\":4}");
         }
         for (bytes, config) in
-            [(&b"abc"[..], &b"{}"[..]), (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", b"{}"), (b"\x02\0\0\0\0\0\0\0{}", b"[]")]
+            [(&b"abc"[..], &b"{}"[..]), (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", b"{}"), (b"\x02\0\0\0\0\0\0\0[]", b"{}")]
         {
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(bytes).unwrap();

@@ -7,6 +7,8 @@ pub enum Error {
     Full(i64),
     #[error("the files of this tenant would take more than the {0} bytes that they may")]
     FilesFull(i64),
+    #[error("this tenant has {0} models, as many as it may")]
+    ModelsFull(i64),
     #[error("the idempotency key was used for another request")]
     Conflict,
     #[error("another worker has the job now")]

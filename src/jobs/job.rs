@@ -108,6 +108,7 @@ pub struct Job {
     pub id: JobId,
     pub tenant: String,
     pub status: Status,
+    /// `null` if what is stored cannot be read (any more).
     pub request: Value,
     pub affinity: String,
     pub created_at: i64,

@@ -5,6 +5,9 @@ use sqlx::any::AnyRow;
 
 use super::{Error, Store};
 
+/// Models of one tenant.
+const MOST: i64 = 1000;
+
 /// A tenant's model, as it was created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OwnModel {
@@ -16,18 +19,30 @@ pub struct OwnModel {
 }
 
 impl Store {
-    /// Notes a model. `false` if the tenant has one of this name.
-    pub async fn add_model(&self, tenant: &str, model: &OwnModel) -> Result<bool, Error> {
+    /// Notes a model. `false` if the tenant has one of this name; [`Error::ModelsFull`] if it has as many as it may.
+    pub async fn add_model(&self, tenant: &str, new: &OwnModel) -> Result<bool, Error> {
         let insert = "INSERT INTO models (tenant, owner, name, visibility, description, created_at) \
-             VALUES ($1, $2, $3, $4, $5, {now}) ON CONFLICT (tenant, owner, name) DO NOTHING";
-        let insert = self.query(insert).bind(tenant).bind(&model.owner).bind(&model.name);
-        let insert = insert.bind(&model.visibility).bind(&model.description);
-        Ok(insert.execute(self.pool()).await?.rows_affected() > 0)
+             SELECT $1, $2, $3, $4, $5, {now} WHERE (SELECT COUNT(*) FROM models WHERE tenant = $1) < CAST($6 AS BIGINT) \
+             ON CONFLICT (tenant, owner, name) DO NOTHING";
+        let insert = self.query(insert).bind(tenant).bind(&new.owner).bind(&new.name);
+        let insert = insert.bind(&new.visibility).bind(&new.description).bind(MOST);
+        if insert.execute(self.pool()).await?.rows_affected() > 0 {
+            return Ok(true);
+        }
+        let there = self.model(tenant, &new.owner, &new.name).await?.is_some();
+        if there { Ok(false) } else { Err(Error::ModelsFull(MOST)) }
     }
 
-    /// A tenant's models, in the order of creation.
-    pub async fn models(&self, tenant: &str) -> Result<Vec<OwnModel>, Error> {
-        let list = self.query("SELECT * FROM models WHERE tenant = $1 ORDER BY created_at, owner, name").bind(tenant);
+    /// A tenant's model of this name.
+    pub async fn model(&self, tenant: &str, owner: &str, name: &str) -> Result<Option<OwnModel>, Error> {
+        let find = self.query("SELECT * FROM models WHERE tenant = $1 AND owner = $2 AND name = $3");
+        find.bind(tenant).bind(owner).bind(name).fetch_optional(self.pool()).await?.as_ref().map(model).transpose()
+    }
+
+    /// A tenant's models in the order of owner and name, from behind `after`.
+    pub async fn models(&self, tenant: &str, after: (&str, &str), limit: i64) -> Result<Vec<OwnModel>, Error> {
+        let list = "SELECT * FROM models WHERE tenant = $1 AND (owner, name) > ($2, $3) ORDER BY owner, name LIMIT $4";
+        let list = self.query(list).bind(tenant).bind(after.0).bind(after.1).bind(limit);
         list.fetch_all(self.pool()).await?.iter().map(model).collect()
     }
 

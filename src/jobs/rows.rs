@@ -10,12 +10,11 @@ use super::{Error, Event, Job, Webhook};
 pub(super) const COLUMNS: &str = "id, tenant, status, request, affinity, created_at, started_at, completed_at, deadline, epoch, progress, \
      logs, result, error_code, error, webhook, webhook_events, data_removed";
 
+/// What is no JSON any more is missing from the job: one damaged row must not keep others from being listed, told of or ended.
 pub(super) fn job(row: &AnyRow) -> Result<Job, Error> {
     let text = |column: &str| row.try_get::<String, _>(column);
     let maybe = |column: &str| row.try_get::<Option<String>, _>(column);
-    let json = |column: &'static str, text: Option<String>| -> Result<Option<Value>, Error> {
-        text.map(|text| serde_json::from_str(&text).map_err(|_| Error::Damaged(column))).transpose()
-    };
+    let json = |text: Option<String>| text.and_then(|text| serde_json::from_str::<Value>(&text).ok());
     let webhook = maybe("webhook")?.map(|url| -> Result<Webhook, Error> {
         let events = text("webhook_events")?;
         let events = events.split_whitespace().map(str::parse::<Event>).collect::<Result<Vec<_>, _>>();
@@ -25,16 +24,16 @@ pub(super) fn job(row: &AnyRow) -> Result<Job, Error> {
         id: text("id")?.parse().map_err(|()| Error::Damaged("id"))?,
         tenant: text("tenant")?,
         status: text("status")?.parse().map_err(|()| Error::Damaged("status"))?,
-        request: json("request", Some(text("request")?))?.unwrap_or(Value::Null),
+        request: json(Some(text("request")?)).unwrap_or(Value::Null),
         affinity: text("affinity")?,
         created_at: row.try_get("created_at")?,
         started_at: row.try_get("started_at")?,
         completed_at: row.try_get("completed_at")?,
         deadline: row.try_get("deadline")?,
         epoch: row.try_get("epoch")?,
-        progress: json("progress", maybe("progress")?)?,
+        progress: json(maybe("progress")?),
         logs: text("logs")?,
-        result: json("result", maybe("result")?)?,
+        result: json(maybe("result")?),
         error_code: maybe("error_code")?,
         error: maybe("error")?,
         webhook: webhook.transpose()?,

@@ -1,5 +1,6 @@
 //! Bringing a database to the schema of this version: forward only, and a SQLite file is copied first.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use sqlx::{AnyPool, Executor, Row};
@@ -23,8 +24,16 @@ pub(super) async fn migrate(pool: &AnyPool, dialect: Dialect, file: Option<&Path
     }
     if let (Some(file), true) = (file, found > 0) {
         let copy = file.with_extension(format!("before-{known}.db"));
+        // An upgrade that was interrupted left its own, which would be in the way.
+        let part = file.with_extension(format!("before-{known}.part"));
+        if let Err(error) = std::fs::remove_file(&part)
+            && error.kind() != ErrorKind::NotFound
+        {
+            return Err(sqlx::Error::Io(error).into());
+        }
         // Through the database, so that what is in its log is in the copy.
-        sqlx::query("VACUUM INTO $1").bind(copy.display().to_string()).execute(pool).await?;
+        sqlx::query("VACUUM INTO $1").bind(part.display().to_string()).execute(pool).await?;
+        std::fs::rename(&part, &copy).map_err(sqlx::Error::Io)?;
     }
     let mut transaction = pool.begin_with(dialect.begin()).await?;
     if dialect == Dialect::Postgres {

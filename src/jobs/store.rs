@@ -203,7 +203,8 @@ impl Store {
         self.get(tenant, id).await
     }
 
-    /// The next job for a worker that has the model `base` and the adapter sets `warm`, for as long as `lease`; none of `except`.
+    /// The next job for a worker that has the model `base` and the adapter sets `warm`, for as long as `lease`; none of `except`. One that
+    /// cannot be read fails, and the one after it is next.
     pub async fn claim(
         &self,
         worker: &str,
@@ -232,15 +233,27 @@ impl Store {
              ORDER BY CASE WHEN crashes >= {QUARANTINE} THEN 3 WHEN created_at < {{now}} - $2 THEN 0 WHEN {warm_there} THEN 1 ELSE 2 END,
              id LIMIT 1"
         );
-        let mut next = self.query(&next).bind(self.limits.window).bind(milliseconds(self.limits.patience)).bind(base);
-        for value in warm.iter().map(String::as_str).chain(except.iter().map(JobId::as_str)) {
-            next = next.bind(value);
-        }
-        let Some(row) = next.fetch_optional(&mut *transaction).await? else { return Ok(None) };
-        let take = "UPDATE jobs SET status = 'running', epoch = epoch + 1, worker = $1, lease_until = {now} + $2, \
-             started_at = COALESCE(started_at, {now}), progress = NULL WHERE id = $3 RETURNING {columns}";
-        let take = self.query(take).bind(worker).bind(milliseconds(lease)).bind(row.try_get::<String, _>(0)?);
-        let taken = job(&take.fetch_one(&mut *transaction).await?)?;
+        let taken = loop {
+            let mut first = self.query(&next).bind(self.limits.window).bind(milliseconds(self.limits.patience)).bind(base);
+            for value in warm.iter().map(String::as_str).chain(except.iter().map(JobId::as_str)) {
+                first = first.bind(value);
+            }
+            let Some(row) = first.fetch_optional(&mut *transaction).await? else {
+                // Those that cannot be read have failed.
+                transaction.commit().await?;
+                return Ok(None);
+            };
+            let id: String = row.try_get(0)?;
+            let take = "UPDATE jobs SET status = 'running', epoch = epoch + 1, worker = $1, lease_until = {now} + $2, \
+                 started_at = COALESCE(started_at, {now}), progress = NULL WHERE id = $3 RETURNING {columns}";
+            let take = self.query(take).bind(worker).bind(milliseconds(lease)).bind(&id);
+            let row = take.fetch_one(&mut *transaction).await?;
+            match job(&row) {
+                Ok(taken) if !taken.request.is_null() => break taken,
+                Ok(_) | Err(Error::Damaged(_)) => self.give_up(&mut transaction, &id).await?,
+                Err(error) => return Err(error),
+            }
+        };
         let turn = "INSERT INTO tenants (tenant, last_start) VALUES ($1, {now}) \
              ON CONFLICT (tenant) DO UPDATE SET last_start = excluded.last_start";
         self.query(turn).bind(&taken.tenant).execute(&mut *transaction).await?;
@@ -350,6 +363,18 @@ impl Store {
         forget.execute(&mut *transaction).await?;
         transaction.commit().await?;
         Ok(changed)
+    }
+
+    /// Ends a job that cannot be read: no worker can run it, and none must stop at it.
+    async fn give_up(&self, transaction: &mut Transaction<'static, Any>, id: &str) -> Result<(), Error> {
+        tracing::error!(job = id, "what is stored of the job cannot be read: it fails");
+        let end = "UPDATE jobs SET status = 'failed', completed_at = {now}, lease_until = NULL, error_code = 'internal', \
+             error = 'what is stored of this job cannot be read: send it again' WHERE id = $1 RETURNING {columns}";
+        let row = self.query(end).bind(id).fetch_one(&mut **transaction).await?;
+        match job(&row) {
+            Ok(ended) => self.tell(transaction, &ended, Event::Completed).await,
+            Err(_) => Ok(()),
+        }
     }
 
     /// Writes an event for the job's webhook, if that wants it.

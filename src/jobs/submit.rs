@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use sqlx::{Any, Row, Transaction};
+use sqlx::{Any, AnyConnection, Row, Transaction};
 use tokio::sync::oneshot;
 
 use super::rows::job;
@@ -50,13 +50,22 @@ impl Store {
             return;
         }
         let (jobs, places): (Vec<NewJob>, Vec<_>) = batch.into_iter().unzip();
-        match self.write(&jobs).await {
-            Ok(accepted) => places.into_iter().zip(accepted).for_each(|(place, answer)| drop(place.send(answer))),
-            Err(error) => {
+        let answers = match self.write(&jobs).await {
+            Ok(answers) => answers,
+            Err(error) if error.is_outage() => {
                 let text: Arc<str> = error.to_string().into();
-                places.into_iter().for_each(|place| drop(place.send(Err(Error::Failed(text.clone())))));
+                jobs.iter().map(|_| Err(Error::Failed(text.clone()))).collect()
             }
-        }
+            // One of them cannot be stored. Each by itself: the others can.
+            Err(_) => {
+                let mut answers = Vec::new();
+                for new in &jobs {
+                    answers.extend(self.write(std::slice::from_ref(new)).await.unwrap_or_else(|error| vec![Err(error)]));
+                }
+                answers
+            }
+        };
+        places.into_iter().zip(answers).for_each(|(place, answer)| drop(place.send(answer)));
     }
 
     /// One answer for each, or an error and no change for all.
@@ -66,8 +75,9 @@ impl Store {
         let mut answers = Vec::new();
         for new in jobs {
             match self.accept(&mut transaction, &mut lengths, new).await {
-                Err(Error::Database(error)) => return Err(error.into()),
-                answer => answers.push(answer),
+                // Refused before anything was written.
+                answer @ (Ok(_) | Err(Error::TenantFull(_) | Error::Full(_) | Error::Conflict)) => answers.push(answer),
+                Err(error) => return Err(error),
             }
         }
         transaction.commit().await?;
@@ -112,26 +122,29 @@ impl Store {
             .bind(events.collect::<Vec<_>>().join(" "))
             .bind(&new.base);
         let accepted = job(&insert.fetch_one(&mut **transaction).await?)?;
+        if accepted.request.is_null() {
+            // Nobody could ever read it.
+            return Err(Error::Damaged("request"));
+        }
         lengths.all = Some(all + 1);
         lengths.own.insert(new.tenant.clone(), own + 1);
         Ok((accepted, true))
     }
 
-    /// The job that a key named before, if what it was sent with is the same.
-    async fn earlier(
-        &self,
-        transaction: &mut Transaction<'static, Any>,
-        tenant: &str,
-        key: &str,
-        body: &str,
-    ) -> Result<Option<Job>, Error> {
+    /// The job that a tenant's idempotency key named before, if what it was sent with is the same.
+    pub async fn repeated(&self, tenant: &str, key: &str, body: &str) -> Result<Option<Job>, Error> {
+        let mut connection = self.pool().acquire().await?;
+        self.earlier(&mut connection, tenant, key, body).await
+    }
+
+    async fn earlier(&self, connection: &mut AnyConnection, tenant: &str, key: &str, body: &str) -> Result<Option<Job>, Error> {
         let earlier = self.query("SELECT body, job FROM idempotency WHERE tenant = $1 AND key = $2").bind(tenant).bind(key);
-        let Some(row) = earlier.fetch_optional(&mut **transaction).await? else { return Ok(None) };
+        let Some(row) = earlier.fetch_optional(&mut *connection).await? else { return Ok(None) };
         if row.try_get::<String, _>("body")? != body {
             return Err(Error::Conflict);
         }
         let find = self.query("SELECT {columns} FROM jobs WHERE id = $1").bind(row.try_get::<String, _>("job")?);
-        find.fetch_optional(&mut **transaction).await?.as_ref().map(job).transpose()
+        find.fetch_optional(&mut *connection).await?.as_ref().map(job).transpose()
     }
 
     async fn lengths(

@@ -1,8 +1,8 @@
 //! Files that clients send ahead of their jobs. Here is what is known of them; the bytes are in the object store.
 
 use serde_json::Value;
-use sqlx::Row;
 use sqlx::any::AnyRow;
+use sqlx::{Executor, Row};
 
 use super::{Error, JobId, Store};
 
@@ -35,17 +35,25 @@ pub struct Upload {
 }
 
 impl Store {
-    /// Notes a file under `id`, under which its bytes are stored already. [`Error::FilesFull`] if its tenant has no room for it.
+    /// Notes a file under `id`, before its bytes are stored: what is not noted is never removed. [`Error::FilesFull`] if its tenant has
+    /// no room for it.
     pub async fn add_upload(&self, id: &JobId, new: &NewUpload) -> Result<Upload, Error> {
         // Files whose time is over count until they are removed.
         let insert = "INSERT INTO uploads (id, tenant, name, content_type, size, sha256, metadata, created_at, expires_at) \
              SELECT $1, $2, $3, $4, CAST($5 AS BIGINT), $6, $7, clock.now, clock.now + CAST($8 AS BIGINT) FROM (SELECT {now} AS now) AS clock \
              WHERE (SELECT COALESCE(SUM(size), 0) FROM uploads WHERE tenant = $2) + CAST($5 AS BIGINT) <= CAST($9 AS BIGINT) \
              RETURNING *";
+        let mut transaction = self.begin().await?;
+        if !self.is_file() {
+            // Two that are added at the same time would not see each other.
+            transaction.execute("LOCK TABLE uploads IN SHARE ROW EXCLUSIVE MODE").await?;
+        }
         let insert = self.query(insert).bind(id.as_str()).bind(&new.tenant).bind(&new.name).bind(&new.content_type);
         let insert = insert.bind(new.size).bind(&new.sha256).bind(new.metadata.to_string()).bind(new.lives);
-        let added = insert.bind(self.limits.files_of_tenant).fetch_optional(self.pool()).await?;
-        upload(&added.ok_or(Error::FilesFull(self.limits.files_of_tenant))?)
+        let added = insert.bind(self.limits.files_of_tenant).fetch_optional(&mut *transaction).await?;
+        let added = upload(&added.ok_or(Error::FilesFull(self.limits.files_of_tenant))?)?;
+        transaction.commit().await?;
+        Ok(added)
     }
 
     /// A tenant's file, while it lives. What belongs to another is not there.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 use sqlx::Row;
+use sqlx::any::AnyRow;
 
 use super::rows::job;
 use super::store::milliseconds;
@@ -31,7 +32,6 @@ impl Store {
     /// Jobs that ended at `since` or later, in milliseconds since 1970 by the database's clock.
     pub async fn ended(&self, since: i64) -> Result<Ended, Error> {
         let ended = self.query("SELECT id FROM jobs WHERE completed_at >= $1").bind(since).fetch_all(self.pool()).await?;
-        let id = |row: &sqlx::any::AnyRow| row.try_get::<String, _>(0)?.parse().map_err(|()| Error::Damaged("id"));
         let jobs = ended.iter().map(id).collect::<Result<_, Error>>()?;
         Ok(Ended { jobs, now: self.now().await? })
     }
@@ -56,11 +56,11 @@ impl Store {
         Ok(Waiting { queued: row.try_get(0)?, running: row.try_get(1)?, longest: row.try_get(2)?, untold: row.try_get(3)? })
     }
 
-    /// The first `limit` jobs that wait for the model `base`, of all tenants: what a worker may soon need.
-    pub async fn upcoming(&self, base: &str, limit: i64) -> Result<Vec<Job>, Error> {
-        let next = "SELECT {columns} FROM jobs WHERE status = 'queued' AND base = $1 ORDER BY id LIMIT $2";
-        let next = self.query(next).bind(base).bind(limit);
-        next.fetch_all(self.pool()).await?.iter().map(job).collect()
+    /// The names of the first `limit` jobs that wait for the model `base`, of all tenants: what a worker may soon need. It asks all the
+    /// time, so no more of them is read.
+    pub async fn upcoming(&self, base: &str, limit: i64) -> Result<Vec<JobId>, Error> {
+        let next = self.query("SELECT id FROM jobs WHERE status = 'queued' AND base = $1 ORDER BY id LIMIT $2");
+        next.bind(base).bind(limit).fetch_all(self.pool()).await?.iter().map(id).collect()
     }
 
     /// Jobs that ended longer ago than `age` and whose data was not removed: at most 100, drawn by lot, so that those whose files cannot be
@@ -89,4 +89,8 @@ impl Store {
         }
         Ok(forgotten)
     }
+}
+
+fn id(row: &AnyRow) -> Result<JobId, Error> {
+    row.try_get::<String, _>(0)?.parse().map_err(|()| Error::Damaged("id"))
 }

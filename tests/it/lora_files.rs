@@ -14,16 +14,16 @@ use tempfile::TempDir;
 use crate::fixtures;
 
 /// Hidden width of the tiny model.
-const D: usize = 64;
+pub(crate) const D: usize = 64;
 
-fn random(shape: &[usize]) -> Tensor {
+pub(crate) fn random(shape: &[usize]) -> Tensor {
     Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap()
 }
 
-struct Folder(TempDir);
+pub(crate) struct Folder(TempDir);
 
 impl Folder {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(TempDir::new().unwrap())
     }
 
@@ -37,11 +37,11 @@ impl Folder {
     }
 
     /// A safetensors file of these tensors, stored as `dtype`.
-    fn write(&self, name: &str, tensors: &[(String, Tensor)], dtype: DType) -> PathBuf {
+    pub(crate) fn write(&self, name: &str, tensors: &[(String, Tensor)], dtype: DType) -> PathBuf {
         self.write_with(name, tensors, dtype, None)
     }
 
-    fn write_with(
+    pub(crate) fn write_with(
         &self,
         name: &str,
         tensors: &[(String, Tensor)],
@@ -72,16 +72,16 @@ fn raw(tensor: &Tensor, dtype: DType) -> Vec<u8> {
     }
 }
 
-fn named(pairs: &[(&str, &Tensor)]) -> Vec<(String, Tensor)> {
+pub(crate) fn named(pairs: &[(&str, &Tensor)]) -> Vec<(String, Tensor)> {
     pairs.iter().map(|(key, tensor)| ((*key).to_owned(), (*tensor).clone())).collect()
 }
 
-fn number(value: f32) -> Tensor {
+pub(crate) fn number(value: f32) -> Tensor {
     Tensor::new(value, &Device::Cpu).unwrap()
 }
 
 /// The named weight of the tiny model with the file on it, as bits.
-fn merged(file: &std::path::Path, name: &str) -> Vec<u32> {
+pub(crate) fn merged(file: &std::path::Path, name: &str) -> Vec<u32> {
     let pipeline = fixtures::pipeline("tiny-dev", DType::F32);
     let adapter = Arc::new(Adapter::open(file).unwrap_or_else(|e| panic!("{}: {e}", file.display())));
     assert_eq!(adapter.report.unmatched_keys, Vec::<String>::new(), "{}", file.display());
@@ -272,7 +272,7 @@ fn alpha_comes_from_the_tensor_then_the_header_then_the_rank() {
     assert_eq!(file("root", None, Some(r#"{"transformer.lora_alpha": 12, "transformer.use_rslora": true}"#)), 6.);
 }
 
-fn refused(path: &std::path::Path) -> (String, String) {
+pub(crate) fn refused(path: &std::path::Path) -> (String, String) {
     let report = Adapter::inspect(path);
     let error = Adapter::open(path).expect_err("it should have been refused");
     let refused = report.refused.expect("the report says so too");
@@ -438,6 +438,8 @@ fn the_report_says_what_is_there() {
         "trigger_words",
         "trainer",
         "base",
+        "notes",
+        "warnings",
         "refused",
     ] {
         assert!(json.get(field).is_some(), "{field}");
@@ -452,5 +454,5 @@ fn the_report_says_what_is_there() {
     assert_eq!(json["trigger_words"], serde_json::json!(["ohwx"]));
     assert_eq!(json["base"], "dev");
     assert_eq!(report.digest.len(), 64);
-    assert!(report.warnings()[0].contains("unknown_thing"));
+    assert!(report.warnings.len() == 1 && report.warnings[0].contains("unknown_thing"));
 }

@@ -33,7 +33,7 @@ fn events(answer: &Answer) -> Vec<(String, String)> {
         .collect()
 }
 
-fn png(side: u32) -> Vec<u8> {
+pub(crate) fn png(side: u32) -> Vec<u8> {
     let picture = image::RgbImage::from_fn(side, side, |x, y| image::Rgb([(x * 5) as u8, (y * 3) as u8, 90]));
     let mut bytes = std::io::Cursor::new(Vec::new());
     picture.write_to(&mut bytes, image::ImageFormat::Png).unwrap();

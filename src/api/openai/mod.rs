@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 pub(super) use self::request::Request;
 use super::auth::Caller;
+use super::bodies::in_time;
 use super::outputs::names;
 use super::problem::{Body, Form, OpenAi, Problem};
 use super::submit::{Submission, base64, fingerprint};
@@ -56,13 +57,14 @@ async fn generate(State(server): State<Arc<Server>>, caller: Caller, headers: He
 }
 
 async fn edit(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, form: Result<Form, Problem>) -> Answer {
-    answer(server, caller, headers, Request::of_form(form?.0).await?).await
+    answer(server, caller, headers, in_time(Request::of_form(form?.0)).await?).await
 }
 
-async fn answer(server: Arc<Server>, caller: Caller, headers: HeaderMap, request: Request) -> Answer {
+async fn answer(server: Arc<Server>, caller: Caller, headers: HeaderMap, mut request: Request) -> Answer {
     let submission = request.submission(&server, &caller, &headers).await?;
     let unit = server.unit(request.served.is_dev()).clone();
     let (job, _) = server.submit(&caller, &unit, &headers, submission).await?;
+    request.accepted();
     if request.stream {
         return Ok(streamed(server, job, request).into_response());
     }

@@ -1,6 +1,7 @@
 //! What OpenAI's clients send, as an order.
 
 use axum::extract::Multipart;
+use axum::extract::multipart::MultipartError;
 use axum::http::HeaderMap;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -8,6 +9,7 @@ use sha2::{Digest, Sha256};
 use super::{Submission, idempotency};
 use crate::api::Server;
 use crate::api::auth::Caller;
+use crate::api::bodies::{Held, part};
 use crate::api::problem::{Invalid, Problem, faulty};
 use crate::api::replicate::{self, Served};
 use crate::api::submit::{Sent, check_order, decoding};
@@ -22,6 +24,34 @@ const MOST_STEPS: u64 = 100;
 /// Largest side of a picture.
 const MOST_SIDE: usize = 2048;
 
+/// The keys that are read.
+const KEYS: [&str; 24] = [
+    "background",
+    "civitai_api_token",
+    "guidance",
+    "hf_api_token",
+    "image",
+    "lora_scale",
+    "lora_weights",
+    "loras",
+    "mask",
+    "model",
+    "n",
+    "num_inference_steps",
+    "on_lora_error",
+    "output_compression",
+    "output_format",
+    "partial_images",
+    "prompt",
+    "prompt_strength",
+    "response_format",
+    "seed",
+    "size",
+    "stream",
+    "webhook",
+    "webhook_events_filter",
+];
+
 /// A checked request.
 #[derive(Debug)]
 pub(in crate::api) struct Request {
@@ -29,6 +59,7 @@ pub(in crate::api) struct Request {
     body: Map<String, Value>,
     image: Option<Vec<u8>>,
     mask: Option<Vec<u8>>,
+    _held: Option<Held>,
     pub(super) edit: bool,
     pub(super) links: bool,
     pub(super) stream: bool,
@@ -75,35 +106,30 @@ impl Request {
         };
         let stream = boolean(&body, "stream")?.unwrap_or(false);
         let partial_images = whole(&body, "partial_images", 0, 3)?.unwrap_or(0);
-        Ok(Self { served, image: None, mask: None, edit: false, links, stream, partial_images, format, body })
+        Ok(Self { served, image: None, mask: None, _held: None, edit: false, links, stream, partial_images, format, body })
     }
 
     /// From a form, in which all values are texts. `image` and `image[]` are the pictures.
     pub(super) async fn of_form(mut form: Multipart) -> Result<Self, Problem> {
-        let broken = |error: axum::extract::multipart::MultipartError| {
-            invalid("", format!("the form cannot be read: {}", error.body_text()))
-        };
-        let (mut body, mut images, mut mask) = (Map::new(), Vec::new(), None);
+        let broken = |error: MultipartError| invalid("", format!("the form cannot be read: {}", error.body_text()));
+        let (mut body, mut images, mut mask, mut held) = (Map::new(), Vec::new(), None, Held::none());
         while let Some(field) = form.next_field().await.map_err(broken)? {
             let name = field.name().unwrap_or_default().to_owned();
-            let bytes = field.bytes().await.map_err(broken)?;
-            if bytes.len() > MOST_PICTURE {
-                return Err(Problem::TooLarge(MOST_PICTURE));
-            }
+            let bytes = part(field, &mut held, MOST_PICTURE, broken).await?;
             match name.as_str() {
-                "image" | "image[]" => images.push(bytes.to_vec()),
+                "image" | "image[]" => images.push(bytes),
                 "mask" if mask.is_some() => return Err(invalid("mask", "several were sent, but a picture has one")),
                 "mask" => {
-                    let sent = bytes.clone();
-                    let painted = decoding(move || image::mask_of_alpha(&sent, image::Limits::STRANGERS)).await?;
-                    mask = Some(painted.map_err(|error| faulty("mask", &error))?.unwrap_or_else(|| bytes.to_vec()));
+                    let read = move || (image::mask_of_alpha(&bytes, image::Limits::STRANGERS), bytes);
+                    let (painted, bytes) = decoding(read).await?;
+                    mask = Some(painted.map_err(|error| faulty("mask", &error))?.unwrap_or(bytes));
                 }
                 _ => {
                     let text = String::from_utf8_lossy(&bytes).into_owned();
                     // Numbers, lists and switches come as text; what is none of them is text.
                     let value = match name.as_str() {
                         "prompt" | "model" | "size" => Value::String(text),
-                        _ => serde_json::from_str(&text).unwrap_or(Value::String(text)),
+                        _ => replicate::value(&name, &text)?.unwrap_or(Value::String(text)),
                     };
                     body.insert(name, value);
                 }
@@ -117,7 +143,12 @@ impl Request {
         let digest = |bytes: &Vec<u8>| hex(&Sha256::digest(bytes));
         body.insert("image".into(), Value::String(digest(&image)));
         body.insert("mask".into(), mask.as_ref().map_or(Value::Null, |mask| Value::String(digest(mask))));
-        Ok(Self { image: Some(image), mask, edit: true, ..Self::new(body)? })
+        Ok(Self { image: Some(image), mask, _held: Some(held), edit: true, ..Self::new(body)? })
+    }
+
+    /// Lets go of what was sent, megabytes that nobody needs while the answer is held.
+    pub(super) fn accepted(&mut self) {
+        (self.body, self.image, self.mask, self._held) = (Map::new(), None, None, None);
     }
 
     /// What is to be accepted.
@@ -162,8 +193,7 @@ impl Request {
         let steps = whole(body, "num_inference_steps", 1, MOST_STEPS)?.map_or(defaults.steps, |steps| steps as usize);
         let loras = self.loras()?;
         let tokens = Tokens { hub: text("hf_api_token"), civitai: text("civitai_api_token") };
-        let (image, mask) =
-            (self.keep(server, caller, "image", &self.image).await?, self.keep(server, caller, "mask", &self.mask).await?);
+        let (image, mask) = (picture(caller, "image", &self.image).await?, picture(caller, "mask", &self.mask).await?);
         let order = Order {
             prompt,
             size,
@@ -186,31 +216,27 @@ impl Request {
             previews: self.stream && self.partial_images > 0,
             tokens: server.sealed(&tokens)?,
         };
-        check_order(unit, &order, [image, mask].map(|sent| sent.and_then(|sent| sent.picture))).await?;
+        let (mut pictures, mut files) = ([None, None], Vec::new());
+        for (picture, sent) in pictures.iter_mut().zip([image, mask]) {
+            if let Some(sent) = sent {
+                *picture = sent.picture;
+                files.extend(sent.file);
+            }
+        }
+        check_order(unit, &order, pictures).await?;
+        let (input, cut) = replicate::shown(self.served, |name| KEYS.contains(&name), body);
+        notes.extend(cut);
         Ok(Submission {
             order,
             model: format!("{}/{}", self.served.owner, self.served.name),
             version: self.served.version().into(),
-            input: replicate::shown(self.served, body),
+            input,
             notes,
+            files,
             within: None,
             webhook: replicate::webhook(body)?,
             idempotency: idempotency(headers, body),
         })
-    }
-
-    async fn keep(
-        &self,
-        server: &Server,
-        caller: &Caller,
-        field: &str,
-        bytes: &Option<Vec<u8>>,
-    ) -> Result<Option<Sent>, Problem> {
-        let Some(bytes) = bytes else { return Ok(None) };
-        let sent = bytes.clone();
-        let picture = decoding(move || image::decode_picture(&sent, image::Limits::STRANGERS).map(drop)).await?;
-        picture.map_err(|error| faulty(field, &error))?;
-        server.sent_bytes(caller, field, bytes.clone()).await.map(Some)
     }
 
     /// `lora_weights` with `lora_scale`, or `loras`: a list of `{"weights": ..., "scale": ...}`.
@@ -246,6 +272,15 @@ impl Request {
         }
         Ok(loras)
     }
+}
+
+/// A picture that was sent, if it is one.
+async fn picture(caller: &Caller, field: &str, bytes: &Option<Vec<u8>>) -> Result<Option<Sent>, Problem> {
+    let Some(bytes) = bytes.clone() else { return Ok(None) };
+    let read = move || (image::decode_picture(&bytes, image::Limits::STRANGERS).map(drop), bytes);
+    let (decoded, bytes) = decoding(read).await?;
+    decoded.map_err(|error| faulty(field, &error))?;
+    Ok(Some(Sent::with(caller, field, bytes)))
 }
 
 fn known() -> String {

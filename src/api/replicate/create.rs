@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::header::LOCATION;
 use axum::http::{HeaderMap, StatusCode};
@@ -30,14 +31,14 @@ pub(in crate::api) async fn by_version(
     State(server): State<Arc<Server>>,
     caller: Caller,
     headers: HeaderMap,
-    Body(body): Body,
+    Body(sent): Body,
 ) -> Answer {
-    let body = object(&headers, &body)?;
+    let body = object(&headers, &sent)?;
     let Some(version) = body.get("version").and_then(Value::as_str) else {
         return Err(Problem::invalid("required", "", "version is required"));
     };
     let served = Served::of_version(version).ok_or(Problem::UnknownVersion)?;
-    create(&server, &caller, &headers, served, &body, &["version"]).await
+    create(&server, &caller, &headers, served, (sent, body), &["version"]).await
 }
 
 /// Also for deployments, which are called as the model that they are of.
@@ -46,10 +47,11 @@ pub(super) async fn by_model(
     caller: Caller,
     Path((owner, name)): Path<(String, String)>,
     headers: HeaderMap,
-    Body(body): Body,
+    Body(sent): Body,
 ) -> Answer {
     let served = Served::named(&owner, &name).ok_or(Problem::NotFound)?;
-    create(&server, &caller, &headers, served, &object(&headers, &body)?, &[]).await
+    let body = object(&headers, &sent)?;
+    create(&server, &caller, &headers, served, (sent, body), &[]).await
 }
 
 async fn create(
@@ -57,7 +59,7 @@ async fn create(
     caller: &Caller,
     headers: &HeaderMap,
     served: &Served,
-    body: &Map<String, Value>,
+    (sent, body): (Bytes, Map<String, Value>),
     more: &[&str],
 ) -> Answer {
     let unknown = |key: &&String| !KEYS.contains(&key.as_str()) && !more.contains(&key.as_str());
@@ -68,7 +70,9 @@ async fn create(
         return Err(Problem::Invalid(unknown));
     }
     let wait = wait(headers)?;
-    let job = accept(server, caller, headers, served, body).await?;
+    let job = accept(server, caller, headers, served, &body).await?;
+    // Megabytes, which nobody needs while the answer is held.
+    drop((sent, body));
     respond(server, headers, job, wait).await
 }
 
@@ -91,19 +95,21 @@ pub(in crate::api) async fn accept(
     let checked = input::check(served, input)?;
     let unit = server.unit(served.is_dev());
     let base = server.base(headers);
-    let mut shown = input::shown(served, input);
-    let mut pictures = Vec::new();
+    let (mut shown, cut) = input::shown(served, |name| input::takes(served, name), input);
+    let mut image = None;
     if let Some(text) = checked.values.get("image").and_then(Value::as_str).filter(|text| !text.trim().is_empty()) {
         let sent = server.sent(caller, &base, "image", text.trim()).await?;
         if let Some(link) = &sent.shown {
             shown["image"] = json!(link);
         }
-        pictures.push(sent);
+        image = Some(sent);
     }
-    let mut order = input::order(&checked.values, &unit.model, server, pictures.first().map(|sent| &sent.origin))?;
+    let mut order = input::order(&checked.values, &unit.model, server, image.as_ref().map(|sent| &sent.origin))?;
     order.previews = body.get("stream").and_then(Value::as_bool).unwrap_or(false);
-    check_order(unit, &order, [pictures.pop().and_then(|sent| sent.picture), None]).await?;
+    let (picture, file) = image.map_or((None, None), |sent| (sent.picture, sent.file));
+    check_order(unit, &order, [picture, None]).await?;
     let mut notes = checked.notes;
+    notes.extend(cut);
     if unit.model.shape.guidance != served.is_dev() {
         notes.push(format!("this server has no model of this kind; {} is used", unit.model.name));
     }
@@ -115,10 +121,11 @@ pub(in crate::api) async fn accept(
         notes,
         within,
         webhook,
+        files: file.into_iter().collect(),
         idempotency: headers
             .get("idempotency-key")
             .and_then(|key| key.to_str().ok())
-            .map(|key| (key.to_owned(), fingerprint(served.name, body))),
+            .map(|key| (key.to_owned(), fingerprint(&format!("{}/{}", served.owner, served.name), body))),
     };
     Ok(server.submit(caller, unit, headers, submission).await?.0)
 }

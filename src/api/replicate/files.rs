@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use axum::extract::multipart::MultipartError;
 use axum::extract::{DefaultBodyLimit, Multipart, Path, Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::IntoResponse;
@@ -10,10 +11,12 @@ use axum::routing::get;
 use axum::{Json, Router};
 use chrono::DateTime;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
+use super::headers::value;
 use super::{Answer, Page};
 use crate::api::auth::Caller;
+use crate::api::bodies::{self, Held, in_time};
 use crate::api::outputs::{file, now};
 use crate::api::problem::{Form, Problem, not_found};
 use crate::api::submit::{Kept, UPLOAD_LIVES, upload_key};
@@ -41,7 +44,8 @@ pub(super) fn router() -> Router<Arc<Server>> {
 /// Three dialects of one form: the name and type of the file are in its part, or fields of their own; metadata is a text, a part of
 /// its own, or fields `metadata[key]`.
 async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Form(form): Form) -> Answer {
-    let Sent { content, name, kind, metadata } = read(form).await?;
+    let mut held = Held::none();
+    let Sent { content, name, kind, metadata } = in_time(read(form, &mut held)).await?;
     let Some(content) = content else { return Err(Problem::invalid("required", "content", "content is required")) };
     let name = name.unwrap_or_else(|| "file".into());
     let kind = kind.unwrap_or_else(|| "application/octet-stream".into());
@@ -61,10 +65,10 @@ struct Sent {
     metadata: Value,
 }
 
-async fn read(mut multipart: Multipart) -> Result<Sent, Problem> {
+async fn read(mut multipart: Multipart, held: &mut Held) -> Result<Sent, Problem> {
     let mut form = Sent { metadata: json!({}), ..Sent::default() };
     let mut flat = BTreeMap::new();
-    let broken = |error: axum::extract::multipart::MultipartError| {
+    let broken = |error: MultipartError| {
         if error.status() == StatusCode::PAYLOAD_TOO_LARGE {
             Problem::TooLarge(MOST_FILE)
         } else {
@@ -74,28 +78,22 @@ async fn read(mut multipart: Multipart) -> Result<Sent, Problem> {
     while let Some(field) = multipart.next_field().await.map_err(broken)? {
         let part = field.name().unwrap_or_default().to_owned();
         let (name, kind) = (field.file_name().map(str::to_owned), field.content_type().map(str::to_owned));
-        let bytes = field.bytes().await.map_err(broken)?;
+        let most = if part == "content" { MOST_FILE } else { MOST_METADATA };
+        let bytes = bodies::part(field, held, most, broken).await?;
         if part == "content" {
-            if bytes.len() > MOST_FILE {
-                return Err(Problem::TooLarge(MOST_FILE));
-            }
             // Fields of their own know better than the part.
             form.name = form.name.or(name);
             form.kind = form.kind.or(kind);
-            form.content = Some(bytes.to_vec());
+            form.content = Some(bytes);
             continue;
-        }
-        if bytes.len() > MOST_METADATA {
-            return Err(Problem::TooLarge(MOST_METADATA));
         }
         let text = String::from_utf8_lossy(&bytes).into_owned();
         match part.as_str() {
             "filename" => form.name = Some(text),
             "type" => form.kind = Some(text),
             "metadata" => {
-                let read = serde_json::from_str::<Map<String, Value>>(&text);
-                form.metadata =
-                    Value::Object(read.map_err(|_| Problem::invalid("invalid_type", "metadata", "must be a JSON object"))?);
+                let object = value("metadata", &text)?.filter(Value::is_object);
+                form.metadata = object.ok_or_else(|| Problem::invalid("invalid_type", "metadata", "must be a JSON object"))?;
             }
             _ => {
                 if let Some(key) = part.strip_prefix("metadata[").and_then(|key| key.strip_suffix(']')) {
@@ -105,6 +103,9 @@ async fn read(mut multipart: Multipart) -> Result<Sent, Problem> {
         }
     }
     flat.into_iter().for_each(|(key, text)| form.metadata[key] = json!(text));
+    if form.metadata.to_string().len() > MOST_METADATA {
+        return Err(Problem::invalid("invalid", "metadata", format!("must be at most {MOST_METADATA} bytes of JSON in all")));
+    }
     Ok(form)
 }
 
@@ -126,10 +127,12 @@ async fn show(State(server): State<Arc<Server>>, caller: Caller, headers: Header
 
 async fn remove(State(server): State<Arc<Server>>, caller: Caller, Path(id): Path<String>) -> Answer {
     let id: JobId = id.parse().map_err(|()| Problem::NotFound)?;
-    if !server.store.remove_upload(&caller.tenant, &id).await? {
+    if server.store.upload(&caller.tenant, &id).await?.is_none() {
         return Err(Problem::NotFound);
     }
+    // First the file: what is not named any more is never removed.
     server.blobs.delete(&upload_key(&id)).await?;
+    server.store.remove_upload(&caller.tenant, &id).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 

@@ -9,6 +9,12 @@ use serde_json::{Map, Value};
 use crate::api::problem::Problem;
 use crate::jobs::{Event, Webhook};
 
+/// Deepest that lists and objects of a body may lie in each other. It is stored inside of more, and readers of JSON end at 128.
+const DEEPEST: usize = 64;
+
+/// Longest address of a webhook, in bytes.
+const LONGEST_WEBHOOK: usize = 4096;
+
 /// Longest that an answer is held back, and what `Prefer: wait` without a number means.
 const LONGEST_WAIT: u64 = 60;
 
@@ -21,11 +27,36 @@ pub(in crate::api) fn object(headers: &HeaderMap, body: &[u8]) -> Result<Map<Str
     if !json {
         return Err(Problem::Media);
     }
-    match serde_json::from_slice(body) {
+    match serde_json::from_slice::<Value>(body) {
+        Ok(body) if is_deeper(&body, DEEPEST) => Err(too_deep("")),
         Ok(Value::Object(body)) => Ok(body),
         Ok(_) => Err(Problem::invalid("invalid_type", "", "Invalid type. Expected: object")),
         Err(error) => Err(Problem::invalid("invalid_json", "", format!("the body is not JSON: {error}"))),
     }
+}
+
+/// A value that came as text, such as one of a form. `None` if it is no JSON.
+pub(in crate::api) fn value(field: &str, text: &str) -> Result<Option<Value>, Problem> {
+    match serde_json::from_str::<Value>(text) {
+        Ok(value) if is_deeper(&value, DEEPEST) => Err(too_deep(field)),
+        value => Ok(value.ok()),
+    }
+}
+
+/// Whether more than `most` lists and objects lie in each other.
+fn is_deeper(value: &Value, most: usize) -> bool {
+    let deeper = |value: &Value| is_deeper(value, most - 1);
+    match value {
+        Value::Array(list) => most == 0 || list.iter().any(deeper),
+        Value::Object(map) => most == 0 || map.values().any(deeper),
+        _ => false,
+    }
+}
+
+fn too_deep(field: &str) -> Problem {
+    let said =
+        format!("lists and objects lie in each other more than {DEEPEST} deep; at most {DEEPEST} are allowed: send it flatter");
+    Problem::invalid("invalid", field, said)
 }
 
 /// `Prefer: wait` or `wait=n`.
@@ -83,6 +114,12 @@ pub(in crate::api) fn webhook(body: &Map<String, Value>) -> Result<Option<Webhoo
     if !(url.starts_with("https://") || url.starts_with("http://")) || url.contains(char::is_control) {
         return Err(bad("webhook", "Does not match format 'uri'"));
     }
+    if url.len() > LONGEST_WEBHOOK {
+        return Err(bad(
+            "webhook",
+            &format!("is {} bytes long, and must be at most {LONGEST_WEBHOOK}: give a shorter link", url.len()),
+        ));
+    }
     let events = match body.get("webhook_events_filter").filter(|filter| !filter.is_null()) {
         // What old clients send names its one event.
         None if !body.contains_key("webhook") => vec![Event::Completed],
@@ -90,7 +127,16 @@ pub(in crate::api) fn webhook(body: &Map<String, Value>) -> Result<Option<Webhoo
         Some(filter) => {
             let known = |event: &Value| event.as_str().and_then(|event| event.parse().ok());
             let events: Option<Vec<Event>> = filter.as_array().and_then(|events| events.iter().map(known).collect());
-            events.ok_or_else(|| bad("webhook_events_filter", "must be a list of start, output, logs and completed"))?
+            let events =
+                events.ok_or_else(|| bad("webhook_events_filter", "must be a list of start, output, logs and completed"))?;
+            // Each once, however often it is named.
+            let mut once = Vec::new();
+            for event in events {
+                if !once.contains(&event) {
+                    once.push(event);
+                }
+            }
+            once
         }
     };
     Ok(Some(Webhook { url: url.into(), events }))
@@ -98,10 +144,32 @@ pub(in crate::api) fn webhook(body: &Map<String, Value>) -> Result<Option<Webhoo
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn headers(name: &'static str, value: &str) -> HeaderMap {
         HeaderMap::from_iter([(axum::http::HeaderName::from_static(name), value.parse().unwrap())])
+    }
+
+    #[test]
+    fn what_lies_too_deep() {
+        let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+        assert_eq!(value("", &nested(DEEPEST)).unwrap().unwrap().to_string(), nested(DEEPEST));
+        assert!(value("", &nested(DEEPEST + 1)).is_err() && value("", &nested(1000)).unwrap().is_none());
+        let headers = headers("content-type", "application/json");
+        let body = |depth: usize| object(&headers, format!("{{\"a\": {}}}", nested(depth)).as_bytes()).is_ok();
+        assert!(body(DEEPEST - 1) && !body(DEEPEST));
+    }
+
+    #[test]
+    fn webhooks_are_short() {
+        let read = |body: Value| webhook(body.as_object().unwrap());
+        let url = format!("https://example.com/{}", "a".repeat(LONGEST_WEBHOOK - 20));
+        let events = vec!["output"; 100_000];
+        let hook = read(json!({ "webhook": url, "webhook_events_filter": events })).unwrap().unwrap();
+        assert_eq!((hook.url.len(), hook.events), (LONGEST_WEBHOOK, vec![Event::Output]));
+        assert!(read(json!({ "webhook": url + "a" })).is_err());
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! A request's `input` against the model's table, and from there to what a worker is told.
 
+use std::cmp::Reverse;
+use std::collections::HashSet;
+
 use serde_json::{Map, Value, json};
 
 use super::schema::{Field, Kind, POLICY, Served};
@@ -34,9 +37,27 @@ pub(in crate::api) fn check(model: &Served, input: &Map<String, Value>) -> Resul
     if !faults.is_empty() {
         return Err(Problem::Invalid(faults));
     }
-    let known = |name: &&String| !model.fields.iter().chain(&[POLICY]).any(|field| field.name == name.as_str());
-    let notes = input.keys().filter(known).map(|name| format!("the input {name} is not one of this model's and was ignored"));
-    Ok(Checked { notes: notes.collect(), values })
+    let unknown: Vec<&String> = input.keys().filter(|name| !takes(model, name)).collect();
+    let note = |name: &&String| format!("the input {} is not one of this model's and was ignored", brief(name));
+    let mut notes: Vec<String> = unknown.iter().take(MOST_NAMED).map(note).collect();
+    if unknown.len() > MOST_NAMED {
+        notes.push(format!("{} more inputs are not this model's and were ignored", unknown.len() - MOST_NAMED));
+    }
+    Ok(Checked { notes, values })
+}
+
+/// Whether the model has an input of this name.
+pub(in crate::api) fn takes(model: &Served, name: &str) -> bool {
+    model.fields.iter().chain(&[POLICY]).any(|field| field.name == name)
+}
+
+/// Inputs that a note names.
+const MOST_NAMED: usize = 16;
+
+/// A name of a client's own, as notes have it.
+fn brief(name: &str) -> String {
+    let brief: String = name.chars().take(80).collect();
+    if brief.len() < name.len() { brief + "..." } else { brief }
 }
 
 fn fault(field: &Field, value: &Value) -> Option<Invalid> {
@@ -135,22 +156,75 @@ pub(in crate::api) fn order(
 /// Longest text of an input that is shown again, in bytes: files are sent inside requests.
 const LONGEST_SHOWN: usize = 16 << 10;
 
-/// The input as it may be shown again: without secrets, also those that the model does not ask for, and without whole files.
-pub(in crate::api) fn shown(model: &Served, input: &Map<String, Value>) -> Value {
+/// All that is kept of an input, in bytes of JSON: rows of jobs are read again and again.
+const MOST_SHOWN: usize = 64 << 10;
+
+/// The input as it may be shown again: without secrets, also those that the model does not ask for, without whole files, and with a note
+/// if it is cut because it is too long. What is not `known` is cut first, and of that the longest.
+pub(in crate::api) fn shown(model: &Served, known: impl Fn(&str) -> bool, input: &Map<String, Value>) -> (Value, Option<String>) {
     let secret = |name: &str| {
         let name = name.to_ascii_lowercase();
         let said = model.fields.iter().any(|field| field.name == name && matches!(field.kind, Kind::Secret));
         said || ["token", "secret", "password", "api_key", "apikey", "auth"].iter().any(|part| name.contains(part))
     };
-    let shown = |(name, value): (&String, &Value)| {
-        let shown = match value {
-            Value::Null => Value::Null,
-            _ if secret(name) => json!("[REDACTED]"),
-            value => shortened(value),
-        };
-        (name.clone(), shown)
-    };
-    Value::Object(input.iter().map(shown).collect())
+    let redacted = json!("[REDACTED]");
+    let hidden = |name: &str, value: &Value| secret(name) && !value.is_null();
+    // Measured before anything is copied: it may be megabytes.
+    let mut parts = Vec::new();
+    for (name, value) in input {
+        let bytes = length(if hidden(name, value) { &redacted } else { value });
+        parts.push((known(name), Reverse(quoted(name) + bytes + 2), name.as_str()));
+    }
+    parts.sort_unstable();
+    let mut all: usize = 2 + parts.iter().map(|(_, bytes, _)| bytes.0).sum::<usize>();
+    let mut cut = Vec::new();
+    for (_, bytes, name) in parts {
+        if all > MOST_SHOWN {
+            all -= bytes.0;
+            cut.push(name);
+        }
+    }
+    let note = cut.first().map(|first| match cut.len() - 1 {
+        0 => format!("the input {} is too long to be kept and is not shown", brief(first)),
+        more => format!("the input {} and {more} more are too long to be kept and are not shown", brief(first)),
+    });
+    let cut: HashSet<&str> = cut.into_iter().collect();
+    let kept = input.iter().filter(|(name, _)| !cut.contains(name.as_str()));
+    let kept = kept.map(|(name, value)| {
+        let value = if hidden(name, value) { redacted.clone() } else { shortened(value) };
+        (name.clone(), value)
+    });
+    (Value::Object(kept.collect()), note)
+}
+
+/// Bytes of a name in JSON.
+fn quoted(name: &str) -> usize {
+    json!(name).to_string().len()
+}
+
+/// Bytes of a value once it is shortened, in JSON. Of what is too long in any case the rest is not counted.
+fn length(value: &Value) -> usize {
+    let mut bytes = 2;
+    match value {
+        Value::Array(list) => {
+            for value in list {
+                bytes += length(value) + 1;
+                if bytes > MOST_SHOWN {
+                    break;
+                }
+            }
+        }
+        Value::Object(map) => {
+            for (name, value) in map {
+                bytes += quoted(name) + length(value) + 2;
+                if bytes > MOST_SHOWN {
+                    break;
+                }
+            }
+        }
+        value => bytes = shortened(value).to_string().len(),
+    }
+    bytes
 }
 
 fn shortened(value: &Value) -> Value {
@@ -176,8 +250,35 @@ mod tests {
             "prompt": "x", "hf_api_token": "hf_canary", "auth": { "a": "canary" }, "civitai_api_token": null,
             "lora_weights": format!("data:;base64,{}", "A".repeat(100_000)), "loras": [{ "weights": "B".repeat(100_000) }],
         });
-        let shown = shown(schnell, input.as_object().unwrap());
+        let (shown, note) = shown(schnell, |name| takes(schnell, name), input.as_object().unwrap());
+        assert_eq!(note, None);
         assert!(!shown.to_string().contains("canary") && shown.to_string().len() < 500, "{shown}");
         assert_eq!((shown["prompt"].as_str(), &shown["civitai_api_token"]), (Some("x"), &Value::Null));
+    }
+
+    #[test]
+    fn what_is_unknown_and_long_is_cut_first() {
+        let schnell = Served::named("black-forest-labs", "flux-schnell").unwrap();
+        let cut = |input: &Value| shown(schnell, |name| takes(schnell, name), input.as_object().unwrap());
+        let list = vec![1; 20_000];
+        let (kept, note) = cut(&json!({ "prompt": "x", "small": 1, "junk": list, "more": list }));
+        // One of the two is enough.
+        assert_eq!(kept, json!({ "prompt": "x", "small": 1, "more": list }));
+        assert_eq!(note.unwrap(), "the input junk is too long to be kept and is not shown");
+        let many: Map<String, Value> = (0..10_000).map(|i| (format!("key{i}"), json!([[i]]))).collect();
+        let prompt = "\u{1}".repeat(8 << 10);
+        let mut input = json!({ "prompt": prompt, "go_fast": true });
+        input.as_object_mut().unwrap().extend(many.clone());
+        let (kept, note) = cut(&input);
+        let bytes = kept.to_string().len();
+        assert!(kept["prompt"] == prompt && bytes < MOST_SHOWN && bytes > MOST_SHOWN / 2, "{bytes}");
+        assert!(note.unwrap().contains("more are too long"));
+        // Names are kept too, and what is known can be too long as well.
+        let (kept, note) = cut(&json!({ ("a".repeat(1 << 20)): 1, "prompt": "x", "seed": vec![0; 100_000] }));
+        assert_eq!((kept, note.unwrap().len() < 200), (json!({ "prompt": "x" }), true));
+        let mut input = json!({ "prompt": "x" });
+        input.as_object_mut().unwrap().extend(many);
+        let checked = check(schnell, input.as_object().unwrap()).unwrap();
+        assert_eq!(checked.notes.len(), MOST_NAMED + 1, "{:?}", checked.notes.last());
     }
 }

@@ -31,7 +31,7 @@ use super::problem::Problem;
 use crate::jobs::{Job, JobId};
 
 pub(super) use self::create::{accept, by_version as create_by_version};
-pub(super) use self::headers::{object, webhook};
+pub(super) use self::headers::{object, value, webhook};
 pub(super) use self::input::shown;
 pub(super) use self::prediction::{prediction, status, time};
 pub(super) use self::schema::Served;

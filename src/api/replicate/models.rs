@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
-use super::Answer;
 use super::headers::object;
 use super::schema::{MODELS, Served};
+use super::{Answer, PAGE, Page};
 use crate::api::auth::Caller;
 use crate::api::problem::{Body, Problem};
 use crate::api::{Server, cog, openai};
@@ -28,17 +28,24 @@ pub(super) fn router() -> Router<Arc<Server>> {
         .route("/models/{owner}/{name}/versions/{id}", get(version))
 }
 
-/// For Replicate's clients and OpenAI's, which ask the same address.
-async fn list(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap) -> Answer {
+/// For Replicate's clients and OpenAI's, which ask the same address. The models that are served are on the first page.
+async fn list(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Query(page): Query<Page>) -> Answer {
     let base = server.base(&headers);
-    let mut results: Vec<Value> = MODELS.iter().map(|served| describe(served, &base)).collect();
-    results.extend(server.store.models(&caller.tenant).await?.iter().map(|own| describe_own(own, &base)));
+    let wrong = || Problem::invalid("invalid", "cursor", "is none that this server gave");
+    let after = page.cursor.as_deref().map(|cursor| cursor.split_once('/').ok_or_else(wrong)).transpose()?;
+    let mut own = server.store.models(&caller.tenant, after.unwrap_or_default(), PAGE + 1).await?;
+    let more = own.len() > PAGE as usize;
+    own.truncate(PAGE as usize);
+    let next = own.last().filter(|_| more).map(|last| format!("{base}/v1/models?cursor={}/{}", last.owner, last.name));
+    let served: &[Served] = if after.is_some() { &[] } else { MODELS };
+    let mut results: Vec<Value> = served.iter().map(|served| describe(served, &base)).collect();
+    results.extend(own.iter().map(|own| describe_own(own, &base)));
     let named = |served: &Served| match served.owner {
         "black-forest-labs" => served.name.to_owned(),
         owner => format!("{owner}/{}", served.name),
     };
     let data: Vec<Value> = MODELS.iter().map(|served| openai::model(&named(served), served.owner)).collect();
-    Ok(Json(json!({ "next": null, "previous": null, "results": results, "object": "list", "data": data })).into_response())
+    Ok(Json(json!({ "next": next, "previous": null, "results": results, "object": "list", "data": data })).into_response())
 }
 
 async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Body(body): Body) -> Answer {
@@ -89,8 +96,7 @@ async fn remove(State(server): State<Arc<Server>>, caller: Caller, Path((owner, 
 }
 
 async fn own(server: &Server, caller: &Caller, owner: &str, name: &str) -> Result<OwnModel, Problem> {
-    let mut all = server.store.models(&caller.tenant).await?.into_iter();
-    all.find(|own| own.owner == owner && own.name == name).ok_or(Problem::NotFound)
+    server.store.model(&caller.tenant, owner, name).await?.ok_or(Problem::NotFound)
 }
 
 async fn versions(State(server): State<Arc<Server>>, caller: Caller, Path((owner, name)): Path<(String, String)>) -> Answer {

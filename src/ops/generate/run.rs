@@ -124,7 +124,7 @@ pub fn run(order: &Order, config: &Config, told: &mut dyn FnMut(Stage<'_>) -> Co
     let seeds: Vec<u64> = job.seeds().collect();
     let targets = Targets::plan(&order.output, &seeds)?;
     job.loras = Sources::new(config).open(&order.request.loras, &mut |progress| told(Stage::Fetching(progress)))?;
-    remarks.extend(job.loras.iter().flat_map(|selected| selected.adapter.report.warnings()));
+    remarks.extend(job.loras.iter().flat_map(|selected| selected.adapter.report.warnings.clone()));
     let device = order.machine.open()?;
     let plan = order.machine.plan(&model, &device, order.precision)?;
 

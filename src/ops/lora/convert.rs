@@ -24,6 +24,8 @@ pub struct Converted {
     pub path: PathBuf,
     pub tensors: usize,
     pub bytes: u64,
+    /// What of the adapter is not in it, and what else a user of it should be told.
+    pub warnings: Vec<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -65,5 +67,5 @@ pub fn convert(order: &ConvertOrder, config: &Config, told: Told<'_>) -> Result<
     tell(told, Stage::Finishing)?;
     let bytes = temporary.as_file().metadata().map_err(failed)?.len();
     files::finish(temporary, out, order.force)?;
-    Ok(Converted { path: out.into(), tensors: count, bytes })
+    Ok(Converted { path: out.into(), tensors: count, bytes, warnings: adapter.report.warnings })
 }

@@ -49,7 +49,7 @@ pub fn merge(order: &MergeOrder, config: &Config, told: Told<'_>) -> Result<Merg
     let alone = out.extension().is_some_and(|end| end.eq_ignore_ascii_case("safetensors"));
     let folder = target::check_model(out, order.force, alone, (bundle, root.as_deref()))?;
     let selected = Sources::new(config).open(&order.loras, &mut |progress| told(Stage::Fetching(progress)))?;
-    let mut remarks: Vec<String> = selected.iter().flat_map(|selected| selected.adapter.report.warnings()).collect();
+    let mut remarks: Vec<String> = selected.iter().flat_map(|selected| selected.adapter.report.warnings.clone()).collect();
     let failed = |source| Error::Write { path: out.into(), source };
     let mut changed = 0;
     if alone {

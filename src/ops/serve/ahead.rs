@@ -62,12 +62,12 @@ impl Ahead {
     }
 
     /// The first that nobody looks after yet.
-    fn choose(&self, mut upcoming: Vec<Job>) -> Option<Job> {
+    fn choose(&self, mut upcoming: Vec<JobId>) -> Option<JobId> {
         let mut known = self.known();
-        upcoming.retain(|job| known.slow.iter().all(|one| one.job.id != job.id));
+        upcoming.retain(|job| known.slow.iter().all(|one| one.job.id != *job));
         known.others = !upcoming.is_empty();
-        let job = upcoming.into_iter().take(AHEAD).find(|job| !known.seen.contains(&job.id))?;
-        known.seen.push_back(job.id.clone());
+        let job = upcoming.into_iter().take(AHEAD).find(|job| !known.seen.contains(job))?;
+        known.seen.push_back(job.clone());
         if known.seen.len() > 4 * AHEAD {
             known.seen.pop_front();
         }
@@ -146,7 +146,8 @@ pub(super) fn look_ahead(
             continue;
         }
         let upcoming = runtime.block_on(store.upcoming(base, (AHEAD + MOST_SLOW) as i64)).unwrap_or_default();
-        match ahead.choose(upcoming) {
+        let chosen = ahead.choose(upcoming).and_then(|job| runtime.block_on(store.find(&job)).ok().flatten());
+        match chosen {
             None => std::thread::sleep(PAUSE),
             Some(job) if job.request["order"]["loras"].as_array().is_none_or(Vec::is_empty) => {}
             Some(job) => {

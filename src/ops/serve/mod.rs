@@ -8,7 +8,7 @@ mod secret;
 mod sign;
 mod worker;
 
-pub use order::{LONGEST_PROMPT, MOST_LORAS, Order, OrderedLora, Origin, Tokens};
+pub use order::{LONGEST_PROMPT, LONGEST_REFERENCE, MOST_LORAS, Order, OrderedLora, Origin, Tokens, is_data};
 pub use run::MOST_PICTURE;
 pub use secret::Secret;
 pub use sign::Sign;

@@ -22,8 +22,17 @@ pub const MOST_LORAS: usize = 8;
 /// Longest prompt, in bytes; the encoders read some 2000.
 pub const LONGEST_PROMPT: usize = 8 << 10;
 
+/// Longest link, name of a LoRA or token, in bytes: rows of jobs are read again and again.
+pub const LONGEST_REFERENCE: usize = 4096;
+
 /// Longest side of a picture to start from, in pixels; larger ones are shrunk.
 const LONGEST_SIDE: u32 = 1440;
+
+/// Whether that is the file itself instead of where it is. As everywhere in links, the case does not matter.
+#[must_use]
+pub fn is_data(reference: &str) -> bool {
+    reference.get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("data:"))
+}
 
 /// A job's request, every default filled in.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
@@ -181,6 +190,13 @@ impl Order {
             return Err(Error::invalid("loras", &self.loras.len(), format!("at most {MOST_LORAS}")));
         }
         for lora in &self.loras {
+            if lora.reference.len() > LONGEST_REFERENCE && !is_data(&lora.reference) {
+                return Err(Error::invalid(
+                    "lora_weights",
+                    &format!("{} bytes long", lora.reference.len()),
+                    format!("at most {LONGEST_REFERENCE} bytes, or the file itself as a data URI"),
+                ));
+            }
             check_foreign(&lora.reference)?;
         }
         self.format().map(drop)
@@ -283,6 +299,12 @@ mod tests {
         for good in ["someone/flux-lora", "https://example.com/a.safetensors", "civitai:12", "data:;base64,AAAA"] {
             Order { loras: vec![lora(good)], ..order.clone() }.check().unwrap();
         }
+        let long = |start: &str| Order { loras: vec![lora(&format!("{start}{}", "a".repeat(5000)))], ..order.clone() }.check();
+        for data in ["data:;base64,", "DATA:;base64,", " Data:;base64,"] {
+            long(data).unwrap();
+        }
+        let error = long("https://example.com/").unwrap_err();
+        assert!(error.told().contains("5020 bytes long") && error.told().contains("at most 4096 bytes"), "{}", error.told());
         assert!(Order { loras: vec![lora("a/b"); 9], ..order.clone() }.check().is_err());
         assert!(Order { prompt: "x".repeat(8193), ..order.clone() }.check().is_err());
         assert!(Order { prompt: "a\0b".into(), ..order }.check().is_err());

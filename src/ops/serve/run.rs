@@ -180,7 +180,7 @@ impl Runner<'_> {
             let report = &selected.adapter.report;
             let (digest, modules, scale) = (&report.digest, report.modules_matched, selected.scales.model);
             news.say(&format!("LoRA {digest:.12}: {modules} modules at scale {scale}\n"));
-            report.warnings().iter().for_each(|warning| news.say(&format!("Warning: {warning}\n")));
+            report.warnings.iter().for_each(|warning| news.say(&format!("Warning: {warning}\n")));
         }
         Ok(adapters)
     }
