@@ -230,7 +230,12 @@ mod cuda {
         static LINKS: Mutex<Option<HashMap<usize, Option<Link>>>> = Mutex::new(None);
         let context = card.cuda_stream().context().clone();
         let mut links = LINKS.lock().unwrap_or_else(PoisonError::into_inner);
-        f(links.get_or_insert_default().entry(context.ordinal()).or_insert_with(|| Link::new(&context).ok()).as_mut())
+        let open = || {
+            let slower =
+                |error| tracing::warn!(%error, "no page-locked memory: weights are sent from where they are, which is slower");
+            Link::new(&context).map_err(slower).ok()
+        };
+        f(links.get_or_insert_default().entry(context.ordinal()).or_insert_with(open).as_mut())
     }
 
     /// The same where [`link`] said that there is one.

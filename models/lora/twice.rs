@@ -16,8 +16,8 @@ struct Claim<'a> {
     complete: bool,
 }
 
-/// Where two namings change the same rows of a tensor, keeps one: that which covers most of it, or the first of equals. Says what is
-/// left out. What one naming says by itself stays as it is.
+/// Where two namings change exactly the same rows of a tensor, keeps the first that is whole. Says what is left out. What one naming says by itself
+/// stays as it is, as does a naming that has something of its own to say: their changes add up.
 pub(super) fn settle(checkpoint: &Checkpoint, modules: &mut BTreeMap<Module, Parts<'_>>) -> Option<String> {
     let mut surplus: Vec<(Module, Naming, bool)> = Vec::new();
     for bias in [false, true] {
@@ -28,16 +28,16 @@ pub(super) fn settle(checkpoint: &Checkpoint, modules: &mut BTreeMap<Module, Par
             let claims = tensors.entry((module.component, module.name.as_str())).or_default();
             claims.push(Claim { module, naming, complete });
         }
-        for claims in tensors.values() {
-            let namings: BTreeSet<Naming> = claims.iter().map(|claim| claim.naming).collect();
+        for ((_, tensor), claims) in &tensors {
             let covered = |naming: Naming| {
-                let own = claims.iter().filter(|claim| claim.naming == naming && claim.complete);
-                own.fold(0u8, |rows, claim| rows | members(claim.module.place))
+                let own = claims.iter().filter(|claim| claim.naming == naming);
+                own.fold(0u8, |rows, claim| rows | members(claim.module.place, tensor))
             };
-            // `max_by_key` takes the last of equals, which is the first naming.
-            let Some(kept) = namings.into_iter().rev().max_by_key(|naming| covered(*naming).count_ones()) else { continue };
-            let rows = covered(kept);
-            let double = claims.iter().filter(|claim| claim.naming != kept && members(claim.module.place) & rows != 0);
+            let broken = |naming: Naming| claims.iter().any(|claim| claim.naming == naming && !claim.complete);
+            let Some(kept) = claims.iter().map(|claim| claim.naming).min_by_key(|naming| (broken(*naming), *naming)) else {
+                continue;
+            };
+            let double = claims.iter().filter(|claim| claim.naming != kept && covered(claim.naming) == covered(kept));
             surplus.extend(double.map(|claim| (claim.module.clone(), claim.naming, bias)));
         }
     }
@@ -75,12 +75,13 @@ fn of_bias(role: Role) -> Option<bool> {
 }
 
 /// The members of a fused tensor that a place covers, one bit each.
-fn members(place: Place) -> u8 {
+fn members(place: Place, tensor: &str) -> u8 {
     match place {
         Place::Query => 0b0001,
         Place::Key => 0b0010,
         Place::Value => 0b0100,
         Place::Qkv => 0b0111,
+        Place::Whole if tensor.ends_with("qkv") => 0b0111,
         Place::Mlp => 0b1000,
         Place::Whole | Place::SwappedHalves => 0b1111,
     }

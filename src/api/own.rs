@@ -3,7 +3,6 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
@@ -18,13 +17,11 @@ use super::auth::Caller;
 use super::openai::Request;
 use super::outputs::file;
 use super::problem::{Body, Problem};
+use super::wait::{COMMENT, STREAM};
 use super::{Server, replicate};
 use crate::fetch::CacheView;
 use crate::jobs::{Job, JobId, Status};
 use crate::ops::serve::preview;
-
-/// How often a watched job is looked at.
-const LOOK: Duration = Duration::from_millis(200);
 
 type Answer = Result<Response, Problem>;
 
@@ -143,7 +140,7 @@ async fn events(State(server): State<Arc<Server>>, caller: Caller, headers: Head
     let watched = Watched { tenant: caller.tenant, job: job.id, base: server.base(&headers), last: None, over: false };
     let events = stream::unfold((server, watched), |(server, mut watched)| async move {
         while !watched.over {
-            let Ok(Some(job)) = server.store.get(&watched.tenant, &watched.job).await else { return None };
+            let job = server.look(&watched.tenant, &watched.job).await?;
             let now = describe(&server, &watched.base, &job).await.ok()?;
             watched.over = job.status.is_final();
             let name = if watched.over { "done" } else { "progress" };
@@ -154,9 +151,9 @@ async fn events(State(server): State<Arc<Server>>, caller: Caller, headers: Head
                 let event = Event::default().event(name).data(now.to_string());
                 return Some((Ok::<_, Infallible>(event), (server, watched)));
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(STREAM).await;
         }
         None
     });
-    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(Duration::from_secs(10))).into_response())
+    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(COMMENT)).into_response())
 }

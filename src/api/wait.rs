@@ -13,6 +13,12 @@ use crate::jobs::{Error, Job, JobId};
 /// How often the store is asked what ended. Jobs of our own workers are told of at once.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// How often a stream looks for what is new of its job,
+pub(super) const STREAM: Duration = Duration::from_millis(200);
+
+/// and sends a comment: clients give up after 30 s of silence.
+pub(super) const COMMENT: Duration = Duration::from_secs(10);
+
 /// After so long a held request looks for itself.
 const DOUBT: Duration = Duration::from_secs(10);
 
@@ -70,6 +76,16 @@ impl Drop for Place<'_> {
 }
 
 impl Server {
+    /// A job as it is, once the database answers; `None` if it is gone.
+    pub(super) async fn look(&self, tenant: &str, job: &JobId) -> Option<Job> {
+        loop {
+            match self.store.get(tenant, job).await {
+                Ok(job) => return job,
+                Err(_) => tokio::time::sleep(STREAM).await,
+            }
+        }
+    }
+
     /// The job once it has ended, or as it is after `longest`.
     pub(super) async fn wait(&self, mut job: Job, longest: Duration) -> Result<Job, Error> {
         let until = Instant::now() + longest;

@@ -69,7 +69,7 @@ impl Object<'_> {
             return Err(Error::TooLarge(limits.bytes));
         }
         cache.reserve(total)?;
-        let writer = Writer::start(partial.path.clone(), 0);
+        let writer = Writer::start(partial, 0);
         let (mut stream, mut done) = (found.into_stream(), 0);
         let stalled = || Error::Stalled { host: self.what(), seconds: limits.stall.as_secs() };
         while let Some(chunk) = timeout(limits.stall, stream.next()).await.map_err(|_| stalled())? {

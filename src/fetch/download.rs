@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use reqwest::header::{
@@ -20,10 +21,32 @@ use super::client::{self, Ask, Client};
 use super::{Error, Progress, peft};
 use crate::hex::hex;
 
-/// A file whose download began, and the ETag that allows to go on.
+/// A file whose download began, and the ETag that allows to go on. Clones share the right to write it, which ends with the last: whoever
+/// fetches may leave before whoever writes has written.
 #[derive(Debug, Clone)]
 pub(super) struct Partial {
     pub(super) path: PathBuf,
+    _turn: Arc<Turn>,
+}
+
+/// The right to download one file. When it ends, what broke off stays if it can be gone on with and the cache has room.
+#[derive(Debug)]
+struct Turn {
+    path: PathBuf,
+    lock: File,
+    cache: Cache,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if begun(&self.path).is_none() {
+            remove(&self.path);
+        }
+        let _ = self.lock.unlock();
+        if self.path.exists() {
+            self.cache.make_room();
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -31,31 +54,40 @@ struct Begun {
     etag: String,
 }
 
-impl Partial {
-    fn notes(&self) -> PathBuf {
-        self.path.with_extension("json")
-    }
+fn notes(path: &Path) -> PathBuf {
+    path.with_extension("json")
+}
 
-    /// Length and ETag of what is there, if it can be gone on with.
-    pub(super) fn begun(&self) -> Option<(u64, String)> {
-        let length = fs::metadata(&self.path).ok()?.len();
-        let Begun { etag } = cache::read_json(&self.notes())?;
-        (length > 0).then_some((length, etag))
+/// Length and ETag of what is there, if it can be gone on with.
+fn begun(path: &Path) -> Option<(u64, String)> {
+    let length = fs::metadata(path).ok()?.len();
+    let Begun { etag } = cache::read_json(&notes(path))?;
+    (length > 0).then_some((length, etag))
+}
+
+fn remove(path: &Path) {
+    let _ = fs::remove_file(path);
+    let _ = fs::remove_file(notes(path));
+}
+
+impl Partial {
+    /// By whoever holds the lock beside it.
+    pub(super) fn locked(path: PathBuf, lock: File, cache: Cache) -> Self {
+        Self { path: path.clone(), _turn: Arc::new(Turn { path, lock, cache }) }
     }
 
     /// Puts these settings into the file's header -> its SHA-256 then.
     pub(super) fn join(&self, settings: &[u8]) -> Result<String, Error> {
         let write = |source| Error::Write { path: self.path.clone(), source };
         // From here on it is not the source's file, and must not be gone on with.
-        let _ = fs::remove_file(self.notes());
+        let _ = fs::remove_file(notes(&self.path));
         let mut file = File::options().read(true).write(true).open(&self.path).map_err(write)?;
         peft::join(&mut file, settings).map_err(write)?;
         cache::digest(&self.path).map_err(write)
     }
 
     pub(super) fn remove(&self) {
-        let _ = fs::remove_file(&self.path);
-        let _ = fs::remove_file(self.notes());
+        remove(&self.path);
     }
 }
 
@@ -81,12 +113,12 @@ pub(super) async fn download(
 ) -> Result<Outcome, Error> {
     let mut failures = 0;
     loop {
-        let begun = partial.begun();
+        let begun = begun(&partial.path);
         let before = begun.as_ref().map_or(0, |(length, _)| *length);
         match attempt(client, cache, ask, partial, begun, known, progress).await {
             Err(error) if error.is_passing() => {
                 // As long as each attempt brings something, it is worth going on.
-                let came_on = partial.begun().is_some_and(|(length, _)| length > before);
+                let came_on = self::begun(&partial.path).is_some_and(|(length, _)| length > before);
                 failures = if came_on { 1 } else { failures + 1 };
                 if failures >= client.limits.attempts {
                     return Err(error);
@@ -156,13 +188,13 @@ async fn attempt(
     cache.reserve(length.unwrap_or(0))?;
 
     let etag = client::header(&response, &ETAG);
-    let notes = partial.notes();
+    let notes = notes(&partial.path);
     match etag.as_ref().filter(|etag| !etag.starts_with("W/")) {
         Some(etag) => cache::write_json(&notes, &Begun { etag: etag.clone() })?,
         // Without a strong mark nobody knows whether the rest belongs to the beginning.
         None => drop(fs::remove_file(&notes)),
     }
-    let writer = Writer::start(partial.path.clone(), start);
+    let writer = Writer::start(partial, start);
     let received = receive(client, &mut response, &writer, start, total, progress).await;
     let (done, sha256) = writer.finish().await?;
     received?;
@@ -203,7 +235,7 @@ fn range(response: &Response) -> Option<(Option<u64>, Option<u64>)> {
 }
 
 async fn whole(partial: &Partial) -> Result<String, Error> {
-    let writer = Writer::start(partial.path.clone(), fs::metadata(&partial.path).map_err(Error::write(&partial.path))?.len());
+    let writer = Writer::start(partial, fs::metadata(&partial.path).map_err(Error::write(&partial.path))?.len());
     Ok(writer.finish().await?.1)
 }
 
@@ -216,11 +248,11 @@ pub(super) struct Writer {
 
 impl Writer {
     /// Keeps the first `start` bytes of the file.
-    pub(super) fn start(path: PathBuf, start: u64) -> Self {
+    pub(super) fn start(partial: &Partial, start: u64) -> Self {
         let (chunks, mut receiver) = mpsc::channel::<Bytes>(16);
-        let to = path.clone();
+        let (path, to) = (partial.path.clone(), partial.clone());
         let task = spawn_blocking(move || {
-            let (mut file, mut hasher) = resume(&to, start)?;
+            let (mut file, mut hasher) = resume(&to.path, start)?;
             let mut done = start;
             while let Some(chunk) = receiver.blocking_recv() {
                 file.write_all(&chunk)?;

@@ -48,25 +48,6 @@ struct Inner {
     flights: Mutex<HashMap<String, (WeakFlight, watch::Receiver<Progress>)>>,
 }
 
-/// The right to download one file. When it ends, what broke off stays if it can be gone on with and the cache has room.
-struct Turn {
-    lock: File,
-    cache: Cache,
-    partial: Partial,
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        if self.partial.begun().is_none() {
-            self.partial.remove();
-        }
-        let _ = self.lock.unlock();
-        if self.partial.path.exists() {
-            self.cache.make_room();
-        }
-    }
-}
-
 impl std::fmt::Debug for Inner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Not the store's settings, which hold secrets.
@@ -173,22 +154,21 @@ impl Inner {
         progress: &(dyn Fn(Progress) + Send + Sync),
     ) -> Result<Held, Error> {
         if let Reference::Data(text) = reference {
-            let (text, partial) = (text.clone(), Partial { path: self.cache.partial(key) });
+            let text = text.clone();
             let bytes = blocking(move || data::decode(&text)).await?;
-            let _turn = self.lock(key).await?;
+            let partial = self.lock(key).await?;
             std::fs::write(&partial.path, &bytes).map_err(Error::write(&partial.path))?;
             let mut hasher = Sha256::new();
             hasher.update(&bytes);
             return self.keep(&partial, hex(&hasher.finalize())).await;
         }
-        let known = || self.cache.record(key).and_then(|record| Some((self.cache.hold(&record.digest)?, record)));
         if self.offline {
-            return known().map(|(held, _)| held).ok_or_else(|| Error::Offline(named(reference)));
+            return self.known(key).map(|(held, _)| held).ok_or_else(|| Error::Offline(named(reference)));
         }
-        let _turn = self.lock(key).await?;
-        match self.current(key, reference, credentials, known(), progress).await {
+        let partial = self.lock(key).await?;
+        match self.current(key, &partial, reference, credentials, progress).await {
             // The source is down, not the file: what it gave last time still serves.
-            Err(error) if error.is_passing() => match known() {
+            Err(error) if error.is_passing() => match self.known(key) {
                 Some((held, _)) => {
                     tracing::warn!(source = named(reference), %error, "using the copy in the cache");
                     Ok(held)
@@ -199,21 +179,26 @@ impl Inner {
         }
     }
 
+    /// What the cache has.
+    fn known(&self, key: &str) -> Option<(Held, Record)> {
+        self.cache.record(key).and_then(|record| Some((self.cache.hold(&record.digest)?, record)))
+    }
+
     /// The file in its newest state: from the cache if that is what it has.
     async fn current(
         &self,
         key: &str,
+        partial: &Partial,
         reference: &Reference,
         credentials: &Credentials,
-        known: Option<(Held, Record)>,
         progress: &(dyn Fn(Progress) + Send + Sync),
     ) -> Result<Held, Error> {
-        let partial = Partial { path: self.cache.partial(key) };
+        let known = self.known(key);
         let limits: &Limits = &self.client.limits;
         let version = known.as_ref().and_then(|(_, record)| record.version.clone());
         let (outcome, version) = if let Reference::S3 { bucket, key } = reference {
             let object = Object { bucket, key, settings: &self.store };
-            (object.download(limits, &self.cache, &partial, version.as_deref(), progress).await?, None)
+            (object.download(limits, &self.cache, partial, version.as_deref(), progress).await?, None)
         } else {
             let located = self.services.locate(&self.client, reference, credentials).await?;
             if located.bytes.is_some_and(|bytes| bytes > limits.bytes) {
@@ -241,7 +226,7 @@ impl Inner {
             let etag = if located.version.is_some() { None } else { version.as_deref() };
             let mut again = true;
             let mut outcome = loop {
-                let outcome = download::download(&self.client, &self.cache, &located.ask, &partial, etag, progress).await?;
+                let outcome = download::download(&self.client, &self.cache, &located.ask, partial, etag, progress).await?;
                 match (&outcome, &located.sha256) {
                     (Outcome::Whole { sha256, .. }, Some(stated)) if !stated.eq_ignore_ascii_case(sha256) => {
                         partial.remove();
@@ -253,7 +238,7 @@ impl Inner {
                 }
             };
             if let (Some(settings), Outcome::Whole { sha256, .. }) = (settings, &mut outcome) {
-                let partial = Partial { path: partial.path.clone() };
+                let partial = partial.clone();
                 *sha256 = blocking(move || partial.join(&settings)).await?;
             }
             (outcome, located.version)
@@ -263,7 +248,7 @@ impl Inner {
                 known_or_gone(self.cache.record(key).and_then(|record| self.cache.hold(&record.digest)), reference)
             }
             Outcome::Whole { etag, sha256 } => {
-                let held = self.keep(&partial, sha256).await?;
+                let held = self.keep(partial, sha256).await?;
                 self.cache.set_record(key, &Record { version: version.or(etag), digest: held.digest.clone() })?;
                 Ok(held)
             }
@@ -272,8 +257,9 @@ impl Inner {
 
     /// Checks what arrived, takes the adapter out of it if it is an archive, and puts it into the cache.
     async fn keep(&self, partial: &Partial, sha256: String) -> Result<Held, Error> {
-        let (cache, from) = (self.cache.clone(), partial.path.clone());
+        let (cache, arrived) = (self.cache.clone(), partial.clone());
         let held = blocking(move || {
+            let from = arrived.path.clone();
             let head = cache::head(&from, sniff::HEAD).map_err(Error::write(&from))?;
             match sniff::kind(&head) {
                 Kind::Safetensors => cache.promote(&from, &sha256),
@@ -289,9 +275,8 @@ impl Inner {
     }
 
     /// Waits until no other process downloads the same.
-    async fn lock(&self, key: &str) -> Result<Turn, Error> {
-        let partial = Partial { path: self.cache.partial(key) };
-        let path = partial.path.with_extension("lock");
+    async fn lock(&self, key: &str) -> Result<Partial, Error> {
+        let path = self.cache.partial(key).with_extension("lock");
         let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(Error::write(&path))?;
         while let Err(error) = file.try_lock() {
             match error {
@@ -299,7 +284,7 @@ impl Inner {
                 std::fs::TryLockError::Error(source) => return Err(Error::Write { path, source }),
             }
         }
-        Ok(Turn { lock: file, cache: self.cache.clone(), partial })
+        Ok(Partial::locked(self.cache.partial(key), file, self.cache.clone()))
     }
 }
 

@@ -144,13 +144,8 @@ impl Store {
         find.fetch_optional(&self.pool).await?.as_ref().map(job).transpose()
     }
 
-    /// A tenant's jobs, newest first, from below `before`.
-    pub async fn list(&self, tenant: &str, before: Option<&JobId>, limit: i64) -> Result<Vec<Job>, Error> {
-        self.list_made(tenant, i64::MIN..i64::MAX, before, limit).await
-    }
-
-    /// As [`Self::list`], of those made in that time, in milliseconds since 1970 by the database's clock.
-    pub async fn list_made(
+    /// A tenant's jobs that were made in that time, in milliseconds since 1970 by the database's clock: newest first, from below `before`.
+    pub async fn list(
         &self,
         tenant: &str,
         made: std::ops::Range<i64>,

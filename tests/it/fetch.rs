@@ -13,6 +13,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::fixtures::{archive, lora, weights};
+use crate::service::until;
 use crate::site::{Reply, Request, Site};
 
 /// A fetcher with a cache of its own, and what a test may want to change of it.
@@ -211,7 +212,9 @@ fn what_broke_off_stays_within_the_caches_bound() {
     };
     let left =
         bench.fetcher.get_blocking(&Reference::parse(&slow.url("/slow.safetensors")).unwrap(), &Credentials::default(), leaves);
-    assert_eq!((left.unwrap_err().code(), bench.files("partial")), ("cancelled", 0));
+    assert_eq!(left.unwrap_err().code(), "cancelled");
+    // Who downloaded may be at it still.
+    until("what there is no room for goes", 10, || bench.files("partial") == 0);
 }
 
 #[test]

@@ -122,6 +122,9 @@ pub(crate) fn done() -> Outcome {
     Outcome::Succeeded(json!({"files": ["out-0.webp"]}))
 }
 
+/// Whenever a job was made.
+pub(crate) const EVER: std::ops::Range<i64> = i64::MIN..i64::MAX;
+
 /// What is to be told, whosever it is.
 pub(crate) async fn all_due(store: &Store, limit: i64) -> Vec<(Delivery, Job)> {
     store.due(limit, limit, &BTreeMap::new()).await.unwrap()
@@ -287,9 +290,9 @@ fn full_queues_and_repeated_requests() {
         assert!(matches!(store.submit(&new("me", "")).await, Err(Error::TenantFull(3))));
         store.submit(&new("you", "")).await.unwrap();
         assert!(matches!(store.submit(&new("they", "")).await, Err(Error::Full(5))));
-        let mine = store.list("me", None, 2).await.unwrap();
+        let mine = store.list("me", EVER, None, 2).await.unwrap();
         assert!(mine.len() == 2 && mine[0].id > mine[1].id);
-        let rest = store.list("me", Some(&mine[1].id), 100).await.unwrap();
+        let rest = store.list("me", EVER, Some(&mine[1].id), 100).await.unwrap();
         assert_eq!(rest.iter().map(|job| &job.id).collect::<Vec<_>>(), [&first.id]);
         assert_eq!(store.ahead(&mine[0].id).await.unwrap(), 3);
     });
@@ -391,7 +394,7 @@ fn many_workers_some_of_which_die_do_every_job_once() {
         assert!(finished.values().all(|times| *times == 1), "no job ended twice");
         let mut failed = 0;
         for i in 0..5 {
-            for job in store.list(&format!("tenant-{i}"), None, 1000).await.unwrap() {
+            for job in store.list(&format!("tenant-{i}"), EVER, None, 1000).await.unwrap() {
                 assert!(job.status.is_final(), "{:?}", job.status);
                 assert_eq!(job.status == Status::Succeeded, finished.contains_key(&job.id));
                 failed += usize::from(job.status == Status::Failed);

@@ -6,7 +6,7 @@ use darkroom::jobs::{Error, Event, JobId, Limits, NewJob, OwnModel, Status, Webh
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
-use crate::jobs::{all_due, claim, new, on_both};
+use crate::jobs::{EVER, all_due, claim, new, on_both};
 use crate::jobs_service::file;
 
 /// Readers of JSON give up at this.
@@ -27,7 +27,7 @@ fn a_job_that_cannot_be_stored_takes_no_other_with_it() {
                 Err(error) => assert!(matches!(error, Error::Damaged("request")) && (i == 1 || i == 4), "{i}: {error}"),
             }
         }
-        assert_eq!((store.list("me", None, 9).await.unwrap().len(), store.waiting().await.unwrap().queued), (3, 4));
+        assert_eq!((store.list("me", EVER, None, 9).await.unwrap().len(), store.waiting().await.unwrap().queued), (3, 4));
         assert!(store.keyed("me", "k").await.unwrap().is_none(), "its key is free");
         for _ in 0..4 {
             assert!(claim(&store, "w").await.is_some());
@@ -56,7 +56,7 @@ fn a_job_that_cannot_be_read_fails_and_stops_nobody() {
         assert_eq!((now.status, now.error_code.as_deref()), (Status::Failed, Some("internal")));
         assert!(now.completed_at.is_some() && now.error.unwrap().contains("cannot be read"));
         // It is listed, told of, and old one day.
-        let listed = store.list("me", None, 9).await.unwrap();
+        let listed = store.list("me", EVER, None, 9).await.unwrap();
         assert_eq!(listed.iter().map(|job| &job.id).collect::<Vec<_>>(), [&good.id, &late.id, &damaged.id]);
         let due = all_due(&store, 9).await;
         assert_eq!(

@@ -310,7 +310,7 @@ fn over_tls_pictures_are_links() {
     let _ = stream.read_to_end(&mut answer);
     assert!(!answer.starts_with(b"HTTP/1.1 200"));
     place.run(&["serve", "--tls", "nowhere.pem,key.pem", "--data", "d"]).fails(1, &["nowhere.pem cannot be used"]);
-    place.run(&["serve", "--tls", "on", "--data", "d"]).fails(1, &["--tls must be auto"]);
+    place.run(&["serve", "--tls", "on", "--data", "d"]).fails(2, &["--tls", "must be auto"]);
 }
 
 #[test]

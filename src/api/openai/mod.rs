@@ -21,6 +21,7 @@ use super::bodies::in_time;
 use super::outputs::names;
 use super::problem::{Body, Form, OpenAi, Problem};
 use super::submit::{Submission, base64, fingerprint};
+use super::wait::COMMENT;
 use super::{Server, replicate};
 use crate::jobs::{Job, Status};
 use crate::ops::serve::preview;
@@ -148,7 +149,7 @@ fn streamed(server: Arc<Server>, job: Job, request: Request) -> Sse<impl futures
         }
         None
     });
-    Sse::new(events.flatten()).keep_alive(KeepAlive::new().interval(Duration::from_secs(10)))
+    Sse::new(events.flatten()).keep_alive(KeepAlive::new().interval(COMMENT))
 }
 
 impl Streamed {

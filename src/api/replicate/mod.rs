@@ -162,7 +162,7 @@ fn moment(field: &str, text: Option<&str>) -> Result<Option<i64>, Problem> {
 }
 
 pub(super) async fn list(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, page: Page) -> Answer {
-    let mut jobs = server.store.list_made(&caller.tenant, page.made()?, page.cursor()?.as_ref(), PAGE + 1).await?;
+    let mut jobs = server.store.list(&caller.tenant, page.made()?, page.cursor()?.as_ref(), PAGE + 1).await?;
     let more = jobs.len() > PAGE as usize;
     jobs.truncate(PAGE as usize);
     let base = server.base(&headers);

@@ -2,7 +2,6 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::extract::{Path, Query, State};
 use axum::http::HeaderMap;
@@ -14,13 +13,8 @@ use serde_json::json;
 use crate::api::Server;
 use crate::api::outputs::Signed;
 use crate::api::problem::Problem;
+use crate::api::wait::{COMMENT, STREAM};
 use crate::jobs::{Job, JobId, Status};
-
-/// How often the job is looked at.
-const LOOK: Duration = Duration::from_millis(200);
-
-/// Clients give up after 30 s of silence.
-const COMMENT: Duration = Duration::from_secs(10);
 
 /// Where a stream is: so many bytes of logs were sent. It is the events' id, from which a client that comes back goes on; without
 /// an id one client drops events.
@@ -51,20 +45,12 @@ pub(super) async fn stream(
             return None;
         }
         loop {
-            let job = match server.store.get(&place.tenant, &place.job).await {
-                Ok(Some(job)) => job,
-                // The database may be back in a moment.
-                Err(_) => {
-                    tokio::time::sleep(LOOK).await;
-                    continue;
-                }
-                Ok(None) => return None,
-            };
+            let job = server.look(&place.tenant, &place.job).await?;
             let events = place.events(&server, &job).await;
             if !events.is_empty() {
                 return Some((stream::iter(events.into_iter().map(Ok::<_, Infallible>)), (server, place)));
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(STREAM).await;
         }
     });
     Ok(Sse::new(events.flatten()).keep_alive(KeepAlive::new().interval(COMMENT)).into_response())
