@@ -109,13 +109,7 @@ fn main() -> anyhow::Result<ExitCode> {
     let options = Options::parse();
     let device = match options.device.as_str() {
         "cpu" => Device::Cpu,
-        ordinal => {
-            // As the program opens it with these kernels: what is measured must not differ by it. A server has one kind, which is plain
-            // unless ours are asked for; what runs both has one card for them.
-            let both = options.kernels == Kernels::Both && !options.serve;
-            kernels::use_fused(both || options.kernels == Kernels::Fused);
-            kernels::open_cuda(ordinal.parse()?).map_err(anyhow::Error::msg)?
-        }
+        ordinal => kernels::open_cuda(ordinal.parse()?).map_err(anyhow::Error::msg)?,
     };
     let dtype = match options.dtype {
         Precision::F32 => DType::F32,

@@ -156,13 +156,14 @@ impl Patches {
             self.home = home;
         }
         self.resident.forget();
-        for name in &self.touched {
-            self.parameters[name].pristine_to(self.home)?;
-        }
+        // First these: what lies in a file needs no copy then.
         for ((component, name), parameter) in &self.parameters {
             if away(*component, name) {
                 parameter.send_to_host()?;
             }
+        }
+        for name in &self.touched {
+            self.parameters[name].pristine_to(self.home)?;
         }
         Ok(())
     }

@@ -157,14 +157,20 @@ impl Parameter {
     /// Moves what is computed with, and the pristine tensor if it is beside it, to main memory.
     pub(crate) fn send_to_host(&self) -> Result<()> {
         let host = Device::Cpu;
-        let (pristine, merged) = self.read(|state| {
-            let waits = state.waits.clone().filter(|_| !state.device.is_cpu()).map(Weight::Mapped);
-            let here = if let Pristine::Here(weight) = &state.pristine { Some(waits.unwrap_or(weight.clone())) } else { None };
-            (here, state.merged.clone())
+        let (pristine, merged, waits) = self.read(|state| {
+            let here = if let Pristine::Here(weight) = &state.pristine { Some(weight.clone()) } else { None };
+            (here, state.merged.clone(), state.waits.clone().filter(|_| !state.device.is_cpu()))
         });
-        let pristine = pristine.map(|weight| weight.to_device(&host)).transpose()?;
+        let pristine = match &waits {
+            Some(waits) => Some(Weight::Mapped(waits.clone())),
+            None => pristine.map(|weight| weight.to_device(&host)).transpose()?,
+        };
         let merged = merged.map(|weight| weight.to_device(&host)).transpose()?;
         self.write(|state| {
+            if waits.is_some() {
+                // It is read where it is from now on, never onto the device.
+                state.reread = None;
+            }
             if let Some(weight) = pristine {
                 state.pristine = Pristine::Here(weight);
             }

@@ -265,7 +265,7 @@ impl Source {
         let all = |kind: fn(Kind) -> bool| rows.iter().all(|part| kind(part.stored.kind));
         if all(|kind| kind == Kind::Plain(safetensors::Dtype::F8_E4M3)) && rows.len() == 1 {
             let data = read::fp8(&self.checkpoint, &rows, shape.dims(), &device).map_err(failed)?;
-            let (scale, products) = (self.scale()?, keep == Keep::Fp8Products);
+            let (scale, products) = (self.scale()?, keep.fitting(input) == Keep::Fp8Products);
             if !products {
                 return Ok(Weight::Fp8 { data, scale, products });
             }

@@ -128,13 +128,20 @@ async fn forget(store: &Store, blobs: &Blobs, tenant: &str, id: &JobId) {
 /// Keeps what came with a job, and accepts it. If no new job names the files they are removed.
 async fn accept(store: Store, blobs: Blobs, new: NewJob, files: Vec<File>) -> Result<(Job, bool), Problem> {
     let ids: Vec<JobId> = files.iter().map(|file| file.id.clone()).collect();
-    let accepting = async {
-        for file in files {
-            file.keep(&store, &blobs).await?;
+    let mut kept = Ok(());
+    for file in files {
+        if kept.is_ok() {
+            kept = file.keep(&store, &blobs).await.map(drop);
         }
-        Ok::<_, Problem>(store.submit(&new).await?)
+    }
+    let accepted = match kept {
+        Err(refused) => Err(refused),
+        Ok(()) => match store.submit(&new).await {
+            // It may be accepted all the same, and names them then; if not, their time ends them.
+            Err(error) if error.is_outage() => return Err(error.into()),
+            accepted => accepted.map_err(Problem::from),
+        },
     };
-    let accepted = accepting.await;
     if !matches!(accepted, Ok((_, true))) {
         for id in &ids {
             forget(&store, &blobs, &new.tenant, id).await;

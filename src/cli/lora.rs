@@ -28,7 +28,7 @@ enum Verb {
     ///
     /// Exit code 1 if the file cannot be used; the reason is in the report.
     Inspect {
-        /// A .safetensors file, a trainer's .tar or .tar.gz, a link, owner/repo on Hugging Face, civitai:ID, s3://bucket/key
+        /// A .safetensors file, a folder with one, a trainer's .tar or .tar.gz, a link, owner/repo on Hugging Face, civitai:ID, s3://bucket/key
         #[arg(value_name = "LORA")]
         reference: String,
         /// Print one JSON object

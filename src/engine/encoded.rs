@@ -56,9 +56,9 @@ impl Encoded {
         Ok(text)
     }
 
-    /// So that every prompt is read anew.
-    pub(super) fn forget(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    /// So that every prompt is read anew. Whether one was kept.
+    pub(super) fn forget(&self) -> bool {
+        !std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner)).is_empty()
     }
 }
 
@@ -93,7 +93,7 @@ mod tests {
         of("and one");
         assert_eq!((of("b"), of("a"), reads.get()), (2., 1., read + 2.));
         assert_eq!(of("A"), read + 3., "it was used least lately");
-        encoded.forget();
+        assert!(encoded.forget() && !encoded.forget());
         assert_eq!(of("a"), read + 4.);
     }
 }

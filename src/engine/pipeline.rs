@@ -118,9 +118,11 @@ impl Pipeline {
         for before in [Self::gather_memory, Self::save_memory, Self::save_memory] {
             match self.attempt(job, &mut switched, told) {
                 Err(error) if error.is_out_of_memory() => {
-                    tracing::warn!(%error, "no memory is left on the device; once more");
+                    tracing::warn!(%error, "no memory is left on the device");
                     self.full.store(true, Ordering::Relaxed);
-                    before(self)?;
+                    if !before(self)? {
+                        return Err(self.give_up(job, error));
+                    }
                 }
                 other => return other,
             }
@@ -128,25 +130,26 @@ impl Pipeline {
         self.attempt(job, &mut switched, told).map_err(|error| self.give_up(job, error))
     }
 
-    /// What is free may lie in pieces.
-    fn gather_memory(&self) -> Result<(), Error> {
-        Ok(kernels::gather_memory(&self.device)?)
+    /// What is free may lie in pieces. Whether another attempt may find more: always.
+    fn gather_memory(&self) -> Result<bool, Error> {
+        kernels::gather_memory(&self.device)?;
+        Ok(true)
     }
 
     /// Frees what the device can do without: kept prompts, then T5 and the matrices that make the modulations, then blocks. From now on they
-    /// are sent to it when they are used.
-    fn save_memory(&self) -> Result<(), Error> {
-        self.encoded.forget();
+    /// are sent to it when they are used. Whether there was anything.
+    fn save_memory(&self) -> Result<bool, Error> {
+        let mut patches = self.patches();
+        let forgotten = self.encoded.forget();
         kernels::forget_places(&self.device);
         let config = self.flux.config();
         let mut on_host = self.on_host.lock().unwrap_or_else(PoisonError::into_inner);
         let merged = self.plan.transformer == Keep::Fp8Merged;
-        let Some(away) = smaller(*on_host, [config.double_blocks, config.single_blocks]) else { return Ok(()) };
+        let Some(away) = smaller(*on_host, [config.double_blocks, config.single_blocks]) else { return Ok(forgotten) };
         // Metal's memory is main memory; and without dense blocks on the device it would be another picture.
         if self.device.is_metal() || (merged && away.blocks_from != on_host.blocks_from) {
-            return Ok(());
+            return Ok(forgotten);
         }
-        let mut patches = self.patches();
         if !merged && patches.mode() == LoraMode::Fp8 {
             // Its pristine weights are on the device; what became of them goes, rather than they.
             patches.apply(&[], LoraMode::Auto)?;
@@ -155,7 +158,7 @@ impl Pipeline {
         patches.send_to_host(&|component, name| away.has(component, name), home)?;
         tracing::warn!(?away, "more of the model waits in main memory from now on");
         *on_host = away;
-        Ok(())
+        Ok(true)
     }
 
     fn give_up(&self, job: &Job, error: Error) -> Error {

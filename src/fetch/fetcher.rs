@@ -5,12 +5,13 @@ use std::fs::File;
 use std::io;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, WeakShared};
 use sha2::{Digest, Sha256};
+use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use url::Url;
@@ -104,9 +105,8 @@ impl Fetcher {
         credentials: &Credentials,
         told: impl FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Fetched, Arc<Error>> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let failed = |source| Arc::new(Error::Own("a download cannot be begun", source));
-        runtime.map_err(failed)?.block_on(self.get(reference, credentials, told))
+        let runtime = runtime().map_err(|source| Arc::new(Error::Own("a download cannot be begun", source)))?;
+        runtime.block_on(self.get(reference, credentials, told))
     }
 
     fn join(&self, reference: &Reference, credentials: &Credentials) -> (Flight, watch::Receiver<Progress>) {
@@ -286,6 +286,16 @@ impl Inner {
         }
         Ok(Partial::locked(self.cache.partial(key), file, self.cache.clone()))
     }
+}
+
+/// Whoever waits for a download may leave, and others go on with it: its sockets and clocks are nobody's.
+fn runtime() -> io::Result<&'static Runtime> {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    if let Some(runtime) = RUNTIME.get() {
+        return Ok(runtime);
+    }
+    let made = tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("downloads").enable_all().build()?;
+    Ok(RUNTIME.get_or_init(|| made))
 }
 
 fn unpack(cache: &Cache, from: &Path) -> Result<Held, Error> {

@@ -17,8 +17,8 @@ pub(super) fn job(row: &AnyRow) -> Result<Job, Error> {
     let json = |text: Option<String>| text.and_then(|text| serde_json::from_str::<Value>(&text).ok());
     let webhook = maybe("webhook")?.map(|url| -> Result<Webhook, Error> {
         let events = text("webhook_events")?;
-        let events = events.split_whitespace().map(str::parse::<Event>).collect::<Result<Vec<_>, _>>();
-        Ok(Webhook { url, events: events.map_err(|()| Error::Damaged("webhook_events"))? })
+        // One that cannot be read must not keep the others from being listed, told of or cleared away.
+        Ok(Webhook { url, events: events.split_whitespace().filter_map(|event| event.parse::<Event>().ok()).collect() })
     });
     Ok(Job {
         id: text("id")?.parse().map_err(|()| Error::Damaged("id"))?,

@@ -63,6 +63,17 @@ impl Store {
         next.bind(base).bind(limit).fetch_all(self.pool()).await?.iter().map(id).collect()
     }
 
+    /// Those of `jobs` that are not over.
+    pub async fn open_of(&self, jobs: &[JobId]) -> Result<Vec<JobId>, Error> {
+        if jobs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let places = (1..=jobs.len()).map(|i| format!("${i}")).collect::<Vec<_>>().join(", ");
+        let text = format!("SELECT id FROM jobs WHERE completed_at IS NULL AND id IN ({places})");
+        let open = jobs.iter().fold(self.query(&text), |query, job| query.bind(job.as_str()));
+        open.fetch_all(self.pool()).await?.iter().map(id).collect()
+    }
+
     /// Jobs that ended longer ago than `age` and whose data was not removed: at most 100, drawn by lot, so that those whose files cannot be
     /// removed do not keep back the others.
     pub async fn old(&self, age: Duration) -> Result<Vec<Job>, Error> {

@@ -217,6 +217,29 @@ fn what_broke_off_stays_within_the_caches_bound() {
     until("what there is no room for goes", 10, || bench.files("partial") == 0);
 }
 
+/// Threads that share a download, of which the one that began it leaves: its clocks and sockets are not the other's loss.
+#[test]
+fn a_download_outlives_the_thread_that_began_it() {
+    let site = Site::serve(|_| Reply::ok(&weights()).slowly(weights().len() / 20, Duration::from_millis(50)));
+    let bench = Bench::new();
+    let reference = Reference::parse(&site.url("/slow.safetensors")).unwrap();
+    let get = |leaves: bool| {
+        let told = |progress: darkroom::fetch::Progress| match leaves && progress.done > weights().len() as u64 / 4 {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        };
+        bench.fetcher.get_blocking(&reference, &Credentials::default(), told)
+    };
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| get(true).err().unwrap().code());
+        until("it has begun", 10, || !site.requests().is_empty());
+        let second = scope.spawn(|| content(&get(false).unwrap()));
+        assert_eq!(first.join().unwrap(), "cancelled");
+        assert!(second.join().unwrap() == weights());
+    });
+    assert_eq!(site.requests().len(), 1);
+}
+
 #[test]
 fn what_cannot_be_gone_on_with_is_begun_anew() {
     // Ranges ignored; another version; the same from a server that heeds Range and not If-Range; a server that claims another start; the

@@ -82,6 +82,9 @@ fn a_model_is_replaced_whole_if_that_is_meant() {
     fs::write(place.path("merged/notes.txt"), "of the old one").unwrap();
     merge(&[]).fails(1, &["--force"]);
     assert!(place.path("merged/notes.txt").exists());
+    fs::copy(fixtures::lora("kohya"), place.path("merged/me.safetensors")).unwrap();
+    place.run(&["lora", "merge", &tiny(), "merged/me.safetensors", "merged", "--force"]).fails(2, &["holds a LoRA"]);
+    assert!(place.path("merged/me.safetensors").exists());
     merge(&["--force"]).succeeds();
     assert_eq!(count(&place.path("merged")), count(&fixtures::path("tiny-dev")));
     assert_eq!(place.files(), ["merged"]);

@@ -374,7 +374,7 @@ fn a_database_that_fails_is_asked_again() {
 fn a_slow_link_does_not_hold_the_device() {
     let weights = std::fs::read(user1001()).unwrap();
     let piece = weights.len() / 100;
-    let site = Site::serve(move |_| Reply::ok(&weights).slowly(piece, Duration::from_millis(100)));
+    let site = Site::serve(move |_| Reply::ok(&weights).slowly(piece, Duration::from_millis(200)));
     let place = Place::new();
     let service = Service::start(&place, &[]);
     service.ready();

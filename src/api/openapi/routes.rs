@@ -282,4 +282,5 @@ pub(super) const QUERIES: &[(&str, &[&str])] = &[
     ("/v1/predictions", &["cursor", "created_after", "created_before"]),
     ("/predictions", &["cursor", "created_after", "created_before"]),
     ("/v1/files", &["cursor"]),
+    ("/v1/models", &["cursor"]),
 ];

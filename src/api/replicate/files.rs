@@ -133,6 +133,8 @@ async fn remove(State(server): State<Arc<Server>>, caller: Caller, Path(id): Pat
     // First the file: what is not named any more is never removed.
     server.blobs.delete(&upload_key(&id)).await?;
     server.store.remove_upload(&caller.tenant, &id).await?;
+    // It may have been written in between.
+    server.blobs.delete(&upload_key(&id)).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 

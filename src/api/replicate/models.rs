@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -29,7 +29,7 @@ pub(super) fn router() -> Router<Arc<Server>> {
 }
 
 /// For Replicate's clients and OpenAI's, which ask the same address. The models that are served are on the first page.
-async fn list(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Query(page): Query<Page>) -> Answer {
+async fn list(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, page: Page) -> Answer {
     let base = server.base(&headers);
     let wrong = || Problem::invalid("invalid", "cursor", "is none that this server gave");
     let after = page.cursor.as_deref().map(|cursor| cursor.split_once('/').ok_or_else(wrong)).transpose()?;

@@ -47,7 +47,7 @@ pub fn merge(order: &MergeOrder, config: &Config, told: Told<'_>) -> Result<Merg
     let bundle = &model.bundle;
     let root = root(&bundle.transformer);
     let alone = out.extension().is_some_and(|end| end.eq_ignore_ascii_case("safetensors"));
-    let folder = target::check_model(out, order.force, alone, (bundle, root.as_deref()))?;
+    let folder = target::check_model(out, order.force, alone, (bundle, root.as_deref()), &order.loras)?;
     let selected = Sources::new(config).open(&order.loras, &mut |progress| told(Stage::Fetching(progress)))?;
     let mut remarks: Vec<String> = selected.iter().flat_map(|selected| selected.adapter.report.warnings.clone()).collect();
     let failed = |source| Error::Write { path: out.into(), source };
@@ -133,7 +133,8 @@ fn replace(finished: TempDir, out: &Path, folder: &Path) -> io::Result<()> {
         if let Err(error) = fs::rename(finished.path(), out) {
             if fs::rename(&old, out).is_err() {
                 // It must not go with its folder.
-                let _ = aside.keep();
+                let kept = aside.keep().join("old");
+                return Err(io::Error::other(format!("{error}; the model that was there is in {}", kept.display())));
             }
             return Err(error);
         }

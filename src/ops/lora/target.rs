@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use ::models::bundle::{Blob, Bundle};
 use ::models::weights::{Checkpoint, Component, names};
 
+use super::Lora;
 use crate::ops::{Error, files};
 
 /// What a folder holds that is a model.
@@ -21,13 +22,14 @@ pub(super) fn check(out: &Path, force: bool) -> Result<&Path, Error> {
     Ok(folder)
 }
 
-/// As [`check`], for a model: a file if `alone`, else a folder, whose content goes if it is replaced. Whatever is there and was not
-/// written by a merge stays, as does the base (`bundle`, in the folder `root` if it has one).
+/// As [`check`], for a model: a file if `alone`, else a folder, whose content goes if it is replaced. Folders that are no model's stay, as do
+/// the base (`bundle`, in the folder `root` if it has one) and the LoRAs.
 pub(super) fn check_model<'a>(
     out: &'a Path,
     force: bool,
     alone: bool,
     (bundle, root): (&Bundle, Option<&Path>),
+    loras: &[Lora],
 ) -> Result<&'a Path, Error> {
     let another = "choose another name";
     let is = |what: &str, hint: &str| {
@@ -53,6 +55,9 @@ pub(super) fn check_model<'a>(
     }
     if parts.chain(root).any(|part| part.starts_with(&to)) {
         return is("the base or a folder that it is in", another);
+    }
+    if loras.iter().any(|lora| fs::canonicalize(&lora.reference).is_ok_and(|lora| lora.starts_with(&to))) {
+        return is("which is or holds a LoRA that is to be merged", another);
     }
     if alone && out.is_dir() {
         return is("a folder, but its name is that of a file", another);

@@ -29,8 +29,8 @@ const LONGEST: Duration = Duration::from_secs(120);
 /// And of one that the device does not wait for.
 const LONGEST_SLOW: Duration = Duration::from_secs(600);
 
-/// Jobs that the device does not wait for.
-const MOST_SLOW: usize = 16;
+/// Jobs that the device does not wait for: more than a tenant may have waiting, unless it may have very many.
+const MOST_SLOW: usize = 256;
 
 /// Adapters of jobs that are to come, got with each job's own credentials just before.
 #[derive(Debug, Default)]
@@ -61,6 +61,11 @@ impl Ahead {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Nothing is got for these any more.
+    fn leave(&self, jobs: &[JobId]) {
+        self.known().slow.retain(|one| !jobs.contains(&one.job.id));
+    }
+
     /// The first that nobody looks after yet.
     fn choose(&self, mut upcoming: Vec<JobId>) -> Option<JobId> {
         let mut known = self.known();
@@ -86,11 +91,20 @@ impl Ahead {
 
     fn put(&self, job: JobId, adapters: Result<Vec<Selected>, Error>) {
         let mut known = self.known();
-        known.slow.retain(|one| one.job.id != job);
         known.ready.push_back((job, adapters));
-        if known.ready.len() > AHEAD {
-            known.ready.pop_front();
+        // What can be read again from the cache goes first; that a link was too slow takes no room, and minutes to find out.
+        for (is_large, most) in [(true, AHEAD), (false, MOST_SLOW)] {
+            let of_kind = |(_, adapters): &(JobId, Result<_, _>)| adapters.is_ok() == is_large;
+            if known.ready.iter().filter(|one| of_kind(one)).count() > most
+                && let Some(i) = known.ready.iter().position(of_kind)
+            {
+                known.ready.remove(i);
+            }
         }
+    }
+
+    fn is_slow(&self, job: &JobId) -> bool {
+        self.known().slow.iter().any(|one| one.job.id == *job)
     }
 
     /// What came of a job's, once.
@@ -127,11 +141,11 @@ pub(super) fn look_ahead(
     runtime: &Handle,
     stop: &AtomicBool,
 ) {
-    let get = |job: &Job, longest: Duration| {
+    let get = |job: &Job, longest: Duration, wanted: &dyn Fn() -> bool| {
         let order = Order::of(job)?;
         let begun = Instant::now();
         let late = || begun.elapsed() > longest;
-        let go_on = |_| match stop.load(Ordering::SeqCst) || late() {
+        let go_on = |_| match stop.load(Ordering::SeqCst) || late() || !wanted() {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         };
@@ -142,20 +156,38 @@ pub(super) fn look_ahead(
     };
     while !stop.load(Ordering::SeqCst) {
         if let Some(job) = ahead.choose_slow() {
-            ahead.put(job.id.clone(), get(&job, LONGEST_SLOW));
+            let _leaving = Leaving(ahead, &job.id);
+            let adapters = get(&job, LONGEST_SLOW, &|| ahead.is_slow(&job.id));
+            if ahead.is_slow(&job.id) {
+                ahead.put(job.id.clone(), adapters);
+            }
             continue;
         }
-        let upcoming = runtime.block_on(store.upcoming(base, (AHEAD + MOST_SLOW) as i64)).unwrap_or_default();
+        let mut over = ahead.slow();
+        if let Ok(open) = runtime.block_on(store.open_of(&over)) {
+            over.retain(|job| !open.contains(job));
+            ahead.leave(&over);
+        }
+        let upcoming = runtime.block_on(store.upcoming(base, (AHEAD + ahead.slow().len()) as i64)).unwrap_or_default();
         let chosen = ahead.choose(upcoming).and_then(|job| runtime.block_on(store.find(&job)).ok().flatten());
         match chosen {
             None => std::thread::sleep(PAUSE),
             Some(job) if job.request["order"]["loras"].as_array().is_none_or(Vec::is_empty) => {}
             Some(job) => {
-                if let Ok(adapters) = get(&job, LONGEST) {
+                if let Ok(adapters) = get(&job, LONGEST, &|| true) {
                     ahead.put(job.id, Ok(adapters));
                 }
             }
         }
+    }
+}
+
+/// Leaves a slow job when it goes: also after a panic nobody keeps it from running.
+struct Leaving<'a>(&'a Ahead, &'a JobId);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.leave(std::slice::from_ref(self.1));
     }
 }
 
