@@ -13,7 +13,6 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::fixtures::{archive, lora, weights};
-use crate::service::until;
 use crate::site::{Reply, Request, Site};
 
 /// A fetcher with a cache of its own, and what a test may want to change of it.
@@ -151,7 +150,7 @@ fn many_wait_for_one_download_and_may_leave() {
 }
 
 /// Answers a range as a server does that can.
-fn ranged(request: &Request, body: &[u8], etag: &str) -> Reply {
+pub(crate) fn ranged(request: &Request, body: &[u8], etag: &str) -> Reply {
     let start = request.header("range").and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
     match start.filter(|_| request.header("if-range") == Some(etag)) {
         Some(start) if start >= body.len() => {
@@ -179,65 +178,6 @@ fn a_broken_download_goes_on_where_it_broke() {
     let starts: Vec<_> = site.requests().iter().map(|request| request.header("range").map(str::to_owned)).collect();
     assert!(starts[0].is_none() && starts[1..].iter().all(Option::is_some), "{starts:?}");
     assert_eq!(site.requests()[1].header("if-range"), Some("\"a\""));
-}
-
-#[test]
-fn what_broke_off_stays_within_the_caches_bound() {
-    let half = weights().len() / 2;
-    let site = Site::serve(move |request| match (request.header("range"), request.path.starts_with("/plain")) {
-        (Some(_), _) => ranged(request, &weights(), "\"a\""),
-        (None, true) => Reply::ok(&weights()).cut(half),
-        (None, false) => Reply::new("200 OK", &[("ETag", "\"a\"")], &weights()).cut(half),
-    });
-    let once = |bound: usize| Bench::with(|options| (options.cache_bytes, options.limits.attempts) = (bound as u64, 1));
-    let bench = once(weights().len() * 2);
-    for i in 0..8 {
-        bench.refused(&site.url(&format!("/{i}.safetensors")));
-    }
-    // A part and its notes for each of those that there is room for.
-    assert_eq!(bench.files("partial"), 8, "four of eight halves");
-    assert_eq!(content(&bench.get(&site.url("/7.safetensors")).unwrap()), weights());
-    assert!(site.requests().last().unwrap().header("range").is_some(), "it went on where it was");
-    // Without a mark nobody can go on with it.
-    let bench = once(1 << 30);
-    bench.refused(&site.url("/plain.safetensors"));
-    assert_eq!(bench.files("partial"), 0);
-    // Whoever leaves is heard as well.
-    let slow = Site::serve(|_| {
-        Reply::new("200 OK", &[("ETag", "\"a\"")], &weights()).slowly(weights().len() / 8, Duration::from_millis(30))
-    });
-    let bench = once(1000);
-    let leaves = |progress: darkroom::fetch::Progress| {
-        if progress.done > 2000 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    };
-    let left =
-        bench.fetcher.get_blocking(&Reference::parse(&slow.url("/slow.safetensors")).unwrap(), &Credentials::default(), leaves);
-    assert_eq!(left.unwrap_err().code(), "cancelled");
-    // Who downloaded may be at it still.
-    until("what there is no room for goes", 10, || bench.files("partial") == 0);
-}
-
-/// Threads that share a download, of which the one that began it leaves: its clocks and sockets are not the other's loss.
-#[test]
-fn a_download_outlives_the_thread_that_began_it() {
-    let site = Site::serve(|_| Reply::ok(&weights()).slowly(weights().len() / 20, Duration::from_millis(50)));
-    let bench = Bench::new();
-    let reference = Reference::parse(&site.url("/slow.safetensors")).unwrap();
-    let get = |leaves: bool| {
-        let told = |progress: darkroom::fetch::Progress| match leaves && progress.done > weights().len() as u64 / 4 {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
-        };
-        bench.fetcher.get_blocking(&reference, &Credentials::default(), told)
-    };
-    std::thread::scope(|scope| {
-        let first = scope.spawn(|| get(true).err().unwrap().code());
-        until("it has begun", 10, || !site.requests().is_empty());
-        let second = scope.spawn(|| content(&get(false).unwrap()));
-        assert_eq!(first.join().unwrap(), "cancelled");
-        assert!(second.join().unwrap() == weights());
-    });
-    assert_eq!(site.requests().len(), 1);
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod cli_lora;
 mod cli_models;
 mod e2e;
 mod fetch;
+mod fetch_left;
 mod fetch_services;
 mod fixtures;
 mod fused;
