@@ -1,11 +1,10 @@
 //! The accept loop. axum's own has no limits for headers that never end, idle connections and their number.
 
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -23,6 +22,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{Sleep, sleep, timeout};
 use tower_service::Service;
 
+use super::places::{Place, Places};
 use super::{Peer, Tls};
 
 /// For a request's head to arrive, and for the handshake before it.
@@ -32,7 +32,7 @@ const HEADER: Duration = Duration::from_secs(15);
 const CONNECTIONS: usize = 4096;
 
 /// Connections of one address; more are closed at once, so that nobody takes the places of all.
-const OF_PEER: usize = 256;
+const OF_PEER: i64 = 256;
 
 /// For a connection without an open request. HTTP/1.1 has [`HEADER`] for that; pings keep HTTP/2 alive, whoever needs it or not.
 const IDLE: Duration = Duration::from_secs(60);
@@ -46,7 +46,7 @@ const DRAIN: Duration = Duration::from_secs(60);
 /// Serves connections until `stop`, then no new ones.
 pub(super) async fn serve(listener: TcpListener, tls: Option<Tls>, router: Router, stop: impl Future<Output = ()>) {
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
-    let peers = Peers::default();
+    let peers = Places::default();
     // Each connection has a receiver until it has ended.
     let (stopping, _) = watch::channel(());
     let mut builder = Builder::new(TokioExecutor::new());
@@ -71,7 +71,7 @@ pub(super) async fn serve(listener: TcpListener, tls: Option<Tls>, router: Route
                 continue;
             }
         };
-        let Some(place) = peers.take(peer.ip()) else {
+        let Some(place) = place(&peers, peer.ip()) else {
             tracing::debug!(%peer, "too many connections of this address");
             continue;
         };
@@ -186,26 +186,10 @@ impl hyper::body::Body for Answering {
     }
 }
 
-/// How many connections each address has.
-#[derive(Debug, Clone, Default)]
-struct Peers(Arc<Mutex<HashMap<IpAddr, usize>>>);
-
-impl Peers {
-    fn held(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A place for a connection. Behind this machine's own addresses may be a proxy, with all clients behind it.
-    fn take(&self, address: IpAddr) -> Option<Place> {
-        let peer = whose(address);
-        let mut held = self.held();
-        let count = held.entry(peer).or_default();
-        if *count >= OF_PEER && !peer.is_loopback() {
-            return None;
-        }
-        *count += 1;
-        Some(Place { peers: self.clone(), peer })
-    }
+/// A place for a connection. Behind this machine's own addresses may be a proxy, with all clients behind it.
+fn place(peers: &Places<IpAddr>, address: IpAddr) -> Option<Place<IpAddr>> {
+    let peer = whose(address);
+    peers.take(peer, if peer.is_loopback() { i64::MAX } else { OF_PEER })
 }
 
 /// What one client has: an IPv4 address, or the 64 bits of an IPv6 network, in which it may choose the rest.
@@ -213,24 +197,6 @@ fn whose(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) if !v6.is_loopback() => Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64).into(),
         address => address,
-    }
-}
-
-/// Left when dropped.
-struct Place {
-    peers: Peers,
-    peer: IpAddr,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut held = self.peers.held();
-        if let Some(count) = held.get_mut(&self.peer) {
-            *count -= 1;
-            if *count == 0 {
-                held.remove(&self.peer);
-            }
-        }
     }
 }
 
@@ -277,9 +243,9 @@ mod tests {
 
     #[test]
     fn one_address_does_not_take_the_places_of_all() {
-        let peers = Peers::default();
-        let take = |address: &str| peers.take(address.parse().unwrap());
-        let all = |address: &str| -> Vec<Place> { (0..OF_PEER).map(|_| take(address).unwrap()).collect() };
+        let peers = Places::default();
+        let take = |address: &str| place(&peers, address.parse().unwrap());
+        let all = |address: &str| -> Vec<Place<IpAddr>> { (0..OF_PEER).map(|_| take(address).unwrap()).collect() };
         let mut held = all("203.0.113.7");
         assert!(take("203.0.113.7").is_none() && take("::ffff:203.0.113.7").is_none() && take("203.0.113.8").is_some());
         held.pop();
@@ -293,7 +259,7 @@ mod tests {
             drop(proxy);
         }
         drop((held, network));
-        assert!(peers.held().is_empty());
+        assert!(peers.counts().is_empty());
     }
 
     /// The client's end of a connection that may be idle for a tenth of a second, and is cut off a second later.

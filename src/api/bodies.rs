@@ -1,8 +1,10 @@
 //! Bodies while they are in memory: how many bytes of them there may be in all, and how long one may take to come.
 
+use std::pin::pin;
 use std::time::Duration;
 
-use axum::extract::multipart::{Field, MultipartError};
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
@@ -68,15 +70,16 @@ async fn within<T>(longest: Duration, reading: impl Future<Output = Result<T, Pr
     timeout(longest, reading).await.unwrap_or(Err(Problem::Slow))
 }
 
-/// What a part of a form holds, at most `most` bytes; `broken` says what it means if it cannot be read.
-pub(super) async fn part(
-    mut field: Field<'_>,
+/// What a body or a part of a form holds, at most `most` bytes; `broken` says what it means if it cannot be read.
+pub(super) async fn whole<E>(
+    pieces: impl Stream<Item = Result<Bytes, E>>,
     held: &mut Held,
     most: usize,
-    broken: fn(MultipartError) -> Problem,
+    broken: impl Fn(E) -> Problem,
 ) -> Result<Vec<u8>, Problem> {
-    let mut bytes = Vec::new();
-    while let Some(piece) = field.chunk().await.map_err(broken)? {
+    let (mut pieces, mut bytes) = (pin!(pieces), Vec::new());
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.map_err(&broken)?;
         if bytes.len() + piece.len() > most {
             return Err(Problem::TooLarge(most));
         }

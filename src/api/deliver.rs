@@ -1,7 +1,6 @@
 //! Telling webhooks, from the outbox: signed, guarded, again after failures.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
@@ -13,6 +12,7 @@ use sha2::Sha256;
 use tokio::sync::watch;
 
 use super::outputs::now;
+use super::places::Places;
 use super::{Server, cog, replicate};
 use crate::failpoint::failpoint;
 use crate::jobs::{Delivery, Event, Job};
@@ -42,51 +42,19 @@ const PAUSES: [Duration; 9] = [
 /// A receiver may ask for a longer pause, but not for more than this.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
-/// How many deliveries of each tenant are under way.
-#[derive(Debug, Clone, Default)]
-struct Places(Arc<Mutex<BTreeMap<String, i64>>>);
-
-impl Places {
-    fn taken(&self) -> MutexGuard<'_, BTreeMap<String, i64>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn take(&self, tenant: &str) -> Place {
-        *self.taken().entry(tenant.to_owned()).or_default() += 1;
-        Place { places: self.clone(), tenant: tenant.to_owned() }
-    }
-}
-
-/// A tenant's place, left when dropped.
-struct Place {
-    places: Places,
-    tenant: String,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut taken = self.places.taken();
-        if let Some(count) = taken.get_mut(&self.tenant) {
-            *count -= 1;
-            if *count == 0 {
-                taken.remove(&self.tenant);
-            }
-        }
-    }
-}
-
 impl Server {
     /// Empties the outbox until `ended`. What is not told by then is told by whoever starts next.
     pub(super) async fn deliver(self: Arc<Self>, ended: watch::Receiver<bool>) {
         let places = Places::default();
         while !*ended.borrow() {
-            let telling = places.taken().clone();
+            let telling = places.counts();
             let free = AT_ONCE - telling.values().sum::<i64>();
             let due = if free > 0 { self.store.due(free, OF_TENANT, &telling).await } else { Ok(Vec::new()) };
             match due {
                 Ok(due) => {
                     for (delivery, job) in due {
-                        let (server, place) = (self.clone(), places.take(&job.tenant));
+                        // The store has seen to how many they are.
+                        let (server, place) = (self.clone(), places.take(job.tenant.clone(), i64::MAX));
                         tokio::spawn(async move {
                             server.tell(&delivery, &job).await;
                             drop(place);

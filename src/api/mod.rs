@@ -14,6 +14,7 @@ mod openai;
 mod openapi;
 mod outputs;
 mod own;
+mod places;
 mod problem;
 mod replicate;
 mod submit;

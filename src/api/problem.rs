@@ -6,12 +6,11 @@ use axum::extract::{FromRequest, Multipart, Request};
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use futures_util::StreamExt;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::MOST_BODY;
-use super::bodies::{Held, in_time};
+use super::bodies::{Held, in_time, whole};
 use crate::bytes::in_words;
 use crate::{blobs, jobs};
 
@@ -265,7 +264,8 @@ impl<S: Send + Sync> FromRequest<S> for Body {
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         let mut held = Held::none();
-        let bytes = in_time(whole(request, &mut held)).await?;
+        let pieces = request.into_body().into_data_stream();
+        let bytes = in_time(whole(pieces, &mut held, MOST_BODY, |_| Problem::Slow)).await?;
         Ok(Self(Bytes::from_owner(Read { bytes, _held: held })))
     }
 }
@@ -280,20 +280,6 @@ impl AsRef<[u8]> for Read {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
     }
-}
-
-async fn whole(request: Request, held: &mut Held) -> Result<Vec<u8>, Problem> {
-    let mut pieces = request.into_body().into_data_stream();
-    let mut bytes = Vec::new();
-    while let Some(piece) = pieces.next().await {
-        let piece = piece.map_err(|_| Problem::Slow)?;
-        if bytes.len() + piece.len() > MOST_BODY {
-            return Err(Problem::TooLarge(MOST_BODY));
-        }
-        held.more(piece.len()).await?;
-        bytes.extend_from_slice(&piece);
-    }
-    Ok(bytes)
 }
 
 /// A form, or that it is none in our words.

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::{Submission, idempotency};
 use crate::api::Server;
 use crate::api::auth::Caller;
-use crate::api::bodies::{Held, part};
+use crate::api::bodies::{self, Held};
 use crate::api::problem::{Invalid, Problem, faulty};
 use crate::api::replicate::{self, Served};
 use crate::api::submit::{Sent, check_order, decoding};
@@ -115,7 +115,7 @@ impl Request {
         let (mut body, mut images, mut mask, mut held) = (Map::new(), Vec::new(), None, Held::none());
         while let Some(field) = form.next_field().await.map_err(broken)? {
             let name = field.name().unwrap_or_default().to_owned();
-            let bytes = part(field, &mut held, MOST_PICTURE, broken).await?;
+            let bytes = bodies::whole(field, &mut held, MOST_PICTURE, broken).await?;
             match name.as_str() {
                 "image" | "image[]" => images.push(bytes),
                 "mask" if mask.is_some() => return Err(invalid("mask", "several were sent, but a picture has one")),

@@ -79,7 +79,7 @@ async fn read(mut multipart: Multipart, held: &mut Held) -> Result<Sent, Problem
         let part = field.name().unwrap_or_default().to_owned();
         let (name, kind) = (field.file_name().map(str::to_owned), field.content_type().map(str::to_owned));
         let most = if part == "content" { MOST_FILE } else { MOST_METADATA };
-        let bytes = bodies::part(field, held, most, broken).await?;
+        let bytes = bodies::whole(field, held, most, broken).await?;
         if part == "content" {
             // Fields of their own know better than the part.
             form.name = form.name.or(name);
