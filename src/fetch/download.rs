@@ -24,10 +24,7 @@ use crate::hex::hex;
 /// A file whose download began, and the ETag that allows to go on. Clones share the right to write it, which ends with the last: whoever
 /// fetches may leave before whoever writes has written.
 #[derive(Debug, Clone)]
-pub(super) struct Partial {
-    pub(super) path: PathBuf,
-    _turn: Arc<Turn>,
-}
+pub(super) struct Partial(Arc<Turn>);
 
 /// The right to download one file. When it ends, what broke off stays if it can be gone on with and the cache has room.
 #[derive(Debug)]
@@ -73,21 +70,26 @@ fn remove(path: &Path) {
 impl Partial {
     /// By whoever holds the lock beside it.
     pub(super) fn locked(path: PathBuf, lock: File, cache: Cache) -> Self {
-        Self { path: path.clone(), _turn: Arc::new(Turn { path, lock, cache }) }
+        Self(Arc::new(Turn { path, lock, cache }))
+    }
+
+    /// No field, of which a closure would take the path and leave the right to it.
+    pub(super) fn path(&self) -> &Path {
+        &self.0.path
     }
 
     /// Puts these settings into the file's header -> its SHA-256 then.
     pub(super) fn join(&self, settings: &[u8]) -> Result<String, Error> {
-        let write = |source| Error::Write { path: self.path.clone(), source };
+        let path = self.path();
         // From here on it is not the source's file, and must not be gone on with.
-        let _ = fs::remove_file(notes(&self.path));
-        let mut file = File::options().read(true).write(true).open(&self.path).map_err(write)?;
-        peft::join(&mut file, settings).map_err(write)?;
-        cache::digest(&self.path).map_err(write)
+        let _ = fs::remove_file(notes(path));
+        let mut file = File::options().read(true).write(true).open(path).map_err(Error::write(path))?;
+        peft::join(&mut file, settings).map_err(Error::write(path))?;
+        cache::digest(path).map_err(Error::write(path))
     }
 
     pub(super) fn remove(&self) {
-        remove(&self.path);
+        remove(self.path());
     }
 }
 
@@ -113,12 +115,12 @@ pub(super) async fn download(
 ) -> Result<Outcome, Error> {
     let mut failures = 0;
     loop {
-        let begun = begun(&partial.path);
+        let begun = begun(partial.path());
         let before = begun.as_ref().map_or(0, |(length, _)| *length);
         match attempt(client, cache, ask, partial, begun, known, progress).await {
             Err(error) if error.is_passing() => {
                 // As long as each attempt brings something, it is worth going on.
-                let came_on = self::begun(&partial.path).is_some_and(|(length, _)| length > before);
+                let came_on = self::begun(partial.path()).is_some_and(|(length, _)| length > before);
                 failures = if came_on { 1 } else { failures + 1 };
                 if failures >= client.limits.attempts {
                     return Err(error);
@@ -188,7 +190,7 @@ async fn attempt(
     cache.reserve(length.unwrap_or(0))?;
 
     let etag = client::header(&response, &ETAG);
-    let notes = notes(&partial.path);
+    let notes = notes(partial.path());
     match etag.as_ref().filter(|etag| !etag.starts_with("W/")) {
         Some(etag) => cache::write_json(&notes, &Begun { etag: etag.clone() })?,
         // Without a strong mark nobody knows whether the rest belongs to the beginning.
@@ -235,7 +237,7 @@ fn range(response: &Response) -> Option<(Option<u64>, Option<u64>)> {
 }
 
 async fn whole(partial: &Partial) -> Result<String, Error> {
-    let writer = Writer::start(partial, fs::metadata(&partial.path).map_err(Error::write(&partial.path))?.len());
+    let writer = Writer::start(partial, fs::metadata(partial.path()).map_err(Error::write(partial.path()))?.len());
     Ok(writer.finish().await?.1)
 }
 
@@ -250,9 +252,9 @@ impl Writer {
     /// Keeps the first `start` bytes of the file.
     pub(super) fn start(partial: &Partial, start: u64) -> Self {
         let (chunks, mut receiver) = mpsc::channel::<Bytes>(16);
-        let (path, to) = (partial.path.clone(), partial.clone());
+        let (path, to) = (partial.path().to_owned(), partial.clone());
         let task = spawn_blocking(move || {
-            let (mut file, mut hasher) = resume(&to.path, start)?;
+            let (mut file, mut hasher) = resume(to.path(), start)?;
             let mut done = start;
             while let Some(chunk) = receiver.blocking_recv() {
                 file.write_all(&chunk)?;

@@ -157,7 +157,7 @@ impl Inner {
             let text = text.clone();
             let bytes = blocking(move || data::decode(&text)).await?;
             let partial = self.lock(key).await?;
-            std::fs::write(&partial.path, &bytes).map_err(Error::write(&partial.path))?;
+            std::fs::write(partial.path(), &bytes).map_err(Error::write(partial.path()))?;
             let mut hasher = Sha256::new();
             hasher.update(&bytes);
             return self.keep(&partial, hex(&hasher.finalize())).await;
@@ -259,11 +259,11 @@ impl Inner {
     async fn keep(&self, partial: &Partial, sha256: String) -> Result<Held, Error> {
         let (cache, arrived) = (self.cache.clone(), partial.clone());
         let held = blocking(move || {
-            let from = arrived.path.clone();
-            let head = cache::head(&from, sniff::HEAD).map_err(Error::write(&from))?;
+            let from = arrived.path();
+            let head = cache::head(from, sniff::HEAD).map_err(Error::write(from))?;
             match sniff::kind(&head) {
-                Kind::Safetensors => cache.promote(&from, &sha256),
-                Kind::Archive => unpack(&cache, &from),
+                Kind::Safetensors => cache.promote(from, &sha256),
+                Kind::Archive => unpack(&cache, from),
                 Kind::WebPage => Err(Error::Foreign("a web page, perhaps to log in")),
                 Kind::Foreign(what) => Err(Error::Foreign(what)),
                 Kind::Unknown => Err(Error::Foreign("an unknown kind of file")),
