@@ -17,17 +17,23 @@ mod tests;
 
 use candle_core::Tensor;
 
-/// q `(b, h, l, e)`, k and v `(b, h, l_kv, e)` -> softmax(scale q kᵀ) v, `(b, h, l, e)`, which lies in memory as `(b, l, h, e)`.
+/// q `(b, h, l, e)`, k and v `(b, h, l_kv, e)` -> softmax(scale q kᵀ) v, `(b, l, h, e)`: `into`, or a new tensor.
 ///
 /// `None` if this is not for cuDNN: other devices, types other than 16-bit ones, heads of widths other than 64 and 128, no library, no
 /// plan; [`cudnn_status`] tells of the last two. Errors if the plan that there is does not run.
 #[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "as with CUDA"))]
-pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> candle_core::Result<Option<Tensor>> {
+pub(crate) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f64,
+    into: Option<&Tensor>,
+) -> candle_core::Result<Option<Tensor>> {
     #[cfg(feature = "cuda")]
-    return card::attention(q, k, v, scale);
+    return card::attention([q, k, v], scale, into);
     #[cfg(not(feature = "cuda"))]
     {
-        let _ = (q, k, v, scale);
+        let _ = (q, k, v, scale, into);
         Ok(None)
     }
 }
@@ -62,7 +68,8 @@ mod card {
 
     use super::backend::{Handle, Library, dotted};
     use super::graph::{Plan, Problem, Target};
-    use crate::launch::{applies, output, with_addresses};
+    use crate::launch::{applies, with_addresses};
+    use crate::ops::attention::destination;
 
     /// The library's names: the whole of it, and the part that is used.
     const FILES: [&str; 2] = ["libcudnn.so.9", "libcudnn_graph.so.9"];
@@ -95,9 +102,12 @@ mod card {
         }
     }
 
-    pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> candle_core::Result<Option<Tensor>> {
+    pub(super) fn attention(inputs: [&Tensor; 3], scale: f64, into: Option<&Tensor>) -> candle_core::Result<Option<Tensor>> {
+        let [q, k, v] = inputs;
         let Device::Cuda(device) = q.device() else { return Ok(None) };
-        let (true, Some(problem), Ok(library)) = (applies(q), Problem::of(q, k, v)?, library()) else { return Ok(None) };
+        let row = into.map(|y| y.stride()[1]);
+        let (true, Some(problem), Ok(library)) = (applies(q), Problem::of(q, k, v, row)?, library()) else { return Ok(None) };
+        let Some(y) = destination(q, into)? else { return Ok(None) };
         let stream = device.cuda_stream();
         // cuDNN takes the card that is current.
         stream.context().bind_to_thread().w()?;
@@ -107,7 +117,7 @@ mod card {
             Some(Card { plans: HashMap::new(), handle, _context: stream.context().clone() })
         });
         let Some(card) = card else { return Ok(None) };
-        card.attention(library, device, &stream, problem, [q, k, v], scale as f32)
+        Ok(card.attention(library, device, &stream, problem, [q, k, v, &y], scale as f32)?.then_some(y))
     }
 
     impl Card {
@@ -117,11 +127,10 @@ mod card {
             device: &CudaDevice,
             stream: &CudaStream,
             problem: Problem,
-            inputs: [&Tensor; 3],
+            tensors: [&Tensor; 4],
             scale: f32,
-        ) -> candle_core::Result<Option<Tensor>> {
+        ) -> candle_core::Result<bool> {
             self.handle.use_stream(stream.cu_stream().cast()).map_err(Error::msg)?;
-            let Problem { b, h, l, e, .. } = problem;
             let plan = match self.plans.entry(problem) {
                 Entry::Occupied(entry) => entry.into_mut(),
                 Entry::Vacant(entry) => {
@@ -136,14 +145,10 @@ mod card {
                     entry.insert(plan)
                 }
             };
-            let Some(plan) = plan else { return Ok(None) };
-            let [q, _, _] = inputs;
-            let y = output((b, l, h, e), q.dtype(), q.device())?;
-
+            let Some(plan) = plan else { return Ok(false) };
             let workspace = workspace(device, plan.workspace)?;
             let working = workspace.as_ref().map(|memory| memory.device_ptr(stream));
-            let [q, k, v] = inputs;
-            with_addresses(device, &[Some(q), Some(k), Some(v), Some(&y)], |at| {
+            with_addresses(device, &tensors.map(Some), |at| {
                 let &[q, k, v, y] = at else { unreachable!("four tensors were given") };
                 let working = working.as_ref().map_or(0, |(at, _)| *at);
                 // SAFETY: the problem is that of the tensors, which are held until the work is in the stream, as is the workspace,
@@ -151,7 +156,7 @@ mod card {
                 #[expect(unsafe_code, reason = "a call of the library")]
                 unsafe { plan.run(&mut self.handle, [q, k, v, y], scale, working) }.map_err(Error::msg)
             })?;
-            Ok(Some(y.transpose(1, 2)?))
+            Ok(true)
         }
     }
 

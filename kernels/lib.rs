@@ -5,6 +5,7 @@
 //! | [`add_gated`] | x + gate * update in one pass | composed candle ops, in tests |
 //! | [`add_gated_then_norm`] | that and the modulated norm of it in one pass | the two, in tests |
 //! | [`attention`] | softmax(scale q kᵀ + bias) v in chunks of queries | the same in one piece, in tests |
+//! | [`attention_beside`], [`linear_beside`] | \[attention, gelu\], each written where the next layer reads it | [`attention`], [`linear`], [`gelu_beside`] |
 //! | [`convolve`] | convolution, with doubling before it and a residual after it | candle's `conv2d`, in tests |
 //! | [`gelu`] | the tanh form | candle's, in tests |
 //! | [`gelu_beside`] | \[attended, gelu\] without a concatenation | composed candle ops, in tests |
@@ -50,6 +51,7 @@ pub use launch::{fused, launches, use_fused};
 pub use memory::zeros;
 pub use ops::activation::{gelu, gelu_beside, gelu_beside_fp8};
 pub use ops::attention::{Attention, SCORES_BYTES, attention, attention_in_chunks, choose_attention, chosen_attention};
+pub use ops::beside::{Beside, attention_beside, attention_beside_fp8, linear_beside, places_beside};
 pub use ops::blocks::{linear_blocks, visit_blocks, widen_blocks};
 pub use ops::convolve::{Window, convolve};
 pub use ops::fp8::{Fp8Rows, linear_fp8, quantise_fp8, widen_fp8};

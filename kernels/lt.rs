@@ -43,16 +43,43 @@ static LIBRARIES: Mutex<Option<HashMap<usize, Library>>> = Mutex::new(None);
 /// x `(n, input)`, weight `(output, input)`, bias `(output)` -> `x Wᵀ + b`, through GELU if asked, `(n, output)`. `None` if this is
 /// not for cuBLASLt: other devices, types other than 16-bit ones, sizes that are not multiples of eight.
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, gelu: bool) -> Result<Option<Tensor>> {
+    let Some(device) = fit(x, weight, bias)? else { return Ok(None) };
+    let y = output((x.dim(0)?, weight.dim(0)?), x.dtype(), x.device())?;
+    run(device, &Product { x, weight, scales: None, bias, gelu, y: &y }).map(|done| done.then_some(y))
+}
+
+/// As [`linear`] -> its first columns `(n, first)`, and GELU of the others `(n, m)` in the right part of rows `(n, room + m)`.
+pub(crate) fn linear_beside(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    first: usize,
+    room: usize,
+) -> Result<Option<(Tensor, Tensor)>> {
+    let Some(device) = fit(x, weight, bias)? else { return Ok(None) };
+    let (n, m) = (x.dim(0)?, weight.dim(0)? - first);
+    if !(first.is_multiple_of(8) && room.is_multiple_of(8)) {
+        return Ok(None);
+    }
+    let [y, rows] = [first, room + m].map(|width| output((n, width), x.dtype(), x.device()));
+    let (y, rows) = (y?, rows?);
+    let part = |from, length, gelu, y: &Tensor| {
+        let bias = bias.map(|bias| bias.narrow(0, from, length)).transpose()?;
+        run(device, &Product { x, weight: &weight.narrow(0, from, length)?, scales: None, bias: bias.as_ref(), gelu, y })
+    };
+    let done = part(first, m, true, &rows.narrow(1, room, m)?)? && part(0, first, false, &y)?;
+    Ok(done.then_some((y, rows)))
+}
+
+/// The card, if these are for the library.
+fn fit<'a>(x: &'a Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Option<&'a CudaDevice>> {
     let Device::Cuda(device) = x.device() else { return Ok(None) };
     let dtype = x.dtype();
     let fits = |m: &Tensor| m.dtype() == dtype && in_eights(m) && m.elem_count() > 0;
     let bias_fits = bias.is_none_or(|bias| bias.dtype() == dtype && bias.is_contiguous() && in_eights(bias));
     let sixteen = matches!(dtype, DType::F16 | DType::BF16);
-    if !(applies(x) && sixteen && fits(x) && fits(weight) && bias_fits && weight.dim(0)?.is_multiple_of(8)) {
-        return Ok(None);
-    }
-    let y = output((x.dim(0)?, weight.dim(0)?), dtype, x.device())?;
-    run(device, &Product { x, weight, scales: None, bias, gelu, y: &y }).map(|done| done.then_some(y))
+    let all = applies(x) && sixteen && fits(x) && fits(weight) && bias_fits && weight.dim(0)?.is_multiple_of(8);
+    Ok(all.then_some(device))
 }
 
 /// x `(n, input)` and weight `(output, input)` -> as [`linear`], in `dtype`. `None` also where the card has no units for it.
@@ -95,6 +122,7 @@ struct Product<'a> {
     scales: Option<[&'a Tensor; 2]>,
     bias: Option<&'a Tensor>,
     gelu: bool,
+    /// May be columns of longer rows.
     y: &'a Tensor,
 }
 
@@ -142,7 +170,7 @@ impl Library {
             (Some(_), true) => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU_BIAS,
         };
         let scaled = if scales.is_some() { "-scaled" } else { "" };
-        let kind = format!("{:?}-{:?}-{epilogue:?}-{}{scaled}", x.dtype(), y.dtype(), x.stride()[0]);
+        let kind = format!("{:?}-{:?}-{epilogue:?}-{}-{}{scaled}", x.dtype(), y.dtype(), x.stride()[0], y.stride()[0]);
         let shape = Shape { n, output: outputs, input, kind };
         if self.without.contains(&shape) {
             return Ok(false);
@@ -175,7 +203,7 @@ impl Library {
         };
         let a = Layout::new(matrix(weight), shape.input, shape.output, weight.stride()[0])?;
         let b = Layout::new(matrix(x), shape.input, shape.n, x.stride()[0])?;
-        let c = Layout::new(matrix(y), shape.output, shape.n, shape.output)?;
+        let c = Layout::new(matrix(y), shape.output, shape.n, y.stride()[0])?;
         let description = Description::new(epilogue, bias_at)?;
         if x.dtype() == DType::F8E4M3 {
             description.sum_fast()?;

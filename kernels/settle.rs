@@ -70,7 +70,7 @@ fn faster([heads, tokens, width]: [usize; 3], dtype: DType, device: &Device) -> 
     let random = |tokens: usize| Tensor::randn(0f32, 1., (1, heads, tokens, width), device)?.to_dtype(dtype);
     let own = |[q, k, v]: &[Tensor; 3]| attention(q, k, v, scale, None);
     // What does not run here is not an answer, whatever the reason.
-    let theirs = |[q, k, v]: &[Tensor; 3]| cudnn::attention(q, k, v, scale).map_err(|error| error.to_string());
+    let theirs = |[q, k, v]: &[Tensor; 3]| cudnn::attention(q, k, v, scale, None).map_err(|error| error.to_string());
     let (mut whole, status) = (None, cudnn::cudnn_status);
     for tokens in [tokens, tokens.saturating_sub(LESS).max(1)] {
         let inputs = [random(tokens)?, random(tokens)?, random(tokens)?];

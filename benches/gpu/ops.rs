@@ -5,8 +5,9 @@ use std::time::Instant;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
-    Addend, After, Attention, Delta, Projection, Window, add_gated_then_norm, attention, choose_attention, convolve, gelu_beside,
-    group_norm, joint_heads, linear, linear_fp8, linear_gelu, merge, modulated_norm, quantise_fp8, widen_blocks,
+    Addend, After, Attention, Beside, Delta, Heads, Projection, Window, add_gated_then_norm, attention, attention_beside,
+    choose_attention, convolve, gelu_beside, group_norm, joint_heads, linear, linear_beside, linear_fp8, linear_gelu, merge,
+    modulated_norm, quantise_fp8, widen_blocks,
 };
 use serde_json::{Value, json};
 
@@ -69,6 +70,7 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
     // Both are timed here, whichever the steps used.
     choose_attention(Attention::Own);
     let mut cases = blocks(&on)?;
+    cases.extend(single_blocks(&on)?);
     cases.extend(products(&on)?);
     cases.extend(convolutions(&on)?);
     cases.extend(loras(&on)?);
@@ -134,6 +136,31 @@ fn blocks(on: &Setting) -> Result<Vec<Case>> {
         }));
     }
     Ok(cases)
+}
+
+/// A single block from its first product to what its second one reads, with kernels of ours in two ways: GELU and attention where that
+/// is read, and in a pass of their own.
+fn single_blocks(on: &Setting) -> Result<Vec<Case>> {
+    let &Setting { dtype, l, d, heads, e, mlp, .. } = on;
+    let (x, w) = (on.random(&[l, d], dtype)?, on.small(&[3 * d + mlp, d], dtype)?);
+    let bias = on.small(&[3 * d + mlp], dtype)?;
+    let head = || on.random(&[1, heads, l, e], dtype);
+    let heads = Heads { q: head()?, k: head()?, v: head()? };
+    let bytes = (l * (9 * d + mlp) + (3 * d + mlp) * d) as f64 * on.value();
+    let flops = (2 * l * (3 * d + mlp) * d + 4 * l * l * d) as f64;
+    let ways = [("in place", true), ("GELU beside it", false)];
+    Ok(ways
+        .map(|(name, in_place)| {
+            let (x, w, bias, heads) = (x.clone(), w.clone(), bias.clone(), heads.clone());
+            Case::new(format!("single linear1, attention, {name}"), bytes, flops, move || {
+                let right = match in_place && kernels::places_beside(&x) {
+                    true => linear_beside(&x, &w, Some(&bias), 3 * d, d)?.1.reshape(&[1, l])?,
+                    false => Beside::open(&linear(&x, &w, Some(&bias))?.unsqueeze(0)?, 3 * d)?.1,
+                };
+                attention_beside(&heads, &right)
+            })
+        })
+        .into())
 }
 
 /// Products with the matrices of both kinds of block.

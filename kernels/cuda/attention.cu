@@ -8,9 +8,10 @@
 
 struct AttentionArguments {
     const void *q, *k, *v; // (b, h, l, e), (b, h, l_kv, e) twice; values of a head side by side
-    void *y;               // (b, l, h, e)
+    void *y;               // (b, l, h, e), whose heads lie side by side
     // In values: from one item, head and token to the next.
     uint64_t q_item, q_head, q_token, k_item, k_head, k_token, v_item, v_head, v_token;
+    uint64_t y_item, y_token;
     uint32_t h, l, l_kv;
     float scale; // of the scores, times log2(e)
 };
@@ -142,7 +143,7 @@ template <typename T, int E> __device__ __forceinline__ void attention(const Att
             for (int apart = 1; apart < 4; apart *= 2) total[half][r] += __shfl_xor_sync(0xffffffffu, total[half][r], apart);
             uint32_t token = first + 32 * warp + 16 * half + lane / 4 + 8 * r;
             if (token >= a.l) continue;
-            T *to = (T *)a.y + (((uint64_t)item * a.l + token) * a.h + head) * E + 2 * (lane % 4);
+            T *to = (T *)a.y + item * a.y_item + token * a.y_token + head * E + 2 * (lane % 4);
             float factor = 1.0f / total[half][r];
 #pragma unroll
             for (int j = 0; j < E / 8; j++) {

@@ -16,6 +16,8 @@ pub(super) struct Problem {
     pub(super) e: usize,
     /// Of q, k and v: from one item, head and token to the next, in values.
     pub(super) strides: [[usize; 3]; 3],
+    /// Of the result, whose heads lie side by side: from one token to the next.
+    pub(super) row: usize,
     /// `bf16` or `f16`.
     pub(super) bf16: bool,
 }
@@ -143,10 +145,10 @@ impl Operations {
         Ok(())
     }
 
-    /// The result, whose heads lie side by side: in memory it is `(b, l, h, e)`.
+    /// The result: in memory it is `(b, l, h, e)`, in rows that may be longer.
     fn y(&self, problem: &Problem) -> Result<Descriptor, String> {
-        let &Problem { b, h, l, e, .. } = problem;
-        self.tensor(Y, problem.values(), [b, h, l, e], [l * h * e, e, h * e, 1], Place::Memory)
+        let &Problem { b, h, l, e, row, .. } = problem;
+        self.tensor(Y, problem.values(), [b, h, l, e], [l * row, e, row, 1], Place::Memory)
     }
 
     fn scale(&self) -> Result<Descriptor, String> {
@@ -216,8 +218,8 @@ impl Operations {
 
 impl Problem {
     /// The problem of these tensors, as [`crate::attention`] takes them; `None` if it is not for cuDNN: other types than 16-bit ones,
-    /// heads of other widths than 64 and 128, values that do not lie in eights.
-    pub(super) fn of(q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Option<Self>> {
+    /// heads of other widths than 64 and 128, values that do not lie in eights. Its result has rows of `h e` values, or so many.
+    pub(super) fn of(q: &Tensor, k: &Tensor, v: &Tensor, row: Option<usize>) -> candle_core::Result<Option<Self>> {
         let ((b, h, l, e), (_, _, l_kv, _), dtype) = (q.dims4()?, k.dims4()?, q.dtype());
         let shaped = k.dims() == [b, h, l_kv, e] && v.dims() == k.dims() && b * h * l * l_kv > 0;
         // A view that repeats values has strides of 0.
@@ -235,7 +237,7 @@ impl Problem {
             item = if b == 1 { (heads * head).max(tokens * token) } else { item };
             [item, head, token]
         });
-        Ok(Some(Self { b, h, l, l_kv, e, strides, bf16: dtype == DType::BF16 }))
+        Ok(Some(Self { b, h, l, l_kv, e, strides, row: row.unwrap_or(h * e), bf16: dtype == DType::BF16 }))
     }
 
     fn values(&self) -> i32 {

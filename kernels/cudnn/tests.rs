@@ -42,10 +42,10 @@ fn compiles() -> bool {
 fn problems() -> Vec<Problem> {
     let packed = |b, h, l, l_kv, e, bf16| {
         let of = |l: usize| [h * l * e, l * e, e];
-        Problem { b, h, l, l_kv, e, strides: [of(l), of(l_kv), of(l_kv)], bf16 }
+        Problem { b, h, l, l_kv, e, strides: [of(l), of(l_kv), of(l_kv)], row: h * e, bf16 }
     };
     let row = 3 * 3072 + 12288;
-    let views = Problem { strides: [[4608 * row, 128, row]; 3], ..packed(1, 24, 4608, 4608, 128, true) };
+    let views = Problem { strides: [[4608 * row, 128, row]; 3], row: 3072 + 12288, ..packed(1, 24, 4608, 4608, 128, true) };
     vec![packed(1, 24, 4608, 4608, 128, true), views, packed(2, 3, 77, 129, 64, false), packed(1, 1, 1, 1, 64, true)]
 }
 
@@ -101,11 +101,11 @@ fn cudnn_has_plans_for_hopper() {
 fn problems_of_tensors() {
     let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &Device::Cpu).unwrap();
     let bf16 = |shape: &[usize]| zeros(shape, DType::BF16);
-    let of = |q: &Tensor, k: &Tensor| Problem::of(q, k, k).unwrap();
+    let of = |q: &Tensor, k: &Tensor| Problem::of(q, k, k, None).unwrap();
 
     let (q, k) = (bf16(&[2, 3, 5, 64]), bf16(&[2, 3, 7, 64]));
     let strides = [[960, 320, 64], [1344, 448, 64], [1344, 448, 64]];
-    assert_eq!(of(&q, &k), Some(Problem { b: 2, h: 3, l: 5, l_kv: 7, e: 64, strides, bf16: true }));
+    assert_eq!(of(&q, &k), Some(Problem { b: 2, h: 3, l: 5, l_kv: 7, e: 64, strides, row: 192, bf16: true }));
     // Heads side by side, as parts of a wider row.
     let row = bf16(&[1, 5, 3 * 128]);
     let part = |i: usize| row.narrow(2, i * 128, 128).unwrap().reshape((1, 5, 2, 64)).unwrap().transpose(1, 2).unwrap();

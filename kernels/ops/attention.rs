@@ -37,17 +37,37 @@ pub const SCORES_BYTES: usize = 256 << 20;
 /// `scale` multiplies the scores. Scores and softmax are f32 whatever the dtype of q is (but scores are rounded to it on Metal); on the
 /// CPU, which gains nothing from 16-bit products, so is the second product. Errors if the shapes do not fit.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
-    if bias.is_none() {
-        if chosen_attention() == Some(Attention::Cudnn)
-            && let Some(y) = cudnn::attention(q, k, v, scale)?
-        {
-            return Ok(y);
-        }
-        if let Some(y) = by_kernel(q, k, v, scale)? {
-            return Ok(y);
-        }
+    if bias.is_none()
+        && let Some(y) = fused(q, k, v, scale, None)?
+    {
+        // Heads lie side by side, so that joining them costs nothing.
+        return y.transpose(1, 2);
     }
     attention_in_chunks(q, k, v, scale, bias, SCORES_BYTES)
+}
+
+/// [`attention`] without a bias into y `(b, l, h, e)`, which may be a view whose heads lie side by side; `false` if no kernel does it.
+pub(super) fn attention_into(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, y: &Tensor) -> Result<bool> {
+    Ok(fused(q, k, v, scale, Some(y))?.is_some())
+}
+
+/// Attention by one kernel -> `into` or, without it, a new tensor, `(b, l, h, e)`; `None` if there is none for it.
+fn fused(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, into: Option<&Tensor>) -> Result<Option<Tensor>> {
+    if chosen_attention() == Some(Attention::Cudnn)
+        && let Some(y) = cudnn::attention(q, k, v, scale, into)?
+    {
+        return Ok(Some(y));
+    }
+    by_kernel(q, k, v, scale, into)
+}
+
+/// Where a fused attention writes: `into`, if a kernel can, or a new tensor.
+pub(crate) fn destination(q: &Tensor, into: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let (b, h, l, e) = q.dims4()?;
+    Ok(match into {
+        None => Some(output((b, l, h, e), q.dtype(), q.device())?),
+        Some(y) => (y.dims() == [b, l, h, e] && y.dtype() == q.dtype() && in_eights(y) && y.stride()[2] == e).then(|| y.clone()),
+    })
 }
 
 /// [`attention`] by candle's operations, with scores of no more than so many bytes at once if that holds a row.
@@ -102,6 +122,8 @@ struct Arguments {
     y: Pointer,
     /// Of q, k and v: from one item, head and token to the next.
     strides: [[u64; 3]; 3],
+    /// Of y: from one item and token to the next.
+    y_strides: [u64; 2],
     h: u32,
     l: u32,
     l_kv: u32,
@@ -113,9 +135,8 @@ const QUERIES: usize = 128;
 const THREADS: usize = 128;
 const KEYS: usize = 64;
 
-/// Attention by our kernel: 16-bit values, heads of 16, 32, 64 or 128 channels; `None` if it does not apply. The result's memory lies
-/// as `(b, l, h, e)`, so that joining the heads costs nothing.
-fn by_kernel(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Option<Tensor>> {
+/// [`fused`] by our kernel: 16-bit values, heads of 16, 32, 64 or 128 channels.
+fn by_kernel(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, into: Option<&Tensor>) -> Result<Option<Tensor>> {
     let ((b, h, l, e), (_, _, l_kv, _), dtype) = (q.dims4()?, k.dims4()?, q.dtype());
     let kernel = match e {
         16 => "attention_16",
@@ -129,7 +150,8 @@ fn by_kernel(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Option<Te
     if !(applies(q) && matches!(dtype, DType::F16 | DType::BF16) && shaped && fits(q) && fits(k) && fits(v)) {
         return Ok(None);
     }
-    let y = output((b, l, h, e), dtype, q.device())?;
+    let Some(y) = destination(q, into)? else { return Ok(None) };
+    let y_strides = [y.stride()[0] as u64, y.stride()[1] as u64];
     let strides = [q, k, v].map(|x| [x.stride()[0] as u64, x.stride()[1] as u64, x.stride()[2] as u64]);
     launch([q, k, v], [&y], |[q, k, v], [y]| Launch {
         kernel,
@@ -143,11 +165,12 @@ fn by_kernel(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Option<Te
             v,
             y,
             strides,
+            y_strides,
             h: h as u32,
             l: l as u32,
             l_kv: l_kv as u32,
             scale: (scale * std::f64::consts::LOG2_E) as f32,
         },
     })?;
-    Ok(Some(y.transpose(1, 2)?))
+    Ok(Some(y))
 }

@@ -3,6 +3,7 @@
 use candle_core::{D, DType, IndexOp, Result, Tensor, bail};
 use rayon::prelude::*;
 
+use super::attention::attention;
 use super::norm::{rms_norm, root_mean_square};
 use super::{cpu, rotary::rotate};
 use crate::launch::{Launch, Pointer, applies, launch, output, suffix};
@@ -24,6 +25,18 @@ pub struct Heads {
     pub q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
+}
+
+impl Heads {
+    /// [`attention`] of these tokens -> `(b, l, h e)`.
+    pub fn attend(&self) -> Result<Tensor> {
+        attention(&self.q, &self.k, &self.v, self.scale()?, None)?.transpose(1, 2)?.flatten_from(2)
+    }
+
+    /// Of the scores: 1 / √e.
+    pub(super) fn scale(&self) -> Result<f64> {
+        Ok(1. / (self.q.dim(D::Minus1)? as f64).sqrt())
+    }
 }
 
 /// Splits every stream's projection into heads, normalises (root mean square, `eps`) and rotates q and k, and puts the streams'

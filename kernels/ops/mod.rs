@@ -1,5 +1,6 @@
 pub(crate) mod activation;
 pub(crate) mod attention;
+pub(crate) mod beside;
 pub(crate) mod blocks;
 pub(crate) mod convolve;
 mod cpu;

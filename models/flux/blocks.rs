@@ -63,11 +63,9 @@ impl HeadNorms {
     }
 }
 
-/// Attention over the tokens of all streams -> `(b, l, d)`.
-fn attend(streams: &[Projection<'_>], heads: usize, rope: &Rope) -> Result<Tensor> {
-    let Heads { q, k, v } = kernels::joint_heads(streams, heads, &rope.cos, &rope.sin, EPS)?; // (b, h, l, e)
-    let scale = 1. / (q.dim(D::Minus1)? as f64).sqrt();
-    nn::attention(&q, &k, &v, scale, None)?.transpose(1, 2)?.flatten_from(2)
+/// q, k and v of the tokens of all streams, each `(b, h, l, e)`.
+fn heads_of(streams: &[Projection<'_>], heads: usize, rope: &Rope) -> Result<Heads> {
+    kernels::joint_heads(streams, heads, &rope.cos, &rope.sin, EPS)
 }
 
 /// The layers that one stream (image or text) owns inside a double block.
@@ -128,7 +126,7 @@ impl DoubleBlock {
         let txt_qkv = self.txt.qkv.forward(txt_mods[0].apply(txt, &self.txt.qkv)?)?;
 
         let streams = [self.txt.head_norms.of(&txt_qkv)?, self.img.head_norms.of(&img_qkv)?];
-        let attended = attend(&streams, self.heads, rope)?; // (b, l_txt + l_img, d)
+        let attended = heads_of(&streams, self.heads, rope)?.attend()?; // (b, l_txt + l_img, d)
         let (l_txt, l_img) = (txt.dim(1)?, img.dim(1)?);
 
         let img = self.img.finish(img, &attended.narrow(1, l_txt, l_img)?, &img_mods)?;
@@ -146,7 +144,6 @@ pub struct SingleBlock {
     linear2: Linear,
     heads: usize,
     hidden: usize,
-    mlp: usize,
 }
 
 impl SingleBlock {
@@ -159,7 +156,6 @@ impl SingleBlock {
             linear2: source.linear("linear2", d, d + mlp)?,
             heads: config.heads,
             hidden: d,
-            mlp,
         })
     }
 
@@ -171,12 +167,11 @@ impl SingleBlock {
     /// x `(b, l, d)`, modulation `(b, 3 d)` -> x of the same shape.
     pub fn forward(&self, x: &Tensor, modulation: &Tensor, rope: &Rope) -> Result<Tensor> {
         let [modulation] = Modulation::split(modulation)?;
-        let y = self.linear1.forward(modulation.apply(x, &self.linear1)?)?; // (b, l, 3 d + mlp)
-        let qkv = y.narrow(D::Minus1, 0, 3 * self.hidden)?;
-        let mlp = y.narrow(D::Minus1, 3 * self.hidden, self.mlp)?;
+        let y = modulation.apply(x, &self.linear1)?;
+        let (qkv, mlp) = nn::linear_beside(y, &self.linear1, 3 * self.hidden, self.hidden, &self.linear2)?; // (b, l, 3 d)
 
-        let attended = attend(&[self.head_norms.of(&qkv)?], self.heads, rope)?;
-        let both = nn::gelu_beside(&attended, &mlp, &self.linear2)?;
+        let heads = heads_of(&[self.head_norms.of(&qkv)?], self.heads, rope)?;
+        let both = nn::attention_beside(&heads, &mlp, &self.linear2)?; // (b, l, d + mlp)
         modulation.add_gated(x, &self.linear2.forward(both)?)
     }
 }

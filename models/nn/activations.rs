@@ -1,7 +1,7 @@
 //! What layers are given: as values, or as e4m3 for those that multiply in it, made in the pass that computes them.
 
 use candle_core::{D, DType, Result, Tensor};
-use kernels::Fp8Rows;
+use kernels::{Beside, Fp8Rows, Heads};
 
 use super::Linear;
 
@@ -33,11 +33,21 @@ pub fn add_gated_then_norm(
     })
 }
 
-/// `[attended, gelu(x)]` `(b, l, d + m)` for the layer `to`: attended `(b, l, d)`, x `(b, l, m)`.
-pub fn gelu_beside(attended: &Tensor, x: &Tensor, to: &Linear) -> Result<Activations> {
+/// x `(b, l, d)` through the layer `by` -> its first columns `(b, l, first)`, and what GELU of the others becomes for the layer `to`
+/// beside `room` columns of [`attention_beside`].
+pub fn linear_beside(x: Activations, by: &Linear, first: usize, room: usize, to: &Linear) -> Result<(Tensor, Beside)> {
+    match to.takes_fp8()? {
+        // Which are made of whole rows.
+        true => Beside::open(&by.forward(x)?, first),
+        false => by.forward_beside(x, first, room),
+    }
+}
+
+/// `[attention, gelu(x)]` `(b, l, d + m)` of these heads and what [`linear_beside`] gave for the layer `to`.
+pub fn attention_beside(heads: &Heads, right: &Beside, to: &Linear) -> Result<Activations> {
     Ok(match to.takes_fp8()? {
-        true => Activations::Fp8(kernels::gelu_beside_fp8(attended, x)?, x.dtype()),
-        false => Activations::Values(kernels::gelu_beside(attended, x)?),
+        true => Activations::Fp8(kernels::attention_beside_fp8(heads, right)?, heads.q.dtype()),
+        false => Activations::Values(kernels::attention_beside(heads, right)?),
     })
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
-use kernels::{Addend, Delta, Fp8Rows};
+use kernels::{Addend, Beside, Delta, Fp8Rows};
 
 use super::{Activations, Parameter};
 
@@ -151,6 +151,18 @@ impl Weight {
     }
 }
 
+/// What becomes of a layer's product.
+#[derive(Debug, Clone, Copy)]
+enum After {
+    Nothing,
+    Gelu,
+    /// Its first columns stay, and the others go through GELU beside `room` columns.
+    Beside {
+        first: usize,
+        room: usize,
+    },
+}
+
 /// `y = x Wᵀ + b`, and what a LoRA adds to it.
 #[derive(Debug, Clone)]
 pub struct Linear {
@@ -169,12 +181,20 @@ impl Linear {
     /// fp8 and GGUF matrices are widened before the product, if they are not for products in e4m3: FLUX multiplies hundreds of tokens at
     /// once, so widening costs little next to the product and the activations keep their precision.
     pub fn forward(&self, x: impl Into<Activations>) -> Result<Tensor> {
-        self.apply(x.into(), false)
+        Ok(self.apply(x.into(), After::Nothing)?.0)
     }
 
     /// [`Self::forward`], then GELU (tanh form).
     pub fn forward_gelu(&self, x: impl Into<Activations>) -> Result<Tensor> {
-        self.apply(x.into(), true)
+        Ok(self.apply(x.into(), After::Gelu)?.0)
+    }
+
+    /// [`Self::forward`]'s first columns, and the others through GELU beside `room` columns, see [`kernels::linear_beside`].
+    pub(super) fn forward_beside(&self, x: impl Into<Activations>, first: usize, room: usize) -> Result<(Tensor, Beside)> {
+        match self.apply(x.into(), After::Beside { first, room })? {
+            (y, Some(right)) => Ok((y, right)),
+            (y, None) => Beside::open(&y, first),
+        }
     }
 
     /// Whether it multiplies in e4m3 and nothing else: what comes before it may then give it that.
@@ -183,7 +203,8 @@ impl Linear {
         Ok(branch.is_empty() && matches!(weight, Weight::Fp8 { scale: Some(_), products: true, .. }))
     }
 
-    fn apply(&self, x: Activations, gelu: bool) -> Result<Tensor> {
+    /// All outputs; or the first ones and what stands beside others, if the product makes that.
+    fn apply(&self, x: Activations, after: After) -> Result<(Tensor, Option<Beside>)> {
         let (weight, addends) = self.weight.current()?;
         let bias = self.bias.as_ref().map(Parameter::tensor).transpose()?;
         let mut shape = x.tensor().dims().to_vec();
@@ -193,15 +214,32 @@ impl Linear {
         // What stands beside the weight is added to it while it is widened for this product, or else has a product of its own.
         let (taken, branch) = addends.split_at(if weight.takes(&addends, dtype, device) { addends.len() } else { 0 });
         // What a branch adds comes before GELU.
+        let gelu = matches!(after, After::Gelu);
         let in_product = gelu && branch.is_empty();
-        let mut y = weight.visit(device, dtype, taken, |weight| match weight {
-            Weight::Fp8 { data, scale: Some(scale), products: true } => {
-                let weight = Fp8Rows { data: data.clone(), scale: scale.clone() };
-                kernels::linear_fp8(&x.fp8()?, &weight, bias.as_ref(), in_product, dtype)
-            }
-            Weight::Quantised(blocks) => kernels::linear_blocks(&x.values()?, blocks, taken, bias.as_ref(), in_product),
-            weight if in_product => kernels::linear_gelu(&x.values()?, &weight.widened(dtype, taken)?, bias.as_ref()),
-            weight => kernels::linear(&x.values()?, &weight.widened(dtype, taken)?, bias.as_ref()),
+        let beside = match after {
+            After::Beside { first, room } if branch.is_empty() && kernels::places_beside(x.tensor()) => Some((first, room)),
+            _ => None,
+        };
+        let (mut y, right) = weight.visit(device, dtype, taken, |weight| {
+            let y = match (weight, beside) {
+                (Weight::Fp8 { data, scale: Some(scale), products: true }, _) => {
+                    let weight = Fp8Rows { data: data.clone(), scale: scale.clone() };
+                    kernels::linear_fp8(&x.fp8()?, &weight, bias.as_ref(), in_product, dtype)?
+                }
+                (weight, Some((first, room))) => {
+                    let weight = weight.widened(dtype, taken)?;
+                    let (y, right) = kernels::linear_beside(&x.values()?, &weight, bias.as_ref(), first, room)?;
+                    return Ok((y, Some(right)));
+                }
+                (Weight::Quantised(blocks), None) => {
+                    kernels::linear_blocks(&x.values()?, blocks, taken, bias.as_ref(), in_product)?
+                }
+                (weight, None) if in_product => {
+                    kernels::linear_gelu(&x.values()?, &weight.widened(dtype, taken)?, bias.as_ref())?
+                }
+                (weight, None) => kernels::linear(&x.values()?, &weight.widened(dtype, taken)?, bias.as_ref())?,
+            };
+            Ok((y, None))
         })?;
         for addend in branch.iter() {
             y = add_branch(y, &x.values()?, addend)?;
@@ -209,10 +247,10 @@ impl Linear {
         if gelu && !branch.is_empty() {
             y = kernels::gelu(&y)?;
         }
-        if let Some(last) = shape.last_mut() {
-            *last = y.dim(1)?;
-        }
-        y.reshape(shape)
+        shape.pop();
+        let right = right.map(|right| right.reshape(&shape)).transpose()?;
+        shape.push(y.dim(1)?);
+        Ok((y.reshape(shape)?, right))
     }
 }
 

@@ -7,7 +7,7 @@ mod linear;
 mod norm;
 mod parameter;
 
-pub use activations::{Activations, add_gated_then_norm, gelu_beside, modulated_norm};
+pub use activations::{Activations, add_gated_then_norm, attention_beside, linear_beside, modulated_norm};
 pub use embedding::Embedding;
 pub use kernels::attention;
 pub use linear::{Linear, Mapped, Weight};

@@ -7,9 +7,9 @@ mod weights;
 
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
-    Addend, After, Delta, Fp8Rows, Projection, Window, add_gated, add_gated_then_norm, add_gated_then_norm_fp8, attention,
-    convolve, emulated, gelu, gelu_beside, gelu_beside_fp8, group_norm, joined, joint_heads, launches, linear, linear_gelu,
-    merge, modulated_norm, modulated_norm_fp8, quantise_fp8, rms_norm,
+    Addend, After, Beside, Delta, Fp8Rows, Heads, Projection, Window, add_gated, add_gated_then_norm, add_gated_then_norm_fp8,
+    attention, attention_beside, convolve, emulated, gelu, gelu_beside, gelu_beside_fp8, group_norm, joined, joint_heads,
+    launches, linear, linear_gelu, merge, modulated_norm, modulated_norm_fp8, quantise_fp8, rms_norm,
 };
 
 fn random(shape: &[usize]) -> Tensor {
@@ -230,6 +230,29 @@ fn attention_of_all_widths() {
                 println!("attention {e} {dtype:?} on {place:?}: {error:.2e}");
                 assert!(error < bound, "{l} {l_kv} {e} {dtype:?} on {place:?}: {error:e}");
                 assert!(got.transpose(1, 2).unwrap().is_contiguous(), "heads lie side by side");
+            }
+        }
+    }
+}
+
+/// Attention into the left part of rows whose right part is there: what it is by itself, and the right part stays.
+#[test]
+fn attention_beside_what_is_there() {
+    for (b, h, l, e, m) in [(1, 1, 1, 16, 16), (2, 3, 37, 32, 96), (1, 2, 130, 128, 1024), (1, 2, 9, 64, 40)] {
+        for dtype in HALF {
+            let of = |shape: &[usize]| random(shape).to_dtype(dtype).unwrap();
+            let [q, k, v] = [(); 3].map(|()| of(&[b, h, l, e]));
+            let rows = of(&[b, l, h * e + m]);
+            for (place, run) in places() {
+                let at = |x: &Tensor| x.copy().unwrap().to_device(&place).unwrap();
+                let heads = Heads { q: at(&q), k: at(&k), v: at(&v) };
+                let before = launches();
+                let got = to_f32(&run(&|| attention_beside(&heads, &Beside::Placed(at(&rows))).unwrap()));
+                assert_eq!(launches() - before, 1);
+                let alone = to_f32(&run(&|| heads.attend().unwrap()));
+                let part = |x: &Tensor, from, length| x.narrow(2, from, length).unwrap();
+                assert_eq!(relative(&part(&got, 0, h * e), &alone), 0., "{dtype:?} on {place:?}");
+                assert_eq!(relative(&part(&got, h * e, m), &part(&to_f32(&rows), h * e, m)), 0., "{dtype:?} on {place:?}");
             }
         }
     }
