@@ -1,14 +1,18 @@
-//! Attention through cuDNN, whose library is opened when it is first asked for: nothing is linked, and without it nothing is lost.
+//! Attention and convolution through cuDNN, whose library is opened when it is first asked for: nothing is linked, and without it nothing is lost.
 //!
 //! It wants `libcudnn.so.9` and, as it compiles its kernels when it makes a plan, NVRTC of the same CUDA, where the dynamic linker finds
 //! them.
 
 // Without a card, tests look at what can be looked at.
 #[cfg(any(feature = "cuda", test))]
+mod attention;
+#[cfg(any(feature = "cuda", test))]
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only cards run plans"))]
 mod backend;
 #[cfg(any(feature = "cuda", test))]
 mod codes;
+#[cfg(any(feature = "cuda", test))]
+mod convolution;
 #[cfg(any(feature = "cuda", test))]
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only cards run plans"))]
 mod graph;
@@ -16,6 +20,8 @@ mod graph;
 mod tests;
 
 use candle_core::Tensor;
+
+use crate::ops::convolve::Window;
 
 /// q `(b, h, l, e)`, k and v `(b, h, l_kv, e)` -> softmax(scale q kᵀ) v, `(b, l, h, e)`: `into`, or a new tensor.
 ///
@@ -38,6 +44,24 @@ pub(crate) fn attention(
     }
 }
 
+/// x `(b, y, x, c)`, weight `(o, s, s, c)`, bias `(o)` -> `(b, y', x', o)`, as [`crate::convolve`]; `None` as for [`attention`], and for
+/// pictures that are enlarged and channels that are not in eights.
+#[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "as with CUDA"))]
+pub(crate) fn convolve(
+    inputs: [&Tensor; 3],
+    residual: Option<&Tensor>,
+    window: Window,
+    shape: [usize; 4],
+) -> candle_core::Result<Option<Tensor>> {
+    #[cfg(feature = "cuda")]
+    return card::convolve(inputs, residual, window, shape);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (inputs, residual, window, shape);
+        Ok(None)
+    }
+}
+
 /// cuDNN's version, and what it was last not used for; or why it cannot be used. The first call opens the library.
 #[must_use]
 pub fn cudnn_status() -> String {
@@ -45,6 +69,14 @@ pub fn cudnn_status() -> String {
     return card::status();
     #[cfg(not(feature = "cuda"))]
     "no cuDNN: this build has no CUDA".into()
+}
+
+/// cuDNN's version by itself; empty without it.
+pub(crate) fn cudnn_version() -> String {
+    #[cfg(feature = "cuda")]
+    return card::version();
+    #[cfg(not(feature = "cuda"))]
+    String::new()
 }
 
 /// Whether cuDNN is there to be used. The first call opens the library.
@@ -66,13 +98,40 @@ mod card {
     use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
     use candle_core::{CudaDevice, Device, Error, Tensor};
 
+    use super::attention::{self, Form};
     use super::backend::{Handle, Library, dotted};
-    use super::graph::{Plan, Problem, Target};
-    use crate::launch::{applies, with_addresses};
+    use super::convolution;
+    use super::graph::{Plan, Target};
+    use crate::launch::{applies, output, with_addresses};
     use crate::ops::attention::destination;
+    use crate::ops::convolve::Window;
 
     /// The library's names: the whole of it, and the part that is used.
     const FILES: [&str; 2] = ["libcudnn.so.9", "libcudnn_graph.so.9"];
+
+    /// Bytes that a convolution may have to work in, as plans of memory have no more for it.
+    const WORKSPACE: usize = 32 << 20;
+
+    /// What plans are made for.
+    #[derive(Debug, PartialEq, Eq, Hash)]
+    enum Problem {
+        Attention(attention::Problem),
+        Convolution(convolution::Problem),
+    }
+
+    impl Problem {
+        fn plan(&self, library: &'static Library, target: Target<'_>) -> Result<Plan, String> {
+            match self {
+                Self::Attention(problem) => {
+                    let whole = || problem.operations(library, Form::Whole);
+                    let pieces = || problem.operations(library, Form::Pieces);
+                    let ways: [&dyn Fn() -> _; 2] = [&whole, &pieces];
+                    Plan::new(&ways[usize::from(!Form::Whole.is_in(library.version))..], target, usize::MAX)
+                }
+                Self::Convolution(problem) => Plan::new(&[&|| problem.operations(library)], target, WORKSPACE),
+            }
+        }
+    }
 
     /// cuDNN on one card: used by one thread at a time.
     struct Card {
@@ -85,7 +144,7 @@ mod card {
 
     static CARDS: Mutex<Option<HashMap<usize, Option<Card>>>> = Mutex::new(None);
 
-    /// Why attention was last left to others.
+    /// Why work was last left to others.
     static REFUSAL: Mutex<Option<String>> = Mutex::new(None);
 
     pub(super) fn library() -> Result<&'static Library, &'static str> {
@@ -102,12 +161,36 @@ mod card {
         }
     }
 
-    pub(super) fn attention(inputs: [&Tensor; 3], scale: f64, into: Option<&Tensor>) -> candle_core::Result<Option<Tensor>> {
-        let [q, k, v] = inputs;
-        let Device::Cuda(device) = q.device() else { return Ok(None) };
+    pub(super) fn version() -> String {
+        library().map_or_else(|_| String::new(), |library| dotted(library.version))
+    }
+
+    pub(super) fn attention([q, k, v]: [&Tensor; 3], scale: f64, into: Option<&Tensor>) -> candle_core::Result<Option<Tensor>> {
         let row = into.map(|y| y.stride()[1]);
-        let (true, Some(problem), Ok(library)) = (applies(q), Problem::of(q, k, v, row)?, library()) else { return Ok(None) };
+        let Some(problem) = attention::Problem::of(q, k, v, row)? else { return Ok(None) };
         let Some(y) = destination(q, into)? else { return Ok(None) };
+        let tensors = [(attention::Q, q), (attention::K, k), (attention::V, v), (attention::Y, &y)];
+        Ok(run(Problem::Attention(problem), &tensors, Some((attention::SCALE, scale as f32)))?.then_some(y))
+    }
+
+    pub(super) fn convolve(
+        [x, weight, bias]: [&Tensor; 3],
+        residual: Option<&Tensor>,
+        window: Window,
+        shape: [usize; 4],
+    ) -> candle_core::Result<Option<Tensor>> {
+        let Some(problem) = convolution::Problem::of([x, weight, bias], residual, window, shape)? else { return Ok(None) };
+        let y = output(&shape, x.dtype(), x.device())?;
+        let mut tensors = vec![(convolution::X, x), (convolution::W, weight), (convolution::BIAS, bias), (convolution::Y, &y)];
+        tensors.extend(residual.map(|residual| (convolution::RESIDUAL, residual)));
+        Ok(run(Problem::Convolution(problem), &tensors, None)?.then_some(y))
+    }
+
+    /// Whether there is a plan for it; then its work, with these tensors and this number, is in the stream.
+    fn run(problem: Problem, tensors: &[(i64, &Tensor)], number: Option<(i64, f32)>) -> candle_core::Result<bool> {
+        let (_, x) = tensors[0];
+        let Device::Cuda(device) = x.device() else { return Ok(false) };
+        let (true, Ok(library)) = (applies(x), library()) else { return Ok(false) };
         let stream = device.cuda_stream();
         // cuDNN takes the card that is current.
         stream.context().bind_to_thread().w()?;
@@ -116,29 +199,29 @@ mod card {
             let handle = noted(Handle::new(library))?;
             Some(Card { plans: HashMap::new(), handle, _context: stream.context().clone() })
         });
-        let Some(card) = card else { return Ok(None) };
-        Ok(card.attention(library, device, &stream, problem, [q, k, v, &y], scale as f32)?.then_some(y))
+        let Some(card) = card else { return Ok(false) };
+        card.run(library, device, &stream, problem, tensors, number)
     }
 
     impl Card {
-        fn attention(
+        fn run(
             &mut self,
             library: &'static Library,
             device: &CudaDevice,
             stream: &CudaStream,
             problem: Problem,
-            tensors: [&Tensor; 4],
-            scale: f32,
+            tensors: &[(i64, &Tensor)],
+            number: Option<(i64, f32)>,
         ) -> candle_core::Result<bool> {
             self.handle.use_stream(stream.cu_stream().cast()).map_err(Error::msg)?;
             let plan = match self.plans.entry(problem) {
                 Entry::Occupied(entry) => entry.into_mut(),
                 Entry::Vacant(entry) => {
-                    let plan = Plan::new(library, entry.key(), Target::Card(&self.handle));
+                    let plan = entry.key().plan(library, Target::Card(&self.handle));
                     if let Err(why) = &plan
                         && why.contains("ALLOCATION_FAILED")
                     {
-                        // Whose attention it is must not depend on how full the card was.
+                        // Whose kernels are used must not depend on how full the card was.
                         candle_core::bail!("{why}");
                     }
                     let plan = noted(plan.map_err(|why| format!("no plan for {:?}: {why}", entry.key())));
@@ -148,13 +231,15 @@ mod card {
             let Some(plan) = plan else { return Ok(false) };
             let workspace = workspace(device, plan.workspace)?;
             let working = workspace.as_ref().map(|memory| memory.device_ptr(stream));
-            with_addresses(device, &tensors.map(Some), |at| {
-                let &[q, k, v, y] = at else { unreachable!("four tensors were given") };
+            let of: Vec<_> = tensors.iter().map(|(_, x)| Some(*x)).collect();
+            with_addresses(device, &of, |at| {
+                let mut given: Vec<_> = tensors.iter().zip(at).map(|((name, _), at)| (*name, *at)).collect();
+                given.extend(number.as_ref().map(|(name, number)| (*name, std::ptr::from_ref(number) as u64)));
                 let working = working.as_ref().map_or(0, |(at, _)| *at);
                 // SAFETY: the problem is that of the tensors, which are held until the work is in the stream, as is the workspace,
-                // whose memory is given back in the order of the stream.
+                // whose memory is given back in the order of the stream. The number is read when the work is put into it.
                 #[expect(unsafe_code, reason = "a call of the library")]
-                unsafe { plan.run(&mut self.handle, [q, k, v, y], scale, working) }.map_err(Error::msg)
+                unsafe { plan.run(&mut self.handle, &given, working) }.map_err(Error::msg)
             })?;
             Ok(true)
         }

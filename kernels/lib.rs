@@ -25,8 +25,8 @@
 //!
 //! The model never asks which device it runs on: a faster kernel for one device replaces the inside of its function here. Kernels for
 //! CUDA are in `cuda/`, named as the files of `ops/` are; `launch.rs` runs them, and [`use_fused`] turns them on. None of them has run
-//! on a card yet: they have been compiled for cards and run, emulated, against the references above. [`settle_attention`] has cuDNN
-//! in the place of our kernel for attention, where it is installed and faster.
+//! on a card yet: they have been compiled for cards and run, emulated, against the references above. [`settle_attention`] and
+//! [`settle_convolution`] have cuDNN in the place of our kernels, where it is installed and faster.
 
 #[cfg(feature = "cuda")]
 mod blas;
@@ -41,6 +41,7 @@ mod memory;
 mod ops;
 mod settle;
 mod transfer;
+mod whose;
 
 pub use card::{arithmetic_rate, free_memory, gather_memory, has_fp8_products, machine, open_cuda};
 pub use choices::{Keeper, keep_choices, recall, remember};
@@ -50,7 +51,7 @@ pub use launch::emulated;
 pub use launch::{fused, launches, use_fused};
 pub use memory::zeros;
 pub use ops::activation::{gelu, gelu_beside, gelu_beside_fp8};
-pub use ops::attention::{Attention, SCORES_BYTES, attention, attention_in_chunks, choose_attention, chosen_attention};
+pub use ops::attention::{SCORES_BYTES, attention, attention_in_chunks};
 pub use ops::beside::{Beside, attention_beside, attention_beside_fp8, linear_beside, places_beside};
 pub use ops::blocks::{linear_blocks, visit_blocks, widen_blocks};
 pub use ops::convolve::{Window, convolve};
@@ -63,5 +64,6 @@ pub use ops::norm::{
     add_gated, add_gated_then_norm, add_gated_then_norm_fp8, layer_norm, modulated_norm, modulated_norm_fp8, rms_norm,
 };
 pub use ops::rotary::rotate;
-pub use settle::settle_attention;
+pub use settle::{settle_attention, settle_convolution};
 pub use transfer::{PLACES, forget_places, to_device, upload, visit, visit_bytes};
+pub use whose::{Whose, Work, choose, chosen};

@@ -6,7 +6,7 @@ use std::env;
 use std::fmt;
 use std::path::PathBuf;
 
-use kernels::Attention;
+use kernels::Whose;
 
 /// What an object store is told of the environment.
 const STORE: &[&str] = &[
@@ -79,7 +79,9 @@ pub struct Config {
     /// `DARKROOM_KERNELS=fused` (or `plain`, which it is if not set): kernels of our own on CUDA instead of candle's operations.
     pub fused_kernels: bool,
     /// `DARKROOM_ATTENTION=own` or `cudnn`: with them, whose attention; if not set, the faster one, timed once on each card.
-    pub attention: Option<Attention>,
+    pub attention: Option<Whose>,
+    /// `DARKROOM_CONVOLUTION`: the same of the autoencoder's convolutions.
+    pub convolution: Option<Whose>,
     /// Our own cache, which may be deleted at any time: `$XDG_CACHE_HOME/darkroom`. `None` where there is no home.
     pub cache: Option<PathBuf>,
     /// `RUST_LOG`, as `tracing-subscriber` reads it.
@@ -123,10 +125,13 @@ impl Config {
             found
         };
         let fused_kernels = choice("DARKROOM_KERNELS", &["fused", "plain"]) == Some("fused");
-        let attention = choice("DARKROOM_ATTENTION", &["own", "cudnn"]).map(|name| match name {
-            "own" => Attention::Own,
-            _ => Attention::Cudnn,
-        });
+        let mut whose = |name| {
+            choice(name, &["own", "cudnn"]).map(|name| match name {
+                "own" => Whose::Own,
+                _ => Whose::Cudnn,
+            })
+        };
+        let [attention, convolution] = [whose("DARKROOM_ATTENTION"), whose("DARKROOM_CONVOLUTION")];
         let private_urls =
             choice("DARKROOM_PRIVATE_URLS", &["1", "on", "yes", "true", "0", "off", "no", "false"]).is_some_and(truthy);
         let log_json = choice("DARKROOM_LOG_FORMAT", &["json", "text"]) == Some("json");
@@ -145,6 +150,7 @@ impl Config {
             lora_cache_bytes: (gigabytes.unwrap_or(20.0) * 1e9) as u64,
             fused_kernels,
             attention,
+            convolution,
             cache: caches.map(|caches| caches.join("darkroom")),
             log: variable("RUST_LOG"),
             log_json,
@@ -176,7 +182,7 @@ mod tests {
     fn what_means_nothing_is_said() {
         let right = [("DARKROOM_KERNELS", "Fused"), ("DARKROOM_ATTENTION", " own "), ("DARKROOM_LORA_CACHE_GB", "0.5")];
         let right = config(&right);
-        assert_eq!((right.fused_kernels, right.attention, right.lora_cache_bytes), (true, Some(Attention::Own), 500_000_000));
+        assert_eq!((right.fused_kernels, right.attention, right.lora_cache_bytes), (true, Some(Whose::Own), 500_000_000));
         assert_eq!((right.mistakes.len(), config(&[]).mistakes.len()), (0, 0));
         let wrong = config(&[
             ("DARKROOM_KERNELS", "fast"),

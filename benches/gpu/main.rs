@@ -17,6 +17,7 @@ use clap::{Parser, ValueEnum};
 use darkroom::config::Config;
 use darkroom::engine::Kept;
 use darkroom::ops::Machine;
+use kernels::{Whose, Work, choose};
 use serde_json::json;
 
 /// Parity and speed on one device.
@@ -121,8 +122,8 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     match options.attention {
         Attention::Chosen => {}
-        Attention::Own => kernels::choose_attention(kernels::Attention::Own),
-        Attention::Cudnn => kernels::choose_attention(kernels::Attention::Cudnn),
+        Attention::Own => choose(Work::Attention, Whose::Own),
+        Attention::Cudnn => choose(Work::Attention, Whose::Cudnn),
     }
     if let (true, Some(model)) = (options.serve, &options.model) {
         kernels::use_fused(options.kernels == Kernels::Fused);
@@ -140,14 +141,15 @@ fn main() -> anyhow::Result<ExitCode> {
     // Our kernels are for cards; elsewhere there is nothing to compare.
     let runs = if device.is_cuda() { options.kernels.runs() } else { &[false] };
     // At the sizes of the speed part, and before the first tiny model is loaded: that would choose by its own.
-    let attention = if runs.contains(&true) {
+    let (attention, convolution) = if runs.contains(&true) {
         kernels::use_fused(true);
         let (config, side, l_txt) = speed::sizes(options.size == Size::Dev);
-        kernels::settle_attention(&device, config.heads, side * side + l_txt, config.head_width, dtype)?
+        let attention = kernels::settle_attention(&device, config.heads, side * side + l_txt, config.head_width, dtype)?;
+        (attention, kernels::settle_convolution(&device, dtype)?)
     } else {
-        "candle's operations".into()
+        ("candle's operations".into(), "candle's operations".into())
     };
-    println!("attention: {attention}");
+    println!("attention: {attention}; convolution: {convolution}");
     for fused in runs {
         kernels::use_fused(*fused);
         let name = if *fused { "fused" } else { "plain" };
@@ -170,6 +172,7 @@ fn main() -> anyhow::Result<ExitCode> {
         let mut figures = speed::run(&device, dtype, options.size == Size::Dev, options.steps)?;
         figures["kernels"] = name.into();
         figures["attention"] = if *fused { attention.as_str() } else { "candle's operations" }.into();
+        figures["convolution"] = if *fused { convolution.as_str() } else { "candle's operations" }.into();
         speed.push(figures);
     }
     let (operations, too_far) = if options.parity {

@@ -5,8 +5,8 @@ use std::time::Instant;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
-    Addend, After, Attention, Beside, Delta, Heads, Projection, Window, add_gated_then_norm, attention, attention_beside,
-    choose_attention, convolve, gelu_beside, group_norm, joint_heads, linear, linear_beside, linear_fp8, linear_gelu, merge,
+    Addend, After, Beside, Delta, Heads, Projection, Whose, Window, Work, add_gated_then_norm, attention, attention_beside,
+    choose, convolve, gelu_beside, group_norm, joint_heads, linear, linear_beside, linear_fp8, linear_gelu, merge,
     modulated_norm, quantise_fp8, widen_blocks,
 };
 use serde_json::{Value, json};
@@ -68,7 +68,8 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
         Setting { device, dtype, l: 144, l_txt: 16, d: 256, heads: 2, e: 128, mlp: 1024, side: 64 }
     };
     // Both are timed here, whichever the steps used.
-    choose_attention(Attention::Own);
+    choose(Work::Attention, Whose::Own);
+    choose(Work::Convolution, Whose::Own);
     let mut cases = blocks(&on)?;
     cases.extend(single_blocks(&on)?);
     cases.extend(products(&on)?);
@@ -129,9 +130,9 @@ fn blocks(on: &Setting) -> Result<Vec<Case>> {
     ];
     if kernels::has_cudnn() {
         cases.push(Case::new("attention, cuDNN", 4. * rows, flops, move || {
-            choose_attention(Attention::Cudnn);
+            choose(Work::Attention, Whose::Cudnn);
             let y = attend(&heads_of);
-            choose_attention(Attention::Own);
+            choose(Work::Attention, Whose::Own);
             y
         }));
     }
@@ -231,7 +232,17 @@ fn convolutions(on: &Setting) -> Result<Vec<Case>> {
         let bytes = (side * side * input + written + w.elem_count()) as f64 * on.value();
         let flops = 18. * (out * out * input * output) as f64;
         let name = format!("convolution {name}: {side} x {side}");
-        cases.push(Case::new(name, bytes, flops, move || convolve(&x, &w, &bias, window, residual.as_ref())));
+        let run = move || convolve(&x, &w, &bias, window, residual.as_ref());
+        if kernels::has_cudnn() && window.enlarge == 1 && input.min(output) >= 16 {
+            let run = run.clone();
+            cases.push(Case::new(format!("{name}, cuDNN"), bytes, flops, move || {
+                choose(Work::Convolution, Whose::Cudnn);
+                let y = run();
+                choose(Work::Convolution, Whose::Own);
+                y
+            }));
+        }
+        cases.push(Case::new(name, bytes, flops, run));
     }
     Ok(cases)
 }

@@ -168,6 +168,7 @@ pub(super) enum Value<'a> {
     Choice(i32, i32),
     Flag(bool),
     Integers(&'a [i64]),
+    Float(f32),
     Descriptors(&'a [&'a Descriptor]),
     Handle(&'a Handle),
     /// Addresses, of the card's memory or of the processor's.
@@ -221,6 +222,7 @@ impl Descriptor {
             Value::Choice(kind, number) => (*kind, 1, std::ptr::from_ref(number).cast()),
             Value::Flag(flag) => (kind::BOOLEAN, 1, std::ptr::from_ref(flag).cast()),
             Value::Integers(integers) => (kind::INT64, integers.len(), integers.as_ptr().cast()),
+            Value::Float(number) => (kind::FLOAT, 1, std::ptr::from_ref(number).cast()),
             Value::Descriptors(_) => (kind::DESCRIPTOR, pointers.len(), pointers.as_ptr().cast()),
             Value::Handle(_) => (kind::HANDLE, 1, pointers.as_ptr().cast()),
             Value::Pointers(_) => (kind::POINTER, pointers.len(), pointers.as_ptr().cast()),

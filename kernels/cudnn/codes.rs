@@ -1,11 +1,13 @@
-//! Numbers of cuDNN 9's C interface (`cudnn_graph.h`), as far as attention needs them. They are the same in every 9.x.
+//! Numbers of cuDNN 9's C interface (`cudnn_graph.h`), as far as attention and convolution need them. They are the same in every 9.x.
 
 /// Kinds of descriptors.
 pub(super) mod descriptor {
     pub(crate) const POINTWISE: i32 = 0;
+    pub(crate) const CONVOLUTION: i32 = 1;
     pub(crate) const ENGINE_CONFIG: i32 = 3;
     pub(crate) const HEURISTICS: i32 = 4;
     pub(crate) const PLAN: i32 = 5;
+    pub(crate) const CONVOLUTION_OPERATION: i32 = 10;
     pub(crate) const POINTWISE_OPERATION: i32 = 13;
     pub(crate) const GRAPH: i32 = 15;
     pub(crate) const VARIANT_PACK: i32 = 16;
@@ -26,6 +28,14 @@ pub(super) mod attribute {
     pub(crate) const POINTWISE_MODE: i32 = 0;
     pub(crate) const POINTWISE_PRECISION: i32 = 1;
 
+    pub(crate) const CONVOLUTION_PRECISION: i32 = 100;
+    pub(crate) const CONVOLUTION_MODE: i32 = 101;
+    pub(crate) const CONVOLUTION_DILATIONS: i32 = 102;
+    pub(crate) const CONVOLUTION_STRIDES: i32 = 103;
+    pub(crate) const CONVOLUTION_AFTER: i32 = 104;
+    pub(crate) const CONVOLUTION_BEFORE: i32 = 105;
+    pub(crate) const CONVOLUTION_DIMENSIONS: i32 = 106;
+
     pub(crate) const HEURISTICS_MODE: i32 = 200;
     pub(crate) const HEURISTICS_GRAPH: i32 = 201;
     pub(crate) const HEURISTICS_RESULTS: i32 = 202;
@@ -35,6 +45,13 @@ pub(super) mod attribute {
     pub(crate) const PLAN_CONFIG: i32 = 401;
     pub(crate) const PLAN_WORKSPACE: i32 = 402;
     pub(crate) const PLAN_DEVICE: i32 = 407;
+
+    pub(crate) const CONVOLUTION_ALPHA: i32 = 700;
+    pub(crate) const CONVOLUTION_BETA: i32 = 701;
+    pub(crate) const CONVOLUTION_OF: i32 = 702;
+    pub(crate) const CONVOLUTION_W: i32 = 703;
+    pub(crate) const CONVOLUTION_X: i32 = 704;
+    pub(crate) const CONVOLUTION_Y: i32 = 705;
 
     pub(crate) const POINTWISE_OF: i32 = 750;
     pub(crate) const POINTWISE_X: i32 = 751;
@@ -84,7 +101,9 @@ pub(super) mod kind {
     pub(crate) const DATA_TYPE: i32 = 1;
     pub(crate) const BOOLEAN: i32 = 2;
     pub(crate) const INT64: i32 = 3;
+    pub(crate) const FLOAT: i32 = 4;
     pub(crate) const POINTER: i32 = 6;
+    pub(crate) const CONVOLUTION_MODE: i32 = 7;
     pub(crate) const HEURISTICS_MODE: i32 = 8;
     pub(crate) const POINTWISE_MODE: i32 = 14;
     pub(crate) const DESCRIPTOR: i32 = 15;
@@ -99,6 +118,9 @@ pub(super) mod values {
     pub(crate) const F16: i32 = 2;
     pub(crate) const BF16: i32 = 9;
 }
+
+/// How a window lies on a picture: as in every network, not mirrored.
+pub(super) const CROSS_CORRELATION: i32 = 1;
 
 pub(super) mod pointwise {
     pub(crate) const ADD: i32 = 0;

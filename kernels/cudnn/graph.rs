@@ -1,26 +1,7 @@
-//! Attention as a graph of cuDNN's operations, and the plan that runs it.
-
-use candle_core::{DType, Tensor};
+//! Graphs of cuDNN's operations, and the plans that run them.
 
 use super::backend::{Descriptor, Handle, Library, Value};
-use super::codes::{attribute, descriptor, heuristics, kind, pointwise, reduction, values};
-use crate::launch::in_eights;
-
-/// Attention with its tensors' layouts, all that a plan depends on.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) struct Problem {
-    pub(super) b: usize,
-    pub(super) h: usize,
-    pub(super) l: usize,
-    pub(super) l_kv: usize,
-    pub(super) e: usize,
-    /// Of q, k and v: from one item, head and token to the next, in values.
-    pub(super) strides: [[usize; 3]; 3],
-    /// Of the result, whose heads lie side by side: from one token to the next.
-    pub(super) row: usize,
-    /// `bf16` or `f16`.
-    pub(super) bf16: bool,
-}
+use super::codes::{CROSS_CORRELATION, attribute, descriptor, heuristics, kind, values};
 
 /// What a plan is made for.
 #[derive(Debug, Clone, Copy)]
@@ -41,35 +22,9 @@ impl<'a> Target<'a> {
     }
 }
 
-/// How attention is put to cuDNN. Its kernels are the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
-    /// As one operation.
-    Whole,
-    /// As products and the steps of a softmax, which the library recognises.
-    Pieces,
-}
-
-/// First version with an operation for attention that can be relied upon.
-const WHOLE_SINCE: usize = 91301;
-
-impl Form {
-    /// The forms that this version knows, best first.
-    pub(super) fn of(version: usize) -> &'static [Self] {
-        if version >= WHOLE_SINCE { &[Self::Whole, Self::Pieces] } else { &[Self::Pieces] }
-    }
-}
-
-/// Names of the tensors that are given.
-const Q: i64 = 1;
-const K: i64 = 2;
-const V: i64 = 3;
-const Y: i64 = 4;
-const SCALE: i64 = 5;
-
 /// Where a tensor's values are.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Place {
+pub(super) enum Place {
     Memory,
     /// Nowhere: between two operations.
     Between,
@@ -80,83 +35,35 @@ enum Place {
 /// Operations and all that they are made of, which is kept as long as they are.
 #[derive(Debug)]
 pub(super) struct Operations {
-    library: &'static Library,
+    pub(super) library: &'static Library,
     operations: Vec<Descriptor>,
     parts: Vec<Descriptor>,
 }
 
 impl Operations {
-    pub(super) fn new(library: &'static Library, form: Form, problem: &Problem) -> Result<Self, String> {
-        let mut new = Self { library, operations: Vec::new(), parts: Vec::new() };
-        match form {
-            Form::Whole => new.whole(problem)?,
-            Form::Pieces => new.pieces(problem)?,
-        }
-        Ok(new)
+    pub(super) fn new(library: &'static Library) -> Self {
+        Self { library, operations: Vec::new(), parts: Vec::new() }
     }
 
-    fn whole(&mut self, problem: &Problem) -> Result<(), String> {
-        let &Problem { b, h, l, l_kv, e, strides: [q_at, k_at, v_at], .. } = problem;
-        let values = problem.values();
-        let q = self.tensor(Q, values, [b, h, l, e], rows(q_at), Place::Memory)?;
-        let k = self.tensor(K, values, [b, h, l_kv, e], rows(k_at), Place::Memory)?;
-        let v = self.tensor(V, values, [b, h, l_kv, e], rows(v_at), Place::Memory)?;
-        let (y, scale) = (self.y(problem)?, self.scale()?);
-        let attributes = [
-            (attribute::ATTENTION_Q, Value::Descriptors(&[&q])),
-            (attribute::ATTENTION_K, Value::Descriptors(&[&k])),
-            (attribute::ATTENTION_V, Value::Descriptors(&[&v])),
-            (attribute::ATTENTION_Y, Value::Descriptors(&[&y])),
-            (attribute::ATTENTION_SCALE, Value::Descriptors(&[&scale])),
-        ];
-        self.operations.push(Descriptor::new(self.library, descriptor::ATTENTION_OPERATION, &attributes)?);
-        self.parts.extend([q, k, v, y, scale]);
-        Ok(())
+    /// Adds an operation.
+    pub(super) fn push(&mut self, operation: Descriptor) {
+        self.operations.push(operation);
     }
 
-    fn pieces(&mut self, problem: &Problem) -> Result<(), String> {
-        let &Problem { b, h, l, l_kv, e, strides: [q_at, k_at, v_at], .. } = problem;
-        let values = problem.values();
-        let q = self.tensor(Q, values, [b, h, l, e], rows(q_at), Place::Memory)?;
-        // Transposed, as a product has it.
-        let k = self.tensor(K, values, [b, h, e, l_kv], [k_at[0], k_at[1], 1, k_at[2]], Place::Memory)?;
-        let v = self.tensor(V, values, [b, h, l_kv, e], rows(v_at), Place::Memory)?;
-        let (y, scale) = (self.y(problem)?, self.scale()?);
-
-        let scores = |id, values| self.tensor(id, values, [b, h, l, l_kv], packed([b, h, l, l_kv]), Place::Between);
-        let of_rows = |id| self.tensor(id, values::F32, [b, h, l, 1], packed([b, h, l, 1]), Place::Between);
-        let (product, scaled, less, powers) =
-            (scores(10, values::F32)?, scores(11, values::F32)?, scores(12, values::F32)?, scores(13, values::F32)?);
-        let weights = scores(14, values)?;
-        let (most, sum, log, log_sum) = (of_rows(20)?, of_rows(21)?, of_rows(22)?, of_rows(23)?);
-
-        self.product(&q, &k, &product)?;
-        self.pointwise(pointwise::MUL, &product, Some(&scale), &scaled)?;
-        self.reduce(reduction::MAX, &scaled, &most)?;
-        self.pointwise(pointwise::SUB, &scaled, Some(&most), &less)?;
-        self.pointwise(pointwise::EXP, &less, None, &powers)?;
-        self.reduce(reduction::ADD, &powers, &sum)?;
-        // Nobody reads the logarithm of the sum. It is what the library knows its fast kernels by.
-        self.pointwise(pointwise::LOG, &sum, None, &log)?;
-        self.pointwise(pointwise::ADD, &most, Some(&log), &log_sum)?;
-        self.pointwise(pointwise::DIV, &powers, Some(&sum), &weights)?;
-        self.product(&weights, &v, &y)?;
-        self.parts.extend([q, k, v, y, scale, product, scaled, less, powers, weights, most, sum, log, log_sum]);
-        Ok(())
+    /// Keeps what operations were made of.
+    pub(super) fn keep(&mut self, parts: impl IntoIterator<Item = Descriptor>) {
+        self.parts.extend(parts);
     }
 
-    /// The result: in memory it is `(b, l, h, e)`, in rows that may be longer.
-    fn y(&self, problem: &Problem) -> Result<Descriptor, String> {
-        let &Problem { b, h, l, e, row, .. } = problem;
-        self.tensor(Y, problem.values(), [b, h, l, e], [l * row, e, row, 1], Place::Memory)
-    }
-
-    fn scale(&self) -> Result<Descriptor, String> {
-        self.tensor(SCALE, values::F32, [1; 4], [1; 4], Place::Given)
-    }
-
-    fn tensor(&self, id: i64, of: i32, dims: [usize; 4], strides: [usize; 4], place: Place) -> Result<Descriptor, String> {
-        // Kernels load 16 bytes at a time, and rely on what is said here: `Problem::of` takes nothing else.
+    pub(super) fn tensor(
+        &self,
+        id: i64,
+        of: i32,
+        dims: [usize; 4],
+        strides: [usize; 4],
+        place: Place,
+    ) -> Result<Descriptor, String> {
+        // Kernels load 16 bytes at a time, and rely on what is said here: problems are made of nothing else.
         let alignment = if place == Place::Given { 4 } else { 16 };
         let attributes = [
             (attribute::TENSOR_TYPE, Value::Choice(kind::DATA_TYPE, of)),
@@ -170,7 +77,7 @@ impl Operations {
         Descriptor::new(self.library, descriptor::TENSOR, &attributes)
     }
 
-    fn product(&mut self, a: &Descriptor, b: &Descriptor, c: &Descriptor) -> Result<(), String> {
+    pub(super) fn product(&mut self, a: &Descriptor, b: &Descriptor, c: &Descriptor) -> Result<(), String> {
         let precision = (attribute::PRODUCT_PRECISION, Value::Choice(kind::DATA_TYPE, values::F32));
         let of = Descriptor::new(self.library, descriptor::PRODUCT, &[precision])?;
         let attributes = [
@@ -184,7 +91,7 @@ impl Operations {
         Ok(())
     }
 
-    fn pointwise(&mut self, mode: i32, x: &Descriptor, b: Option<&Descriptor>, y: &Descriptor) -> Result<(), String> {
+    pub(super) fn pointwise(&mut self, mode: i32, x: &Descriptor, b: Option<&Descriptor>, y: &Descriptor) -> Result<(), String> {
         let mode = (attribute::POINTWISE_MODE, Value::Choice(kind::POINTWISE_MODE, mode));
         let precision = (attribute::POINTWISE_PRECISION, Value::Choice(kind::DATA_TYPE, values::F32));
         let of = Descriptor::new(self.library, descriptor::POINTWISE, &[mode, precision])?;
@@ -200,8 +107,35 @@ impl Operations {
         Ok(())
     }
 
+    /// x `(b, c, height, width)` under windows of w `(o, c, s, s)`, in f32: strides, and zeros before and after, alike in both directions.
+    pub(super) fn convolution(&mut self, [x, w, y]: [&Descriptor; 3], [stride, before, after]: [usize; 3]) -> Result<(), String> {
+        let both = |n: usize| [n as i64; 2];
+        let [dilations, strides, before, after] = [both(1), both(stride), both(before), both(after)];
+        let of = [
+            (attribute::CONVOLUTION_DIMENSIONS, Value::Integers(&[2])),
+            (attribute::CONVOLUTION_PRECISION, Value::Choice(kind::DATA_TYPE, values::F32)),
+            (attribute::CONVOLUTION_MODE, Value::Choice(kind::CONVOLUTION_MODE, CROSS_CORRELATION)),
+            (attribute::CONVOLUTION_DILATIONS, Value::Integers(&dilations)),
+            (attribute::CONVOLUTION_STRIDES, Value::Integers(&strides)),
+            (attribute::CONVOLUTION_BEFORE, Value::Integers(&before)),
+            (attribute::CONVOLUTION_AFTER, Value::Integers(&after)),
+        ];
+        let of = Descriptor::new(self.library, descriptor::CONVOLUTION, &of)?;
+        let attributes = [
+            (attribute::CONVOLUTION_OF, Value::Descriptors(&[&of])),
+            (attribute::CONVOLUTION_X, Value::Descriptors(&[x])),
+            (attribute::CONVOLUTION_W, Value::Descriptors(&[w])),
+            (attribute::CONVOLUTION_Y, Value::Descriptors(&[y])),
+            (attribute::CONVOLUTION_ALPHA, Value::Float(1.)),
+            (attribute::CONVOLUTION_BETA, Value::Float(0.)),
+        ];
+        self.operations.push(Descriptor::new(self.library, descriptor::CONVOLUTION_OPERATION, &attributes)?);
+        self.parts.push(of);
+        Ok(())
+    }
+
     /// Over the last dimension, which is the one that y has not.
-    fn reduce(&mut self, operator: i32, x: &Descriptor, y: &Descriptor) -> Result<(), String> {
+    pub(super) fn reduce(&mut self, operator: i32, x: &Descriptor, y: &Descriptor) -> Result<(), String> {
         let operator = (attribute::REDUCTION_OPERATOR, Value::Choice(kind::REDUCTION_OPERATOR, operator));
         let precision = (attribute::REDUCTION_PRECISION, Value::Choice(kind::DATA_TYPE, values::F32));
         let of = Descriptor::new(self.library, descriptor::REDUCTION, &[operator, precision])?;
@@ -216,42 +150,8 @@ impl Operations {
     }
 }
 
-impl Problem {
-    /// The problem of these tensors, as [`crate::attention`] takes them; `None` if it is not for cuDNN: other types than 16-bit ones,
-    /// heads of other widths than 64 and 128, values that do not lie in eights. Its result has rows of `h e` values, or so many.
-    pub(super) fn of(q: &Tensor, k: &Tensor, v: &Tensor, row: Option<usize>) -> candle_core::Result<Option<Self>> {
-        let ((b, h, l, e), (_, _, l_kv, _), dtype) = (q.dims4()?, k.dims4()?, q.dtype());
-        let shaped = k.dims() == [b, h, l_kv, e] && v.dims() == k.dims() && b * h * l * l_kv > 0;
-        // A view that repeats values has strides of 0.
-        let repeats = |x: &Tensor| x.dims().iter().zip(x.stride()).any(|(n, stride)| *n > 1 && *stride == 0);
-        let fits = |x: &Tensor| x.dtype() == dtype && in_eights(x) && !repeats(x);
-        if !(shaped && matches!(e, 64 | 128) && matches!(dtype, DType::F16 | DType::BF16) && [q, k, v].into_iter().all(fits)) {
-            return Ok(None);
-        }
-        let strides = [q, k, v].map(|x| {
-            // A dimension of one value may have any stride; cuDNN gets one that means something.
-            let [mut item, mut head, mut token] = [x.stride()[0], x.stride()[1], x.stride()[2]];
-            let (heads, tokens) = (x.dims()[1], x.dims()[2]);
-            token = if tokens == 1 { e } else { token };
-            head = if heads == 1 { tokens * token } else { head };
-            item = if b == 1 { (heads * head).max(tokens * token) } else { item };
-            [item, head, token]
-        });
-        Ok(Some(Self { b, h, l, l_kv, e, strides, row: row.unwrap_or(h * e), bf16: dtype == DType::BF16 }))
-    }
-
-    fn values(&self) -> i32 {
-        if self.bf16 { values::BF16 } else { values::F16 }
-    }
-}
-
-/// Strides of a tensor whose last dimension is in one piece.
-fn rows([item, head, token]: [usize; 3]) -> [usize; 4] {
-    [item, head, token, 1]
-}
-
 /// Strides of a tensor in one piece.
-fn packed([_, h, l, e]: [usize; 4]) -> [usize; 4] {
+pub(super) fn packed([_, h, l, e]: [usize; 4]) -> [usize; 4] {
     [h * l * e, l * e, e, 1]
 }
 
@@ -267,29 +167,23 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// The first that the library has for this problem: in either form what it knows to be fast, then whatever works. Compiling takes
-    /// part of a second. The error says why there is none.
-    pub(super) fn new(library: &'static Library, problem: &Problem, target: Target<'_>) -> Result<Self, String> {
+    /// The first that the library has for a problem that may be put to it in these ways: in either what it knows to be fast, then whatever
+    /// works. `most` bytes of workspace. Compiling takes part of a second. The error says why there is none.
+    pub(super) fn new(ways: &[&dyn Fn() -> Result<Operations, String>], target: Target<'_>, most: usize) -> Result<Self, String> {
         let mut why = Vec::new();
         for mode in [heuristics::A, heuristics::FALLBACK] {
-            for form in Form::of(library.version) {
-                match Self::in_form(library, problem, target, *form, mode) {
+            for way in ways {
+                match way().and_then(|operations| Self::of(operations, target, mode, most)) {
                     Ok(plan) => return Ok(plan),
-                    Err(e) => why.push(format!("{form:?}: {e}")),
+                    Err(e) => why.push(e),
                 }
             }
         }
         Err(why.join("; "))
     }
 
-    pub(super) fn in_form(
-        library: &'static Library,
-        problem: &Problem,
-        target: Target<'_>,
-        form: Form,
-        mode: i32,
-    ) -> Result<Self, String> {
-        let operations = Operations::new(library, form, problem)?;
+    pub(super) fn of(operations: Operations, target: Target<'_>, mode: i32, most: usize) -> Result<Self, String> {
+        let library = operations.library;
         let of: Vec<&Descriptor> = operations.operations.iter().collect();
         let mut attributes = vec![(attribute::GRAPH_OPERATIONS, Value::Descriptors(&of))];
         attributes.extend(target.told(Some(attribute::GRAPH_HANDLE), None));
@@ -308,22 +202,28 @@ impl Plan {
             let parts = [config];
             let mut attributes = vec![(attribute::PLAN_CONFIG, Value::Descriptors(&parts))];
             attributes.extend(target.told(Some(attribute::PLAN_HANDLE), Some(attribute::PLAN_DEVICE)));
-            match Descriptor::new(library, descriptor::PLAN, &attributes) {
-                Ok(plan) => {
-                    let workspace = plan.integer(attribute::PLAN_WORKSPACE)?.max(0) as usize;
-                    return Ok(Self { plan, workspace, library, _graph: graph, _operations: operations });
+            let plan = match Descriptor::new(library, descriptor::PLAN, &attributes) {
+                Ok(plan) => plan,
+                Err(e) => {
+                    why = e;
+                    continue;
                 }
-                Err(e) => why = e,
+            };
+            let workspace = plan.integer(attribute::PLAN_WORKSPACE)?.max(0) as usize;
+            if workspace <= most {
+                return Ok(Self { plan, workspace, library, _graph: graph, _operations: operations });
             }
+            why = format!("an engine wants {workspace} bytes to work in");
         }
         Err(why)
     }
 
-    /// What is called with: pointers to q, k, v, y, the scale (in the processor's memory) and the workspace.
-    pub(super) fn pack(&self, tensors: [u64; 5], workspace: u64) -> Result<Descriptor, String> {
+    /// What is called with: where each of the given tensors is, by its name, and the workspace. Single numbers are in the processor's memory.
+    pub(super) fn pack(&self, given: &[(i64, u64)], workspace: u64) -> Result<Descriptor, String> {
+        let (ids, pointers): (Vec<i64>, Vec<u64>) = given.iter().copied().unzip();
         let attributes = [
-            (attribute::PACK_IDS, Value::Integers(&[Q, K, V, Y, SCALE])),
-            (attribute::PACK_POINTERS, Value::Pointers(&tensors)),
+            (attribute::PACK_IDS, Value::Integers(&ids)),
+            (attribute::PACK_POINTERS, Value::Pointers(&pointers)),
             (attribute::PACK_WORKSPACE, Value::Pointers(&[workspace])),
         ];
         Descriptor::new(self.library, descriptor::VARIANT_PACK, &attributes)
@@ -332,13 +232,13 @@ impl Plan {
     /// Puts the work into the handle's stream.
     ///
     /// # Safety
-    /// Tensors and workspace are valid until the work is in the stream, and as large and aligned as the plan has it.
+    /// What is given, as in [`Self::pack`], and the workspace are valid until the work is in the stream, and as large and aligned as the
+    /// plan has it.
     #[expect(unsafe_code, reason = "see above")]
     #[cfg(feature = "cuda")]
-    pub(super) unsafe fn run(&self, handle: &mut Handle, tensors: [u64; 4], scale: f32, workspace: u64) -> Result<(), String> {
-        let [q, k, v, y] = tensors;
-        let pack = self.pack([q, k, v, y, (&raw const scale) as u64], workspace)?;
-        // SAFETY: the scale is read when the work is put into the stream; the rest is the caller's.
+    pub(super) unsafe fn run(&self, handle: &mut Handle, given: &[(i64, u64)], workspace: u64) -> Result<(), String> {
+        let pack = self.pack(given, workspace)?;
+        // SAFETY: the caller's.
         unsafe { handle.execute(&self.plan, &pack) }
     }
 }

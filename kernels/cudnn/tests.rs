@@ -5,9 +5,12 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use super::attention::{self, Form};
 use super::backend::{Descriptor, Library, Value, dotted};
 use super::codes::{attribute, descriptor, heuristics};
-use super::graph::{Form, Operations, Plan, Problem, Target};
+use super::convolution;
+use super::graph::{Operations, Plan, Target};
+use crate::ops::convolve::Window;
 
 /// An H200, as far as cuDNN asks.
 const H200: &str = r#"{"cudaDeviceId":0,"deviceName":"NVIDIA H200","deviceVer":900,"driverVer":13000,"isTccDriver":0,"l2CacheSize":62914560,
@@ -39,27 +42,52 @@ fn compiles() -> bool {
 }
 
 /// FLUX.1's at 1024 x 1024, views of one row for q, k and v, and odd lengths.
-fn problems() -> Vec<Problem> {
+fn problems() -> Vec<attention::Problem> {
     let packed = |b, h, l, l_kv, e, bf16| {
         let of = |l: usize| [h * l * e, l * e, e];
-        Problem { b, h, l, l_kv, e, strides: [of(l), of(l_kv), of(l_kv)], row: h * e, bf16 }
+        attention::Problem { b, h, l, l_kv, e, strides: [of(l), of(l_kv), of(l_kv)], row: h * e, bf16 }
     };
     let row = 3 * 3072 + 12288;
-    let views = Problem { strides: [[4608 * row, 128, row]; 3], row: 3072 + 12288, ..packed(1, 24, 4608, 4608, 128, true) };
+    let views =
+        attention::Problem { strides: [[4608 * row, 128, row]; 3], row: 3072 + 12288, ..packed(1, 24, 4608, 4608, 128, true) };
     vec![packed(1, 24, 4608, 4608, 128, true), views, packed(2, 3, 77, 129, 64, false), packed(1, 1, 1, 1, 64, true)]
 }
 
+fn convolutions() -> Vec<convolution::Problem> {
+    let problem = |[b, height, width, c]: [usize; 4], o: usize, window: Window, residual: bool| {
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::BF16, &Device::Cpu).unwrap();
+        let (rows, columns) = (height / window.stride, width / window.stride);
+        let (x, w, bias) = (zeros(&[b, height, width, c]), zeros(&[o, 3, 3, c]), zeros(&[o]));
+        let other = residual.then(|| zeros(&[b, rows, columns, o]));
+        convolution::Problem::of([&x, &w, &bias], other.as_ref(), window, [b, rows, columns, o]).unwrap().unwrap()
+    };
+    vec![
+        problem([1, 128, 128, 512], 512, Window::SAME, true),
+        problem([1, 64, 64, 256], 128, Window::SAME, false),
+        problem([1, 64, 64, 128], 128, Window::HALVE, false),
+        problem([2, 17, 9, 16], 512, Window::SAME, false),
+    ]
+}
+
+/// All that is put to the library, each with what it is called.
+fn graphs(library: &'static Library) -> Vec<(String, Result<Operations, String>)> {
+    let forms = [Form::Whole, Form::Pieces].into_iter().filter(|form| form.is_in(library.version));
+    let attentions = forms.flat_map(|form| {
+        problems().into_iter().map(move |problem| (format!("{form:?} of {problem:?}"), problem.operations(library, form)))
+    });
+    let convolutions = convolutions().into_iter().map(|problem| (format!("{problem:?}"), problem.operations(library)));
+    attentions.chain(convolutions).collect()
+}
+
 #[test]
-fn cudnn_accepts_both_forms() {
+fn cudnn_accepts_the_graphs() {
     let Some(library) = found("libcudnn.so.9") else { return };
-    for form in Form::of(library.version) {
-        for problem in problems() {
-            match Operations::new(library, *form, &problem) {
-                Ok(_) => println!("{form:?} of {problem:?}"),
-                // Some versions do not begin without a driver's library.
-                Err(why) if why.contains("SUBLIBRARY_LOADING_FAILED") => return println!("not looked at: {why}"),
-                Err(why) => panic!("{form:?} of {problem:?}: {why}"),
-            }
+    for (name, operations) in graphs(library) {
+        match operations {
+            Ok(_) => println!("{name}"),
+            // Some versions do not begin without a driver's library.
+            Err(why) if why.contains("SUBLIBRARY_LOADING_FAILED") => return println!("not looked at: {why}"),
+            Err(why) => panic!("{name}: {why}"),
         }
     }
     // That it accepts them means something.
@@ -78,22 +106,16 @@ fn cudnn_has_plans_for_hopper() {
     if !compiles() {
         return println!("not looked at: there is no NVRTC");
     }
-    for form in Form::of(library.version) {
-        for problem in problems() {
-            match Plan::in_form(library, &problem, Target::Described(&[&device]), *form, heuristics::A) {
-                Ok(plan) => {
-                    println!("{form:?} of {problem:?}: workspace of {} bytes", plan.workspace);
-                    let pack = plan.pack([16, 32, 48, 64, 80], 256);
-                    assert!(pack.is_ok(), "{pack:?}");
-                }
-                // The kernel has been compiled, and there is no card to load it onto.
-                Err(why) => assert!(why.contains("EXECUTION_FAILED"), "{form:?} of {problem:?}: {why}"),
+    for (name, operations) in graphs(library) {
+        match Plan::of(operations.unwrap(), Target::Described(&[&device]), heuristics::A, usize::MAX) {
+            Ok(plan) => {
+                println!("{name}: workspace of {} bytes", plan.workspace);
+                let pack = plan.pack(&[(1, 16), (2, 32), (3, 48), (4, 64), (5, 80)], 256);
+                assert!(pack.is_ok(), "{pack:?}");
             }
+            // The kernel has been compiled, and there is no card to load it onto.
+            Err(why) => assert!(why.contains("EXECUTION_FAILED"), "{name}: {why}"),
         }
-    }
-    let target = Target::Described(&[&device]);
-    if let Ok(plan) = Plan::new(library, &problems()[0], target) {
-        println!("first choice: workspace of {} bytes", plan.workspace);
     }
 }
 
@@ -101,11 +123,11 @@ fn cudnn_has_plans_for_hopper() {
 fn problems_of_tensors() {
     let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &Device::Cpu).unwrap();
     let bf16 = |shape: &[usize]| zeros(shape, DType::BF16);
-    let of = |q: &Tensor, k: &Tensor| Problem::of(q, k, k, None).unwrap();
+    let of = |q: &Tensor, k: &Tensor| attention::Problem::of(q, k, k, None).unwrap();
 
     let (q, k) = (bf16(&[2, 3, 5, 64]), bf16(&[2, 3, 7, 64]));
     let strides = [[960, 320, 64], [1344, 448, 64], [1344, 448, 64]];
-    assert_eq!(of(&q, &k), Some(Problem { b: 2, h: 3, l: 5, l_kv: 7, e: 64, strides, row: 192, bf16: true }));
+    assert_eq!(of(&q, &k), Some(attention::Problem { b: 2, h: 3, l: 5, l_kv: 7, e: 64, strides, row: 192, bf16: true }));
     // Heads side by side, as parts of a wider row.
     let row = bf16(&[1, 5, 3 * 128]);
     let part = |i: usize| row.narrow(2, i * 128, 128).unwrap().reshape((1, 5, 2, 64)).unwrap().transpose(1, 2).unwrap();

@@ -1,33 +1,11 @@
 //! Attention, in chunks of queries so that the score matrix stays small.
 
-use std::sync::{Mutex, PoisonError};
-
 use candle_core::{D, DType, Result, Tensor};
 
 use super::activation::softmax;
 use crate::cudnn;
 use crate::launch::{Launch, Pointer, applies, in_eights, launch, output};
-
-/// Whose kernels attention on CUDA is made of, once [`use_fused`](crate::use_fused) is on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Attention {
-    Own,
-    /// cuDNN's, where it is installed and has a plan; ours elsewhere. [`cudnn_status`](crate::cudnn_status) tells.
-    Cudnn,
-}
-
-static CHOSEN: Mutex<Option<Attention>> = Mutex::new(None);
-
-/// Whose kernels are used from now on. Without a choice ours are, until [`settle_attention`](crate::settle_attention) has timed both.
-pub fn choose_attention(choice: Attention) {
-    *CHOSEN.lock().unwrap_or_else(PoisonError::into_inner) = Some(choice);
-}
-
-/// What was chosen last, if anything was.
-#[must_use]
-pub fn chosen_attention() -> Option<Attention> {
-    *CHOSEN.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use crate::whose::{Whose, Work, chosen};
 
 /// Largest score matrix, in bytes, that is held at once: every FLUX.1 call below 1024 x 1024 in bf16 stays in one or a few chunks.
 pub const SCORES_BYTES: usize = 256 << 20;
@@ -53,7 +31,7 @@ pub(super) fn attention_into(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, y: 
 
 /// Attention by one kernel -> `into` or, without it, a new tensor, `(b, l, h, e)`; `None` if there is none for it.
 fn fused(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, into: Option<&Tensor>) -> Result<Option<Tensor>> {
-    if chosen_attention() == Some(Attention::Cudnn)
+    if chosen(Work::Attention) == Some(Whose::Cudnn)
         && let Some(y) = cudnn::attention(q, k, v, scale, into)?
     {
         return Ok(Some(y));

@@ -7,7 +7,9 @@ use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu;
+use crate::cudnn;
 use crate::launch::{Launch, Pointer, applies, in_eights, launch, output};
+use crate::whose::{Whose, Work, chosen};
 
 /// How a picture is enlarged, bordered with zeros and stepped through, alike in both directions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +59,11 @@ pub fn convolve(x: &Tensor, weight: &Tensor, bias: &Tensor, window: Window, resi
         bail!("convolution of {:?} with weight {:?}, bias {:?} and {residual:?}", x.shape(), weight.shape(), bias.shape());
     }
     let convolution = Convolution { x, weight, bias, residual, window, shape: [b, rows, columns, o] };
+    if chosen(Work::Convolution) == Some(Whose::Cudnn)
+        && let Some(y) = cudnn::convolve([x, weight, bias], residual, window, convolution.shape)?
+    {
+        return Ok(y);
+    }
     if let Some(y) = convolution.by_kernel()? {
         return Ok(y);
     }

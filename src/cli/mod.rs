@@ -18,6 +18,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{ColorChoice, CommandFactory, FromArgMatches, Parser, Subcommand};
+use kernels::Work;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::Config;
@@ -72,8 +73,10 @@ pub fn main() -> ExitCode {
     }
     log(&config, matches!(cli.verb, Verb::Serve(_)));
     kernels::use_fused(config.fused_kernels);
-    if let Some(choice) = config.attention {
-        kernels::choose_attention(choice);
+    for (work, whose) in [(Work::Attention, config.attention), (Work::Convolution, config.convolution)] {
+        if let Some(whose) = whose {
+            kernels::choose(work, whose);
+        }
     }
     if let Some(cache) = &config.cache {
         kernels::keep_choices(Box::new(Kept::in_folder(cache)));

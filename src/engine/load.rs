@@ -117,7 +117,8 @@ fn load(bundle: &Bundle, device: &Device, plan: Plan, done: &Arc<AtomicU64>, tot
     }
     let kernels = if device.is_cuda() && kernels::fused() {
         let (heads, width) = (flux.config().heads, flux.config().hidden / flux.config().heads);
-        format!("fused; attention: {}", kernels::settle_attention(device, heads, TOKENS as usize, width, dtype)?)
+        let attention = kernels::settle_attention(device, heads, TOKENS as usize, width, dtype)?;
+        format!("fused; attention: {attention}; convolution: {}", kernels::settle_convolution(device, dtype)?)
     } else {
         "plain".to_owned()
     };

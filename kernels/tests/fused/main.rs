@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and errors are of interest on a card")]
 
+#[cfg(feature = "cuda")]
+mod cudnn;
 mod weights;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -271,50 +273,6 @@ fn attention_of_views_and_large_scores() {
         let part = |i: usize| all.narrow(2, i * h * e, h * e).unwrap().reshape((1, l, h, e)).unwrap().transpose(1, 2).unwrap();
         assert!(relative(&run(&|| op([part(0), part(1), part(2)])), &want) < 6e-3, "{place:?}");
     }
-}
-
-/// On a card with cuDNN.
-#[cfg(feature = "cuda")]
-#[test]
-fn attention_by_cudnn() {
-    use kernels::{Attention, choose_attention, cudnn_status};
-
-    let card = Device::new_cuda(0).expect("a CUDA build is tested on a machine with a card");
-    if !kernels::has_cudnn() {
-        return println!("not looked at: {}", cudnn_status());
-    }
-    kernels::use_fused(true);
-    let by_cudnn = |x: &[Tensor; 3], scale: f64| {
-        let before = launches();
-        choose_attention(Attention::Cudnn);
-        let y = attention(&x[0], &x[1], &x[2], scale, None).unwrap();
-        choose_attention(Attention::Own);
-        // Neither our kernel nor plain operations, whose heads do not lie side by side.
-        assert_eq!(launches(), before, "{}", cudnn_status());
-        assert!(y.transpose(1, 2).unwrap().is_contiguous(), "{}", cudnn_status());
-        y
-    };
-    let check = |name: &str, x: [Tensor; 3], scale: f64| {
-        let exact = [0, 1, 2].map(|i: usize| to_f32(&x[i]));
-        let want = attention(&exact[0], &exact[1], &exact[2], scale, None).unwrap();
-        let (got, again) = (by_cudnn(&x, scale), by_cudnn(&x, scale));
-        let (error, bound) = (relative(&got, &want), if x[0].dtype() == DType::F16 { 1e-3 } else { 6e-3 });
-        println!("cuDNN, {name} {:?} {:?}: {error:.2e}", x[0].dims(), x[0].dtype());
-        assert!(error < bound, "{name} {:?} {:?}: {error:e}", x[0].dims(), x[0].dtype());
-        assert_eq!(relative(&again, &to_f32(&got)), 0., "{name} differs from run to run");
-    };
-    for dtype in HALF {
-        for (b, h, l, l_kv, e) in [(2, 3, 77, 129, 64), (1, 2, 130, 64, 128), (2, 24, 600, 600, 128), (1, 2, 1, 1, 64)] {
-            let placed = |l: usize| random(&[b, h, l, e]).to_dtype(dtype).unwrap().to_device(&card).unwrap();
-            check("packed", [placed(l), placed(l_kv), placed(l_kv)], 1. / (e as f64).sqrt());
-        }
-        // q, k and v as parts of one tensor, and scores far from 0, of which only the largest counts.
-        let (l, h, e) = (70, 2, 64);
-        let all = (random(&[1, l, 3 * h * e]) * 8.).unwrap().to_dtype(dtype).unwrap().to_device(&card).unwrap();
-        let part = |i: usize| all.narrow(2, i * h * e, h * e).unwrap().reshape((1, l, h, e)).unwrap().transpose(1, 2).unwrap();
-        check("parts", [part(0), part(1), part(2)], 1.);
-    }
-    println!("{}", cudnn_status());
 }
 
 #[test]
