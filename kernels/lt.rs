@@ -282,13 +282,21 @@ impl Library {
                 &raw mut count,
             )
         };
-        if matches!(status, Status::CUBLAS_STATUS_NOT_SUPPORTED | Status::CUBLAS_STATUS_INVALID_VALUE) {
+        if refused(status) {
             return Ok(Vec::new());
         }
         status.result().map_err(candle_core::Error::wrap)?;
         let usable = |one: &&sys::cublasLtMatmulHeuristicResult_t| one.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
         Ok(found[..count as usize].iter().filter(usable).map(|one| one.algo.data).collect())
     }
+}
+
+/// Whether the library has nothing for this product or this card, rather than that something went wrong.
+fn refused(status: Status) -> bool {
+    matches!(
+        status,
+        Status::CUBLAS_STATUS_NOT_SUPPORTED | Status::CUBLAS_STATUS_INVALID_VALUE | Status::CUBLAS_STATUS_ARCH_MISMATCH
+    )
 }
 
 /// The algorithm whose fastest run is the fastest, if any is for this card. What fails for another reason (memory) is an error: which one
@@ -299,7 +307,7 @@ fn fastest(stream: &CudaStream, candidates: &[Algorithm], call: &Call<'_>) -> Re
     let mut best: Option<(f32, Algorithm)> = None;
     for candidate in candidates {
         match call(candidate) {
-            Err(CublasError(Status::CUBLAS_STATUS_NOT_SUPPORTED | Status::CUBLAS_STATUS_INVALID_VALUE)) => continue,
+            Err(CublasError(status)) if refused(status) => continue,
             done => done.map_err(candle_core::Error::wrap)?,
         }
         let mut shortest = f32::INFINITY;

@@ -28,10 +28,17 @@ template <int E> __device__ __forceinline__ int place(int row, int chunk) {
 
 template <typename T, int E, int ROWS>
 __device__ __forceinline__ void fetch(T *tile, const T *from, uint64_t token, uint32_t first, uint32_t limit) {
-    for (int i = threadIdx.x; i < ROWS * E / 8; i += ATTENTION_THREADS) {
-        int row = i / (E / 8), chunk = i % (E / 8);
-        bool inside = first + row < limit;
-        copy_async(tile + place<E>(row, chunk), from + (inside ? first + row : 0) * token + 8 * chunk, inside);
+    // Rows of a thread's chunks are a multiple of eight apart, so that their places are equally far apart.
+    constexpr int APART = ATTENTION_THREADS / (E / 8);
+    static_assert(APART % 8 == 0 && ROWS % APART == 0, "see above");
+    int row = threadIdx.x / (E / 8), chunk = threadIdx.x % (E / 8);
+    const T *at = from + (first + row) * token + 8 * chunk;
+    T *to = tile + place<E>(row, chunk);
+    uint64_t apart = APART * token;
+#pragma unroll
+    for (int i = 0; i < ROWS / APART; i++, at += apart) {
+        bool inside = first + row + i * APART < limit;
+        copy_async(to + i * APART * E, inside ? at : from, inside);
     }
 }
 
@@ -97,13 +104,13 @@ template <typename T, int E> __device__ __forceinline__ void attention(const Att
 #pragma unroll
                 for (int j = 0; j < KEYS / 8; j++) most = fmaxf(most, fmaxf(s[half][j][2 * r], s[half][j][2 * r + 1]));
                 for (int apart = 1; apart < 4; apart *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, apart));
-                float shrink = exp2f((largest[half][r] - most) * a.scale);
+                float shrink = power_of_two((largest[half][r] - most) * a.scale);
                 largest[half][r] = most;
 #pragma unroll
                 for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
                     for (int i = 2 * r; i < 2 * r + 2; i++) {
-                        s[half][j][i] = exp2f((s[half][j][i] - most) * a.scale);
+                        s[half][j][i] = power_of_two(fmaf(s[half][j][i], a.scale, -most * a.scale));
                         sum += s[half][j][i];
                     }
                 // Of this lane's columns; the four lanes of a row add up in the end.

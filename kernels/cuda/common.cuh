@@ -125,13 +125,33 @@ __device__ __forceinline__ float block_sum(float x, float *sums) {
     return total;
 }
 
+// 2^x by the card's own instruction, to two units in the last place; 0 for what is less than a normal number.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
+// a / b to two units in the last place, without the branch and the steps that the exact quotient takes; b may be infinite.
+__device__ __forceinline__ float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fdividef(a, b);
+#else
+    return a / b;
+#endif
+}
+
 __device__ __forceinline__ float gelu(float x) {
     // 0.5 x (1 + tanh u) written as x / (1 + exp(-2 u)).
     float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + expf(-2.0f * u));
+    return quotient(x, 1.0f + expf(-2.0f * u));
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return quotient(x, 1.0f + expf(-x)); }
 
 // The kernel for each type of values, named after it.
 #define KERNELS(name, Arguments, threads) \

@@ -108,19 +108,29 @@ __device__ __forceinline__ void group_norm_join(const GroupNormArguments &a) {
 
 template <typename T> __device__ __forceinline__ void group_norm_apply(const GroupNormArguments &a) {
     Share share(a);
-    float scale[8], shift[8], v[8];
+    float scale[8], shift[8];
     load8(a.affine + 2ull * blockIdx.y * a.c + share.channel, scale);
     load8(a.affine + (2ull * blockIdx.y + 1) * a.c + share.channel, shift);
     uint32_t mine = share.pixels_of(share.slot);
-#pragma unroll 4
-    for (uint32_t i = 0; i < mine; i++) {
-        uint64_t at = (blockIdx.y * a.area + share.first + share.slot + (uint64_t)i * share.apart) * a.c + share.channel;
-        load8((const T *)a.x + at, v);
-        for (int j = 0; j < 8; j++) {
-            v[j] = v[j] * scale[j] + shift[j];
-            if (a.silu) v[j] = silu(v[j]);
+    auto at = [&](uint32_t i) {
+        return (blockIdx.y * a.area + share.first + share.slot + (uint64_t)i * share.apart) * a.c + share.channel;
+    };
+    // As far as the compiler knows a store may change what is loaded after it: loads come first, and wait together.
+    constexpr int AT_ONCE = 4;
+    for (uint32_t first = 0; first < mine; first += AT_ONCE) {
+        float v[AT_ONCE][8];
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; n++)
+            if (first + n < mine) load8((const T *)a.x + at(first + n), v[n]);
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; n++) {
+            if (first + n >= mine) continue;
+            for (int j = 0; j < 8; j++) {
+                v[n][j] = v[n][j] * scale[j] + shift[j];
+                if (a.silu) v[n][j] = silu(v[n][j]);
+            }
+            store8((T *)a.y + at(first + n), v[n]);
         }
-        store8((T *)a.y + at, v);
     }
 }
 KERNELS(group_norm_parts, GroupNormArguments, GROUP_NORM_THREADS)

@@ -158,6 +158,15 @@ fn rows_of_e4m3_in_the_same_pass() {
     let zeros = Tensor::zeros((1, 2, 16), DType::F32, &Device::Cpu).unwrap();
     let rows = emulated(|| gelu_beside_fp8(&zeros, &zeros).unwrap());
     assert_eq!(to_f32(&rows.widen(DType::F32).unwrap()).abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap(), 0.);
+    // What is no number does not become one, and spoils nothing beside it.
+    let mut values: Vec<f32> = (0..16).map(|i| i as f32).collect();
+    (values[3], values[8]) = (f32::NAN, f32::INFINITY);
+    let broken = Tensor::from_vec(values, (1, 2, 8), &Device::Cpu).unwrap();
+    let of = |rows: Fp8Rows| to_f32(&rows.widen(DType::F32).unwrap()).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for got in [of(emulated(|| quantise_fp8(&broken).unwrap())), of(quantise_fp8(&broken).unwrap())] {
+        assert!(got[3].is_nan() && !got[8].is_finite(), "{got:?}");
+        assert!(got[..3].iter().enumerate().all(|(i, value)| (value - i as f32).abs() < 0.3), "{got:?}");
+    }
     let long = random(&[1, 1, 16400]);
     let before = launches();
     let rows = emulated(|| gelu_beside_fp8(&long, &long).unwrap());
