@@ -112,7 +112,8 @@ const BUILT_WITH: i32 = driver::sys::CUDA_VERSION as i32;
 #[cfg(feature = "cuda")]
 pub fn open_cuda(ordinal: usize) -> Result<Device, String> {
     let knows = driver_version().map_err(|e| e.to_string())?;
-    if knows / 1000 < BUILT_WITH / 1000 {
+    // Also within one major version: candle's kernels come as PTX, of which a driver reads none that is newer than itself.
+    if knows < BUILT_WITH {
         let [knows, needs] = [knows, BUILT_WITH].map(|version| format!("{}.{}", version / 1000, version % 1000 / 10));
         return Err(format!(
             "the NVIDIA driver is for CUDA {knows}, this program for {needs}; take a newer driver (580 for CUDA 13.0)"
@@ -133,16 +134,32 @@ pub fn open_cuda(ordinal: usize) -> Result<Device, String> {
         }
         // Some virtual ones have no pools; then nothing is kept.
         if context.has_async_alloc() {
-            keep_freed_memory(&context).map_err(|e| e.to_string())?;
+            keep_freed_memory(&context, u64::MAX).map_err(|e| e.to_string())?;
         }
     }
     Ok(device)
 }
 
-/// Lets freed memory stay with this process, which otherwise gives it back whenever it waits for the card, and asks for it anew.
+/// Lets freed memory stay with this process only up to so many bytes of all that it has: others on the card are to have the rest.
+pub fn keep_at_most(device: &Device, bytes: u64) -> candle_core::Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(card) = device {
+        use candle_core::cuda_backend::WrapErr;
+
+        let stream = card.cuda_stream();
+        if stream.context().has_async_alloc() {
+            keep_freed_memory(stream.context(), bytes).w()?;
+        }
+    }
+    let _ = (device, bytes);
+    Ok(())
+}
+
+/// Lets freed memory stay with this process, which otherwise gives it back whenever it waits for the card, and asks for it anew: up to
+/// `most` bytes in use and freed.
 #[cfg(feature = "cuda")]
-fn keep_freed_memory(context: &driver::CudaContext) -> Result<(), driver::DriverError> {
-    let (pool, mut most) = (pool(context)?, u64::MAX);
+fn keep_freed_memory(context: &driver::CudaContext, mut most: u64) -> Result<(), driver::DriverError> {
+    let pool = pool(context)?;
     let attribute = driver::sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
     // SAFETY: the attribute is a number of 64 bits.
     #[expect(unsafe_code, reason = "a call of the driver")]

@@ -19,7 +19,7 @@ mod graph;
 #[cfg(test)]
 mod tests;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use crate::ops::convolve::Window;
 
@@ -79,6 +79,14 @@ pub(crate) fn cudnn_version() -> String {
     String::new()
 }
 
+/// Gives back what its kernels take of the card's memory; they are made again when they are wanted.
+pub fn forget_plans(device: &Device) -> candle_core::Result<()> {
+    #[cfg(feature = "cuda")]
+    card::forget(device)?;
+    let _ = device;
+    Ok(())
+}
+
 /// Whether cuDNN is there to be used. The first call opens the library.
 #[must_use]
 pub fn has_cudnn() -> bool {
@@ -99,7 +107,7 @@ mod card {
     use candle_core::{CudaDevice, Device, Error, Tensor};
 
     use super::attention::{self, Form};
-    use super::backend::{Handle, Library, dotted};
+    use super::backend::{Failure, Handle, Library, dotted};
     use super::convolution;
     use super::graph::{Plan, Target};
     use crate::launch::{applies, output, with_addresses};
@@ -112,6 +120,9 @@ mod card {
     /// Bytes that a convolution may have to work in, as plans of memory have no more for it.
     const WORKSPACE: usize = 32 << 20;
 
+    /// Plans that are kept: a dozen sizes of pictures. Their kernels stay on the card as long as they do.
+    const PLANS: usize = 128;
+
     /// What plans are made for.
     #[derive(Debug, PartialEq, Eq, Hash)]
     enum Problem {
@@ -120,7 +131,7 @@ mod card {
     }
 
     impl Problem {
-        fn plan(&self, library: &'static Library, target: Target<'_>) -> Result<Plan, String> {
+        fn plan(&self, library: &'static Library, target: Target<'_>) -> Result<Plan, Failure> {
             match self {
                 Self::Attention(problem) => {
                     let whole = || problem.operations(library, Form::Whole);
@@ -186,6 +197,16 @@ mod card {
         Ok(run(Problem::Convolution(problem), &tensors, None)?.then_some(y))
     }
 
+    pub(super) fn forget(device: &Device) -> candle_core::Result<()> {
+        let Device::Cuda(card) = device else { return Ok(()) };
+        device.synchronize()?;
+        let mut cards = CARDS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Some(card)) = cards.get_or_insert_default().get_mut(&card.cuda_stream().context().ordinal()) {
+            card.plans.clear();
+        }
+        Ok(())
+    }
+
     /// Whether there is a plan for it; then its work, with these tensors and this number, is in the stream.
     fn run(problem: Problem, tensors: &[(i64, &Tensor)], number: Option<(i64, f32)>) -> candle_core::Result<bool> {
         let (_, x) = tensors[0];
@@ -195,10 +216,13 @@ mod card {
         // cuDNN takes the card that is current.
         stream.context().bind_to_thread().w()?;
         let mut cards = CARDS.lock().unwrap_or_else(PoisonError::into_inner);
-        let card = cards.get_or_insert_default().entry(stream.context().ordinal()).or_insert_with(|| {
-            let handle = noted(Handle::new(library))?;
-            Some(Card { plans: HashMap::new(), handle, _context: stream.context().clone() })
-        });
+        let card = match cards.get_or_insert_default().entry(stream.context().ordinal()) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let handle = noted(x.device(), Handle::new(library))?;
+                entry.insert(handle.map(|handle| Card { plans: HashMap::new(), handle, _context: stream.context().clone() }))
+            }
+        };
         let Some(card) = card else { return Ok(false) };
         card.run(library, device, &stream, problem, tensors, number)
     }
@@ -213,33 +237,33 @@ mod card {
             tensors: &[(i64, &Tensor)],
             number: Option<(i64, f32)>,
         ) -> candle_core::Result<bool> {
-            self.handle.use_stream(stream.cu_stream().cast()).map_err(Error::msg)?;
+            let of = Device::Cuda(device.clone());
+            self.handle.use_stream(stream.cu_stream().cast()).map_err(|failure| said(&of, &failure))?;
+            if self.plans.len() >= PLANS && !self.plans.contains_key(&problem) {
+                // Their kernels may be at work.
+                of.synchronize()?;
+                self.plans.clear();
+            }
             let plan = match self.plans.entry(problem) {
                 Entry::Occupied(entry) => entry.into_mut(),
                 Entry::Vacant(entry) => {
                     let plan = entry.key().plan(library, Target::Card(&self.handle));
-                    if let Err(why) = &plan
-                        && why.contains("ALLOCATION_FAILED")
-                    {
-                        // Whose kernels are used must not depend on how full the card was.
-                        candle_core::bail!("{why}");
-                    }
-                    let plan = noted(plan.map_err(|why| format!("no plan for {:?}: {why}", entry.key())));
+                    let plan = noted(&of, plan.map_err(|why| why.about(&format!("no plan for {:?}", entry.key()))))?;
                     entry.insert(plan)
                 }
             };
             let Some(plan) = plan else { return Ok(false) };
             let workspace = workspace(device, plan.workspace)?;
             let working = workspace.as_ref().map(|memory| memory.device_ptr(stream));
-            let of: Vec<_> = tensors.iter().map(|(_, x)| Some(*x)).collect();
-            with_addresses(device, &of, |at| {
+            let all: Vec<_> = tensors.iter().map(|(_, x)| Some(*x)).collect();
+            with_addresses(device, &all, |at| {
                 let mut given: Vec<_> = tensors.iter().zip(at).map(|((name, _), at)| (*name, *at)).collect();
                 given.extend(number.as_ref().map(|(name, number)| (*name, std::ptr::from_ref(number) as u64)));
                 let working = working.as_ref().map_or(0, |(at, _)| *at);
                 // SAFETY: the problem is that of the tensors, which are held until the work is in the stream, as is the workspace,
                 // whose memory is given back in the order of the stream. The number is read when the work is put into it.
                 #[expect(unsafe_code, reason = "a call of the library")]
-                unsafe { plan.run(&mut self.handle, &given, working) }.map_err(Error::msg)
+                unsafe { plan.run(&mut self.handle, &given, working) }.map_err(|failure| said(&of, &failure))
             })?;
             Ok(true)
         }
@@ -256,8 +280,26 @@ mod card {
         Ok(Some(memory))
     }
 
-    /// What there is, or `None` with the reason kept for [`status`].
-    fn noted<T>(result: Result<T, String>) -> Option<T> {
-        result.map_err(|why| *REFUSAL.lock().unwrap_or_else(PoisonError::into_inner) = Some(why)).ok()
+    /// What there is, or `None` with the reason kept for [`status`]. Whose kernels are used must not depend on how full the card was: what
+    /// fails on one that has nothing left is an error, and is tried again.
+    fn noted<T>(device: &Device, result: Result<T, Failure>) -> candle_core::Result<Option<T>> {
+        match result {
+            Ok(there) => Ok(Some(there)),
+            Err(failure) if failure.is_of_the_card() && is_full(device) => Err(said(device, &failure)),
+            Err(failure) => {
+                *REFUSAL.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure.to_string());
+                Ok(None)
+            }
+        }
+    }
+
+    /// Less is free than the library's kernels may take.
+    fn is_full(device: &Device) -> bool {
+        crate::free_memory(device).is_some_and(|free| free < 256 << 20)
+    }
+
+    fn said(device: &Device, failure: &Failure) -> Error {
+        let full = failure.is_of_the_card() && is_full(device);
+        Error::msg(if full { format!("out of memory: {failure}") } else { failure.to_string() })
     }
 }

@@ -43,9 +43,9 @@ mod settle;
 mod transfer;
 mod whose;
 
-pub use card::{arithmetic_rate, free_memory, gather_memory, has_fp8_products, machine, open_cuda};
+pub use card::{arithmetic_rate, free_memory, gather_memory, has_fp8_products, keep_at_most, machine, open_cuda};
 pub use choices::{Keeper, keep_choices, recall, remember};
-pub use cudnn::{cudnn_status, has_cudnn};
+pub use cudnn::{cudnn_status, forget_plans, has_cudnn};
 #[cfg(feature = "emulator")]
 pub use launch::emulated;
 pub use launch::{fused, launches, use_fused};

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::backend::{Descriptor, Library, Value};
+use super::backend::{Descriptor, Failure, Library, Value};
 use super::codes::{attribute, descriptor, pointwise, reduction, values};
 use super::graph::{Operations, Place, packed};
 use crate::launch::in_eights;
@@ -78,7 +78,7 @@ impl Problem {
     }
 
     /// The operations of this form.
-    pub(super) fn operations(&self, library: &'static Library, form: Form) -> Result<Operations, String> {
+    pub(super) fn operations(&self, library: &'static Library, form: Form) -> Result<Operations, Failure> {
         let mut graph = Operations::new(library);
         match form {
             Form::Whole => self.whole(&mut graph)?,
@@ -87,7 +87,7 @@ impl Problem {
         Ok(graph)
     }
 
-    fn whole(&self, graph: &mut Operations) -> Result<(), String> {
+    fn whole(&self, graph: &mut Operations) -> Result<(), Failure> {
         let &Self { b, h, l, l_kv, e, strides: [q_at, k_at, v_at], .. } = self;
         let values = self.values();
         let q = graph.tensor(Q, values, [b, h, l, e], rows(q_at), Place::Memory)?;
@@ -106,7 +106,7 @@ impl Problem {
         Ok(())
     }
 
-    fn pieces(&self, graph: &mut Operations) -> Result<(), String> {
+    fn pieces(&self, graph: &mut Operations) -> Result<(), Failure> {
         let &Self { b, h, l, l_kv, e, strides: [q_at, k_at, v_at], .. } = self;
         let values = self.values();
         let q = graph.tensor(Q, values, [b, h, l, e], rows(q_at), Place::Memory)?;
@@ -138,13 +138,13 @@ impl Problem {
     }
 
     /// The result: in memory it is `(b, l, h, e)`, in rows that may be longer.
-    fn y(&self, graph: &Operations) -> Result<Descriptor, String> {
+    fn y(&self, graph: &Operations) -> Result<Descriptor, Failure> {
         let &Self { b, h, l, e, row, .. } = self;
         graph.tensor(Y, self.values(), [b, h, l, e], [l * row, e, row, 1], Place::Memory)
     }
 }
 
-fn scale(graph: &Operations) -> Result<Descriptor, String> {
+fn scale(graph: &Operations) -> Result<Descriptor, Failure> {
     graph.tensor(SCALE, values::F32, [1; 4], [1; 4], Place::Given)
 }
 

@@ -3,12 +3,47 @@
 
 use std::error::Error as _;
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::fmt;
 use std::ptr::{null_mut, without_provenance_mut};
 
 use super::codes::kind;
 
 type Raw = *mut c_void;
 type Status = c_int;
+
+/// What went wrong, in words.
+#[derive(Debug)]
+pub(super) struct Failure {
+    status: Status,
+    said: String,
+}
+
+impl Failure {
+    /// Whether it may be another time, with memory to spare: the library could not allocate or load something, or work on the card failed.
+    pub(super) fn is_of_the_card(&self) -> bool {
+        // CUDNN_STATUS_INTERNAL_ERROR_..._ALLOCATION_FAILED and CUDNN_STATUS_EXECUTION_FAILED_...
+        matches!(self.status, 4003 | 4004 | 5000..6000)
+    }
+
+    /// The same, about `what`.
+    #[cfg(feature = "cuda")]
+    pub(super) fn about(self, what: &str) -> Self {
+        Self { said: format!("{what}: {}", self.said), ..self }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.said)
+    }
+}
+
+/// Of ours, not of the library's.
+impl From<String> for Failure {
+    fn from(said: String) -> Self {
+        Self { status: 0, said }
+    }
+}
 
 /// The functions of cuDNN that are used. It is never closed.
 #[derive(Debug)]
@@ -79,7 +114,7 @@ impl Library {
     }
 
     /// The error of a call, in cuDNN's words.
-    fn check(&self, status: Status, what: &str) -> Result<(), String> {
+    fn check(&self, status: Status, what: &str) -> Result<(), Failure> {
         if status == 0 {
             return Ok(());
         }
@@ -90,7 +125,7 @@ impl Library {
             (self.last_error)(detail.as_mut_ptr(), detail.len());
             (CStr::from_ptr((self.error_string)(status)), CStr::from_ptr(detail.as_ptr()))
         };
-        Err(format!("{what}: {} ({})", name.to_string_lossy(), detail.to_string_lossy()))
+        Err(Failure { status, said: format!("{what}: {} ({})", name.to_string_lossy(), detail.to_string_lossy()) })
     }
 }
 
@@ -123,7 +158,7 @@ pub(super) struct Handle {
 unsafe impl Send for Handle {}
 
 impl Handle {
-    pub(super) fn new(library: &'static Library) -> Result<Self, String> {
+    pub(super) fn new(library: &'static Library) -> Result<Self, Failure> {
         let mut raw = null_mut();
         // SAFETY: it writes one pointer.
         #[expect(unsafe_code, reason = "a call of the library")]
@@ -132,7 +167,7 @@ impl Handle {
         Ok(Self { raw, stream: null_mut(), library })
     }
 
-    pub(super) fn use_stream(&mut self, stream: Raw) -> Result<(), String> {
+    pub(super) fn use_stream(&mut self, stream: Raw) -> Result<(), Failure> {
         if stream != self.stream {
             // SAFETY: a stream of this card; candle's lives as long as the device.
             #[expect(unsafe_code, reason = "a call of the library")]
@@ -146,7 +181,7 @@ impl Handle {
     /// # Safety
     /// The pack's pointers are those of the plan's tensors, valid until the work is in the stream.
     #[expect(unsafe_code, reason = "see above")]
-    pub(super) unsafe fn execute(&mut self, plan: &Descriptor, pack: &Descriptor) -> Result<(), String> {
+    pub(super) unsafe fn execute(&mut self, plan: &Descriptor, pack: &Descriptor) -> Result<(), Failure> {
         // SAFETY: both are finalised, and the rest is the caller's.
         let status = unsafe { (self.library.execute)(self.raw, plan.raw, pack.raw) };
         self.library.check(status, "run the plan")
@@ -190,7 +225,7 @@ unsafe impl Send for Descriptor {}
 
 impl Descriptor {
     /// One with these attributes, in this order, finalised. The error says what cuDNN does not like.
-    pub(super) fn new(library: &'static Library, kind: i32, attributes: &[(i32, Value<'_>)]) -> Result<Self, String> {
+    pub(super) fn new(library: &'static Library, kind: i32, attributes: &[(i32, Value<'_>)]) -> Result<Self, Failure> {
         let new = Self::empty(library, kind)?;
         for (attribute, value) in attributes {
             new.set(*attribute, *value)?;
@@ -202,7 +237,7 @@ impl Descriptor {
         Ok(new)
     }
 
-    fn empty(library: &'static Library, kind: i32) -> Result<Self, String> {
+    fn empty(library: &'static Library, kind: i32) -> Result<Self, Failure> {
         let mut raw = null_mut();
         // SAFETY: it writes one pointer.
         #[expect(unsafe_code, reason = "a call of the library")]
@@ -211,7 +246,7 @@ impl Descriptor {
         Ok(Self { raw, kind, library })
     }
 
-    fn set(&self, attribute: i32, value: Value<'_>) -> Result<(), String> {
+    fn set(&self, attribute: i32, value: Value<'_>) -> Result<(), Failure> {
         let pointers: Vec<Raw> = match value {
             Value::Descriptors(parts) => parts.iter().map(|part| part.raw).collect(),
             Value::Handle(handle) => vec![handle.raw],
@@ -236,7 +271,7 @@ impl Descriptor {
     }
 
     /// An attribute that is one whole number.
-    pub(super) fn integer(&self, attribute: i32) -> Result<i64, String> {
+    pub(super) fn integer(&self, attribute: i32) -> Result<i64, Failure> {
         let (mut value, mut count) = (0i64, 0i64);
         // SAFETY: there is room for the one value that is asked for.
         #[expect(unsafe_code, reason = "a call of the library")]
@@ -247,7 +282,7 @@ impl Descriptor {
     }
 
     /// An attribute that is any number of descriptors of this kind.
-    pub(super) fn descriptors(&self, attribute: i32, of: i32) -> Result<Vec<Self>, String> {
+    pub(super) fn descriptors(&self, attribute: i32, of: i32) -> Result<Vec<Self>, Failure> {
         let read = |raws: &mut [Raw]| {
             let mut count = 0;
             // SAFETY: there is room for as many as are asked for, and each is a descriptor to write into.
@@ -257,7 +292,7 @@ impl Descriptor {
                 (self.library.get_attribute)(self.raw, attribute, kind::DESCRIPTOR, raws.len() as i64, &raw mut count, at)
             };
             self.library.check(status, &format!("read attribute {attribute} of descriptor {}", self.kind))?;
-            Ok::<_, String>(count.max(0) as usize)
+            Ok::<_, Failure>(count.max(0) as usize)
         };
         // Asked for none, it says how many there may be; some of those turn out not to be.
         let room = read(&mut [])?;

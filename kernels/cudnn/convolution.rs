@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::backend::Library;
+use super::backend::{Failure, Library};
 use super::codes::{pointwise, values};
 use super::graph::{Operations, Place};
 use crate::ops::convolve::Window;
@@ -58,7 +58,7 @@ impl Problem {
         }))
     }
 
-    pub(super) fn operations(&self, library: &'static Library) -> Result<Operations, String> {
+    pub(super) fn operations(&self, library: &'static Library) -> Result<Operations, Failure> {
         let &Self { b, input: [height, width, c], output: [rows, columns, o], side, stride, before, after, .. } = self;
         let mut graph = Operations::new(library);
         let values = if self.bf16 { values::BF16 } else { values::F16 };

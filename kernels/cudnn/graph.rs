@@ -1,6 +1,6 @@
 //! Graphs of cuDNN's operations, and the plans that run them.
 
-use super::backend::{Descriptor, Handle, Library, Value};
+use super::backend::{Descriptor, Failure, Handle, Library, Value};
 use super::codes::{CROSS_CORRELATION, attribute, descriptor, heuristics, kind, values};
 
 /// What a plan is made for.
@@ -62,7 +62,7 @@ impl Operations {
         dims: [usize; 4],
         strides: [usize; 4],
         place: Place,
-    ) -> Result<Descriptor, String> {
+    ) -> Result<Descriptor, Failure> {
         // Kernels load 16 bytes at a time, and rely on what is said here: problems are made of nothing else.
         let alignment = if place == Place::Given { 4 } else { 16 };
         let attributes = [
@@ -77,7 +77,7 @@ impl Operations {
         Descriptor::new(self.library, descriptor::TENSOR, &attributes)
     }
 
-    pub(super) fn product(&mut self, a: &Descriptor, b: &Descriptor, c: &Descriptor) -> Result<(), String> {
+    pub(super) fn product(&mut self, a: &Descriptor, b: &Descriptor, c: &Descriptor) -> Result<(), Failure> {
         let precision = (attribute::PRODUCT_PRECISION, Value::Choice(kind::DATA_TYPE, values::F32));
         let of = Descriptor::new(self.library, descriptor::PRODUCT, &[precision])?;
         let attributes = [
@@ -91,7 +91,7 @@ impl Operations {
         Ok(())
     }
 
-    pub(super) fn pointwise(&mut self, mode: i32, x: &Descriptor, b: Option<&Descriptor>, y: &Descriptor) -> Result<(), String> {
+    pub(super) fn pointwise(&mut self, mode: i32, x: &Descriptor, b: Option<&Descriptor>, y: &Descriptor) -> Result<(), Failure> {
         let mode = (attribute::POINTWISE_MODE, Value::Choice(kind::POINTWISE_MODE, mode));
         let precision = (attribute::POINTWISE_PRECISION, Value::Choice(kind::DATA_TYPE, values::F32));
         let of = Descriptor::new(self.library, descriptor::POINTWISE, &[mode, precision])?;
@@ -108,7 +108,11 @@ impl Operations {
     }
 
     /// x `(b, c, height, width)` under windows of w `(o, c, s, s)`, in f32: strides, and zeros before and after, alike in both directions.
-    pub(super) fn convolution(&mut self, [x, w, y]: [&Descriptor; 3], [stride, before, after]: [usize; 3]) -> Result<(), String> {
+    pub(super) fn convolution(
+        &mut self,
+        [x, w, y]: [&Descriptor; 3],
+        [stride, before, after]: [usize; 3],
+    ) -> Result<(), Failure> {
         let both = |n: usize| [n as i64; 2];
         let [dilations, strides, before, after] = [both(1), both(stride), both(before), both(after)];
         let of = [
@@ -135,7 +139,7 @@ impl Operations {
     }
 
     /// Over the last dimension, which is the one that y has not.
-    pub(super) fn reduce(&mut self, operator: i32, x: &Descriptor, y: &Descriptor) -> Result<(), String> {
+    pub(super) fn reduce(&mut self, operator: i32, x: &Descriptor, y: &Descriptor) -> Result<(), Failure> {
         let operator = (attribute::REDUCTION_OPERATOR, Value::Choice(kind::REDUCTION_OPERATOR, operator));
         let precision = (attribute::REDUCTION_PRECISION, Value::Choice(kind::DATA_TYPE, values::F32));
         let of = Descriptor::new(self.library, descriptor::REDUCTION, &[operator, precision])?;
@@ -168,21 +172,27 @@ pub(super) struct Plan {
 
 impl Plan {
     /// The first that the library has for a problem that may be put to it in these ways: in either what it knows to be fast, then whatever
-    /// works. `most` bytes of workspace. Compiling takes part of a second. The error says why there is none.
-    pub(super) fn new(ways: &[&dyn Fn() -> Result<Operations, String>], target: Target<'_>, most: usize) -> Result<Self, String> {
+    /// works. `most` bytes of workspace. Compiling takes part of a second. The error says why there is none, or that the card failed: what is
+    /// second best on a card that is full would stay in use when it is not.
+    pub(super) fn new(
+        ways: &[&dyn Fn() -> Result<Operations, Failure>],
+        target: Target<'_>,
+        most: usize,
+    ) -> Result<Self, Failure> {
         let mut why = Vec::new();
         for mode in [heuristics::A, heuristics::FALLBACK] {
             for way in ways {
                 match way().and_then(|operations| Self::of(operations, target, mode, most)) {
                     Ok(plan) => return Ok(plan),
-                    Err(e) => why.push(e),
+                    Err(e) if e.is_of_the_card() => return Err(e),
+                    Err(e) => why.push(e.to_string()),
                 }
             }
         }
-        Err(why.join("; "))
+        Err(why.join("; ").into())
     }
 
-    pub(super) fn of(operations: Operations, target: Target<'_>, mode: i32, most: usize) -> Result<Self, String> {
+    pub(super) fn of(operations: Operations, target: Target<'_>, mode: i32, most: usize) -> Result<Self, Failure> {
         let library = operations.library;
         let of: Vec<&Descriptor> = operations.operations.iter().collect();
         let mut attributes = vec![(attribute::GRAPH_OPERATIONS, Value::Descriptors(&of))];
@@ -197,13 +207,14 @@ impl Plan {
         question.extend(target.told(None, Some(attribute::HEURISTICS_DEVICE)));
         let answer = Descriptor::new(library, descriptor::HEURISTICS, &question)?;
         let configs = answer.descriptors(attribute::HEURISTICS_RESULTS, descriptor::ENGINE_CONFIG)?;
-        let mut why = String::from("no engine for this graph");
+        let mut why = Failure::from(String::from("no engine for this graph"));
         for config in &configs {
             let parts = [config];
             let mut attributes = vec![(attribute::PLAN_CONFIG, Value::Descriptors(&parts))];
             attributes.extend(target.told(Some(attribute::PLAN_HANDLE), Some(attribute::PLAN_DEVICE)));
             let plan = match Descriptor::new(library, descriptor::PLAN, &attributes) {
                 Ok(plan) => plan,
+                Err(e) if e.is_of_the_card() => return Err(e),
                 Err(e) => {
                     why = e;
                     continue;
@@ -213,13 +224,13 @@ impl Plan {
             if workspace <= most {
                 return Ok(Self { plan, workspace, library, _graph: graph, _operations: operations });
             }
-            why = format!("an engine wants {workspace} bytes to work in");
+            why = format!("an engine wants {workspace} bytes to work in").into();
         }
         Err(why)
     }
 
     /// What is called with: where each of the given tensors is, by its name, and the workspace. Single numbers are in the processor's memory.
-    pub(super) fn pack(&self, given: &[(i64, u64)], workspace: u64) -> Result<Descriptor, String> {
+    pub(super) fn pack(&self, given: &[(i64, u64)], workspace: u64) -> Result<Descriptor, Failure> {
         let (ids, pointers): (Vec<i64>, Vec<u64>) = given.iter().copied().unzip();
         let attributes = [
             (attribute::PACK_IDS, Value::Integers(&ids)),
@@ -236,7 +247,7 @@ impl Plan {
     /// plan has it.
     #[expect(unsafe_code, reason = "see above")]
     #[cfg(feature = "cuda")]
-    pub(super) unsafe fn run(&self, handle: &mut Handle, given: &[(i64, u64)], workspace: u64) -> Result<(), String> {
+    pub(super) unsafe fn run(&self, handle: &mut Handle, given: &[(i64, u64)], workspace: u64) -> Result<(), Failure> {
         let pack = self.pack(given, workspace)?;
         // SAFETY: the caller's.
         unsafe { handle.execute(&self.plan, &pack) }

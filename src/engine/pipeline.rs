@@ -142,6 +142,7 @@ impl Pipeline {
         let mut patches = self.patches();
         let forgotten = self.encoded.forget();
         kernels::forget_places(&self.device);
+        kernels::forget_plans(&self.device)?;
         let config = self.flux.config();
         let mut on_host = self.on_host.lock().unwrap_or_else(PoisonError::into_inner);
         let merged = self.plan.transformer == Keep::Fp8Merged;

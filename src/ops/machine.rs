@@ -51,6 +51,10 @@ impl Machine {
             // Main memory is not planned: the system swaps and caches as it likes.
             return Ok(Plan { transformer: asked.unwrap_or_default(), ..dtype.into() });
         };
+        if let Some(limit) = self.vram_limit {
+            // A larger picture than was planned for takes more, which others on the card are to have again after it.
+            kernels::keep_at_most(device, limit.saturating_sub(CONTEXT)).map_err(engine::Error::from)?;
+        }
         // On a CPU the plan is that of the card which the limit stands for; what is computed in is the CPU's.
         let planned = if device.is_cpu() { precision.and_then(Precision::dtype).unwrap_or(CARD) } else { dtype };
         Ok(Plan { dtype, ..Plan::fitting(planned, &sizes, room, asked)? }.timed(device, &sizes.transformer))
