@@ -131,9 +131,11 @@ impl Cache {
         let Ok(entries) = fs::read_dir(self.folder.join("partial")) else { return };
         for entry in entries.flatten() {
             let age = entry.metadata().and_then(|data| data.modified()).map(|time| time.elapsed().unwrap_or_default());
-            let unused = File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok());
-            if age.is_ok_and(|age| age > STALE) && unused {
-                let _ = fs::remove_file(entry.path());
+            let unused = |path: &Path| File::open(path).map_or(true, |file| file.try_lock().is_ok());
+            // Whoever downloads holds the lock beside it.
+            let path = entry.path();
+            if age.is_ok_and(|age| age > STALE) && unused(&path.with_extension("lock")) && unused(&path) {
+                let _ = fs::remove_file(path);
             }
         }
     }
@@ -294,6 +296,29 @@ mod tests {
         drop((lock, open));
         drop(put(&cache, "next", 160));
         assert!(!held.exists() && !unpacked.exists() && new.exists() && cache.hold("whole").is_some());
+    }
+
+    /// What is old goes when the cache is opened, but no download that somebody goes on with, and no lock that is held.
+    #[test]
+    fn old_downloads_that_go_on_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path().into(), 1000).unwrap();
+        let old =
+            |path: &Path| File::options().write(true).open(path).unwrap().set_modified(SystemTime::now() - 2 * STALE).unwrap();
+        let [held, left] = ["held", "left"].map(|name| {
+            let file = cache.partial(name);
+            fs::write(&file, b"begun").unwrap();
+            fs::write(file.with_extension("lock"), b"").unwrap();
+            file
+        });
+        let lock = File::open(held.with_extension("lock")).unwrap();
+        lock.try_lock().unwrap();
+        for file in [&held, &left] {
+            old(file);
+            old(&file.with_extension("lock"));
+        }
+        Cache::open(folder.path().into(), 1000).unwrap();
+        assert!(held.exists() && held.with_extension("lock").exists() && !left.exists() && !left.with_extension("lock").exists());
     }
 
     #[test]

@@ -283,6 +283,9 @@ impl Writer {
 /// The file cut to `start` bytes, and their hash.
 fn resume(path: &Path, start: u64) -> io::Result<(File, Sha256)> {
     let mut file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+    if file.metadata()?.len() < start {
+        return Err(io::Error::other("the beginning of this download is gone"));
+    }
     file.set_len(start)?;
     let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 16]);
     loop {

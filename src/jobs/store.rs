@@ -182,20 +182,19 @@ impl Store {
     /// Stops a tenant's job: at once if it waits, within a step if it runs, not at all if it has ended.
     pub async fn cancel(&self, tenant: &str, id: &JobId) -> Result<Option<Job>, Error> {
         let mut transaction = self.begin().await?;
-        let queued = "UPDATE jobs SET status = 'canceled', completed_at = {now} WHERE id = $1 AND tenant = $2 AND status = 'queued' \
-             RETURNING {columns}";
-        let canceled = self.query(queued).bind(id.as_str()).bind(tenant).fetch_optional(&mut *transaction).await?;
-        if let Some(row) = canceled {
-            let canceled = job(&row)?;
-            self.tell(&mut transaction, &canceled, Event::Completed).await?;
-            transaction.commit().await?;
-            return Ok(Some(canceled));
+        // In one, as a job may be given back to the queue between two.
+        let cancel = "UPDATE jobs SET stop_asked = COALESCE(stop_asked, 'canceled'), \
+             completed_at = CASE WHEN status = 'queued' THEN {now} ELSE completed_at END, \
+             status = CASE WHEN status = 'queued' THEN 'canceled' ELSE status END \
+             WHERE id = $1 AND tenant = $2 AND status IN ('queued', 'running') RETURNING {columns}";
+        let asked = self.query(cancel).bind(id.as_str()).bind(tenant).fetch_optional(&mut *transaction).await?;
+        let Some(row) = asked else { return self.get(tenant, id).await };
+        let asked = job(&row)?;
+        if asked.status.is_final() {
+            self.tell(&mut transaction, &asked, Event::Completed).await?;
         }
-        let running =
-            "UPDATE jobs SET stop_asked = COALESCE(stop_asked, 'canceled') WHERE id = $1 AND tenant = $2 AND status = 'running'";
-        self.query(running).bind(id.as_str()).bind(tenant).execute(&mut *transaction).await?;
         transaction.commit().await?;
-        self.get(tenant, id).await
+        Ok(Some(asked))
     }
 
     /// The next job for a worker that has the model `base` and the adapter sets `warm`, for as long as `lease`; none of `except`. One that
@@ -330,7 +329,11 @@ impl Store {
     pub async fn reap(&self) -> Result<Vec<Job>, Error> {
         let dead = "status = 'running' AND lease_until < {now}";
         let changes = [
-            format!("UPDATE jobs SET status = 'canceled', completed_at = {{now}} WHERE {dead} AND stop_asked IS NOT NULL"),
+            // Also one that was given back to the queue just when it was canceled.
+            format!(
+                "UPDATE jobs SET status = 'canceled', completed_at = {{now}} \
+                 WHERE {dead} AND stop_asked IS NOT NULL OR status = 'queued' AND stop_asked = 'canceled'"
+            ),
             format!(
                 "UPDATE jobs SET status = 'failed', completed_at = {{now}}, crashes = crashes + 1, error_code = 'worker_crashed', \
                  error = 'the worker died each time it ran this job' WHERE {dead} AND crashes + 1 >= {}",

@@ -105,12 +105,9 @@ impl Sources {
 
     fn adapter(&self, reference: &str, sent: &Credentials, told: Told) -> Result<Arc<Adapter>, Error> {
         let mut file = self.file_as(reference, sent, told)?;
-        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         // Only of fetched files the content is known without reading.
-        if let Some(i) = file.digest().and_then(|digest| recent.iter().position(|adapter| adapter.digest() == digest)) {
-            let adapter = recent.remove(i);
-            recent.push(adapter.clone());
-            return Ok(adapter);
+        if let Some(known) = file.digest().and_then(|digest| self.recent(digest)) {
+            return Ok(known);
         }
         let mut result = Adapter::open(file.path());
         let intact = result.as_ref().map_or_else(|_| file.is_intact(), |adapter| file.is(adapter.digest()));
@@ -126,12 +123,28 @@ impl Sources {
         let refused = |source| Error::Lora { reference: fetch::shown(reference), source: Box::new(source) };
         let adapter = Arc::new(result.map_err(refused)?);
         if file.digest().is_some() {
-            if recent.len() >= RECENT {
-                recent.remove(0);
-            }
-            recent.push(adapter.clone());
+            self.note(adapter.clone());
         }
         Ok(adapter)
+    }
+
+    /// The adapter of this content, if it was used a moment ago. It is then the last to be forgotten.
+    fn recent(&self, digest: &str) -> Option<Arc<Adapter>> {
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = recent.iter().position(|adapter| adapter.digest() == digest)?;
+        let adapter = recent.remove(at);
+        recent.push(adapter.clone());
+        Some(adapter)
+    }
+
+    fn note(&self, adapter: Arc<Adapter>) {
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another thread may have read the same meanwhile.
+        recent.retain(|other| other.digest() != adapter.digest());
+        if recent.len() >= RECENT {
+            recent.remove(0);
+        }
+        recent.push(adapter);
     }
 
     /// The adapter's safetensors file on this machine.
