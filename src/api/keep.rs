@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::Server;
@@ -33,17 +34,21 @@ pub struct Keep {
 impl Server {
     /// Keeps the queue in order and clears away what is old, until `ended`.
     pub(super) async fn clear(self: Arc<Self>, ended: watch::Receiver<bool>) {
-        let mut next = Instant::now();
+        let (mut next, mut clearing) = (Instant::now(), None::<JoinHandle<()>>);
         while !*ended.borrow() {
             self.reap().await;
             if let Ok(waiting) = self.store.waiting().await {
                 self.queued.store(waiting.queued.unsigned_abs(), Ordering::Relaxed);
             }
-            if Instant::now() >= next {
+            if Instant::now() >= next && clearing.as_ref().is_none_or(JoinHandle::is_finished) {
                 self.meters.add_up();
-                if let Err(error) = self.clear_old().await {
-                    tracing::error!(%error, "old jobs are not cleared away");
-                }
+                // In a task of its own: storage may be slow, and the queue must not wait for it.
+                let server = self.clone();
+                clearing = Some(tokio::spawn(async move {
+                    if let Err(error) = server.clear_old().await {
+                        tracing::error!(%error, "old jobs are not cleared away");
+                    }
+                }));
                 next = Instant::now() + CLEAR;
             }
             tokio::time::sleep(REAP).await;

@@ -11,6 +11,7 @@ use tokio::sync::Semaphore;
 use tracing::Instrument;
 
 use super::auth::Caller;
+use super::bodies::Held;
 use super::problem::{Problem, faulty};
 use super::{Server, Unit};
 use crate::blobs::Blobs;
@@ -284,12 +285,16 @@ impl Server {
         self.secret.seal(&text).map(Some).map_err(|_| Problem::Internal)
     }
 
-    /// Keeps a file of a caller.
-    pub(super) async fn keep(&self, caller: &Caller, said: Kept<'_>, bytes: Vec<u8>) -> Result<Upload, Problem> {
+    /// Keeps a file of a caller, and until then the room that it takes.
+    pub(super) async fn keep(&self, caller: &Caller, said: Kept<'_>, bytes: Vec<u8>, held: Held) -> Result<Upload, Problem> {
         self.accepting()?;
         let (file, store, blobs) = (File::new(caller, said, bytes), self.store.clone(), self.blobs.clone());
         // In a task of its own, which comes to its end if the caller goes away.
-        let keeping = async move { file.keep(&store, &blobs).await };
+        let keeping = async move {
+            let kept = file.keep(&store, &blobs).await;
+            drop(held);
+            kept
+        };
         tokio::spawn(keeping.in_current_span()).await.map_err(|_| Problem::Internal)?
     }
 }

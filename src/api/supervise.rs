@@ -116,6 +116,10 @@ impl Worker {
             let deaths = unit.life().deaths;
             *unit.state() = Life { deaths: deaths + 1, ..Life::default() };
             if *stop.borrow() {
+                // One that did not end in time was killed in the middle of a job, which is not to blame.
+                if let Err(error) = server.store.give_back(&name).await {
+                    tracing::error!(%error, "the store failed");
+                }
                 break;
             }
             tracing::error!(worker = name, ?ended, "the worker died");

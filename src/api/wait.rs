@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
 use super::Server;
-use crate::jobs::{Error, Job, JobId};
+use crate::jobs::{Job, JobId};
 
 /// How often the store is asked what ended. Jobs of our own workers are told of at once.
 const LOOK: Duration = Duration::from_millis(100);
@@ -86,8 +86,9 @@ impl Server {
         }
     }
 
-    /// The job once it has ended, or as it is after `longest`.
-    pub(super) async fn wait(&self, mut job: Job, longest: Duration) -> Result<Job, Error> {
+    /// The job once it has ended, or as it was last seen after `longest`. A database that fails meanwhile is asked again: the job was
+    /// accepted, and whoever is told to send it again gets a second one.
+    pub(super) async fn wait(&self, mut job: Job, longest: Duration) -> Job {
         let until = Instant::now() + longest;
         let id = job.id.clone();
         let place = Place::take(&self.waiters, &id);
@@ -96,12 +97,13 @@ impl Server {
             tokio::pin!(woken);
             // From here on nothing is missed.
             woken.as_mut().enable();
-            match self.store.get(&job.tenant, &id).await? {
-                Some(now) => job = now,
-                None => return Ok(job),
+            match self.store.get(&job.tenant, &id).await {
+                Ok(Some(now)) => job = now,
+                Ok(None) => return job,
+                Err(error) => tracing::warn!(job = %id, %error, "a job that is waited for cannot be looked at"),
             }
             if job.status.is_final() || Instant::now() >= until {
-                return Ok(job);
+                return job;
             }
             let _ = timeout_at(until.min(Instant::now() + DOUBT), woken).await;
         }

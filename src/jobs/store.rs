@@ -317,6 +317,14 @@ impl Store {
         if back.execute(&self.pool).await?.rows_affected() == 0 { Err(Error::Lost) } else { Ok(()) }
     }
 
+    /// [`Self::release`] of whatever a worker had that was stopped.
+    pub async fn give_back(&self, worker: &str) -> Result<(), Error> {
+        let back =
+            "UPDATE jobs SET status = 'queued', worker = NULL, lease_until = NULL WHERE worker = $1 AND status = 'running'";
+        self.query(back).bind(worker).execute(&self.pool).await?;
+        Ok(())
+    }
+
     /// Ends the leases of a worker that is known to be dead, so that nobody waits for them.
     pub async fn abandon(&self, worker: &str) -> Result<(), Error> {
         let end = self.query("UPDATE jobs SET lease_until = 0 WHERE worker = $1 AND status = 'running'").bind(worker);

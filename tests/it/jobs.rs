@@ -191,6 +191,13 @@ fn a_dead_workers_job_is_run_again_and_given_up_in_the_end() {
             let held = claim(&store, "w").await.unwrap();
             store.release(&held).await.unwrap();
         }
+        // Nor is being killed for not ending in time.
+        for _ in 0..5 {
+            claim(&store, "w").await.unwrap();
+            store.give_back("another").await.unwrap();
+            assert!(claim(&store, "w").await.is_none());
+            store.give_back("w").await.unwrap();
+        }
         assert_eq!(store.get("me", &id).await.unwrap().unwrap().status, Status::Queued);
         // A job that was canceled and then given back does not begin again.
         let held = claim(&store, "w").await.unwrap();
@@ -198,7 +205,7 @@ fn a_dead_workers_job_is_run_again_and_given_up_in_the_end() {
         store.release(&held).await.unwrap();
         let reaped = store.reap().await.unwrap();
         assert!(reaped.iter().any(|job| job.id == id && job.status == Status::Canceled), "{reaped:?}");
-        let id = store.submit(&new("me", "")).await.unwrap().0.id;
+        store.submit(&new("me", "")).await.unwrap();
         // A newer claim fences the older one, although both are of one job.
         let first = store.claim("w1", "", &[], &[], Duration::from_millis(1)).await.unwrap().unwrap();
         tokio::time::sleep(Duration::from_millis(20)).await;

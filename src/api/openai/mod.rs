@@ -69,7 +69,7 @@ async fn answer(server: Arc<Server>, caller: Caller, headers: HeaderMap, mut req
     if request.stream {
         return Ok(streamed(server, job, request).into_response());
     }
-    let job = server.wait(job, LONGEST).await?;
+    let job = server.wait(job, LONGEST).await;
     let data = pictures(&server, &headers, &job, request.links).await?;
     Ok(Json(finished(&job, &request, &data)).into_response())
 }
@@ -154,10 +154,7 @@ fn streamed(server: Arc<Server>, job: Job, request: Request) -> Sse<impl futures
 
 impl Streamed {
     async fn next(&mut self, server: &Server) -> Vec<Event> {
-        let waited = server.wait(self.job.clone(), LOOK).await;
-        if let Ok(job) = waited {
-            self.job = job;
-        }
+        self.job = server.wait(self.job.clone(), LOOK).await;
         if self.job.status.is_final() {
             self.over = true;
             return self.end(server).await;

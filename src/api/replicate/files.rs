@@ -53,7 +53,7 @@ async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: Head
         return Err(Problem::invalid("invalid", "filename", format!("Must be at most {LONGEST_NAME} bytes")));
     }
     let file = Kept { name: &name, kind: &kind, metadata, lives: UPLOAD_LIVES };
-    let upload = server.keep(&caller, file, content).await?;
+    let upload = server.keep(&caller, file, content, held).await?;
     Ok((StatusCode::CREATED, Json(describe(&server, &upload, &server.base(&headers)))).into_response())
 }
 

@@ -14,6 +14,9 @@ use crate::jobs::{Claim, Error, Stop, Store};
 /// How often news go to the store, and how soon a wish to stop is heard.
 const BEAT: Duration = Duration::from_millis(200);
 
+/// Longest that a preview's way into storage may keep the claim waiting.
+pub(super) const PREVIEW: Duration = Duration::from_secs(1);
+
 #[derive(Debug, Default)]
 pub(super) struct News {
     told: Mutex<Told>,
@@ -71,18 +74,24 @@ pub(super) async fn beat(store: Store, blobs: Blobs, claim: Claim, news: Arc<New
     loop {
         let ended = news.ended.load(Ordering::SeqCst);
         if let Some(file) = news.with(|told| told.preview.take()) {
-            match blobs.put(&preview(claim.job.id.as_str()), file).await {
-                Ok(()) => news.with(|told| {
+            // Storage that does not answer must not cost the claim.
+            match tokio::time::timeout(PREVIEW, blobs.put(&preview(claim.job.id.as_str()), file)).await {
+                Ok(Ok(())) => news.with(|told| {
                     told.previews += 1;
                     if let Some(progress) = &mut told.progress {
                         progress["previews"] = json!(told.previews);
                     }
                 }),
-                Err(error) => tracing::warn!(%error, "no preview"),
+                Ok(Err(error)) => tracing::warn!(%error, "no preview"),
+                Err(_) => tracing::warn!("no preview: storage is slow"),
             }
         }
         let (progress, logs) = news.with(|told| (told.progress.take(), std::mem::take(&mut told.logs)));
         let logged = if logs.is_empty() { Ok(()) } else { store.log(&claim, &logs).await };
+        if logged.is_err() {
+            // With the next beat.
+            news.with(|told| told.logs.insert_str(0, &logs));
+        }
         let beaten = if ended { Ok(None) } else { store.heartbeat(&claim, LEASE, progress.as_ref()).await };
         match logged.and(beaten) {
             Ok(None) => {}

@@ -7,8 +7,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
+use tokio::time::timeout;
 
-use super::news::{News, beat};
+use super::news::{News, PREVIEW, beat};
 use super::run::Runner;
 use super::{Secret, Sign, ahead};
 use crate::blobs::Blobs;
@@ -196,7 +197,9 @@ impl Runner<'_> {
         }
         failpoint("finished");
         if claim.job.request["order"]["previews"] == true {
-            let _ = self.runtime.block_on(self.work.blobs.delete(&preview(claim.job.id.as_str())));
+            // What is left of it goes with the job's other files.
+            let key = preview(claim.job.id.as_str());
+            let _ = self.runtime.block_on(async { timeout(PREVIEW, self.work.blobs.delete(&key)).await });
         }
         Ok((warm, failed))
     }
