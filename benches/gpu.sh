@@ -3,9 +3,10 @@
 #
 #   eval "$(scripts/cuda-env)"; benches/gpu.sh build     # on a machine with a toolkit; collects the programs in target/gpu
 #   benches/gpu.sh run target/gpu [OUT] [gpu's options]  # on the machine with the card, from the repository's root
+#   benches/gpu.sh sanitize target/gpu [OUT] [TOOL...]   # the kernels' tests under compute-sanitizer, each tool for minutes
 #
-# `run` needs no toolchain: target/gpu may be carried there. It writes OUT/gpu.json, OUT/gpu.txt and OUT/tests.txt (OUT is `.` unless
-# given), and exits with 1 if a test or a parity check fails. compute-sanitizer looks at the tests where it is installed.
+# Neither needs a toolchain: target/gpu may be carried there, also with its programs as .xz. `run` writes OUT/gpu.json, OUT/gpu.txt and
+# OUT/tests.txt (OUT is `.` unless given), `sanitize` OUT/sanitizer.txt; both exit with 1 if something fails.
 set -euo pipefail
 
 build() {
@@ -22,47 +23,74 @@ for line in sys.stdin:
         # Of the operations there is a bench, for the processor, beside the test.
         [ "$kind $name" = "bench ops" ] || { cp "$path" "$out/$name" && strip "$out/$name"; }
     done
+    # What is measured later is this, whatever the tree is by then.
+    git describe --always --dirty >"$out/commit" 2>/dev/null || echo unknown >"$out/commit"
     ls -l "$out"
 }
 
-run() {
-    local programs=${1:?the folder that "benches/gpu.sh build" filled} out=${2:-.} failed=0
-    shift $(($# < 2 ? $# : 2))
+# Unpacks the programs and finds their libraries.
+prepare() {
+    local packed missing
+    for packed in "$programs"/*.xz; do
+        if [ -e "$packed" ] && [ ! -e "${packed%.xz}" ]; then
+            xz -dk "$packed"
+            chmod +x "${packed%.xz}"
+        fi
+    done
     mkdir -p "$out"
     # CUDA's libraries may come from the machine, from Python wheels, or from both.
     if command -v python3 >/dev/null; then
         LD_LIBRARY_PATH=$(python3 "$(dirname "${BASH_SOURCE[0]}")/peers/libraries.py")
         export LD_LIBRARY_PATH
     fi
+    missing=$(ldd "$programs/gpu" | grep "not found" || true)
+    if [ -n "$missing" ]; then
+        printf 'missing here:\n%s\nWheels have them too: nvidia-cublas, nvidia-curand, nvidia-cuda-nvrtc\n' "$missing" >&2
+        exit 1
+    fi
+}
+
+run() {
+    local programs=${1:?the folder that "benches/gpu.sh build" filled} out=${2:-.} failed=0 test name
+    shift $(($# < 2 ? $# : 2))
+    prepare
     {
         date -u +%FT%TZ
-        git rev-parse --short HEAD 2>/dev/null || true
+        cat "$programs/commit" 2>/dev/null || true
         nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.limit --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
     } | tee "$out/gpu.txt" >"$out/tests.txt"
     for test in ops fused; do
         echo "$test: the operations against their references" | tee -a "$out/tests.txt"
-        "$programs/$test" --nocapture --test-threads 1 >>"$out/tests.txt" 2>&1 || { failed=1 && tail -n 20 "$out/tests.txt"; }
-    done
-    if command -v compute-sanitizer >/dev/null; then
-        for tool in memcheck racecheck initcheck synccheck; do
-            echo "compute-sanitizer, $tool" | tee -a "$out/tests.txt"
-            compute-sanitizer --tool "$tool" --error-exitcode 1 "$programs/fused" --test-threads 1 >"$out/sanitizer.txt" 2>&1 ||
-                if grep -q "not supported" "$out/sanitizer.txt"; then
-                    echo "compute-sanitizer does not work on this machine" | tee -a "$out/tests.txt"
-                else
-                    failed=1 && tail -n 20 "$out/sanitizer.txt"
-                fi
-            cat "$out/sanitizer.txt" >>"$out/tests.txt"
+        # Each in a process of its own: after a fault a card answers nothing more to the one that made it.
+        for name in $("$programs/$test" --list 2>/dev/null | sed -n 's/: test$//p'); do
+            "$programs/$test" --exact "$name" --nocapture >>"$out/tests.txt" 2>&1 || {
+                failed=1
+                echo "$name failed"
+                tail -n 20 "$out/tests.txt"
+            }
         done
-    else
-        echo "compute-sanitizer is not installed" | tee -a "$out/tests.txt"
-    fi
-    "$programs/gpu" --bench --json "$out/gpu.json" "$@" | tee -a "$out/gpu.txt" || failed=1
+    done
+    "$programs/gpu" --bench --json "$out/gpu.json" "$@" 2>&1 | tee -a "$out/gpu.txt" || failed=1
+    return "$failed"
+}
+
+sanitize() {
+    local programs=${1:?the folder that "benches/gpu.sh build" filled} out=${2:-.} failed=0 tool
+    shift $(($# < 2 ? $# : 2))
+    prepare
+    command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed" >&2 && exit 1; }
+    [ $# -gt 0 ] || set -- memcheck racecheck initcheck synccheck
+    for tool; do
+        echo "compute-sanitizer, $tool" | tee -a "$out/sanitizer.txt"
+        compute-sanitizer --tool "$tool" --error-exitcode 1 "$programs/fused" --test-threads 1 >>"$out/sanitizer.txt" 2>&1 ||
+            { failed=1 && tail -n 20 "$out/sanitizer.txt"; }
+    done
     return "$failed"
 }
 
 case ${1:-} in
 build) build ;;
 run) shift && run "$@" ;;
+sanitize) shift && sanitize "$@" ;;
 *) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

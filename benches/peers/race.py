@@ -75,6 +75,8 @@ def options():
         parser.error("--rounds and --warm-ups are 1 or more")
     if o.logs:
         o.logs.mkdir(parents=True, exist_ok=True)
+    if o.json:
+        o.json.parent.mkdir(parents=True, exist_ok=True)
     return o
 
 
@@ -152,6 +154,7 @@ def pair(o, clocks, darkroom, peer, folder, runs, told):
 
 
 def run_all(o, clocks, told):
+    raced = False
     for folder, runs in GROUPS:
         runs = [run for run in runs if run in o.runs]
         chosen = [(peer, [run for run in runs if run in PEERS[peer]]) for peer in o.peers]
@@ -164,6 +167,10 @@ def run_all(o, clocks, told):
         for (model, arguments), racing in ways.items():
             darkroom = start_darkroom(o, o.folder / model, arguments)
             try:
+                # Hours of peers alone are not what was asked for.
+                if not raced and darkroom and "absent" in (said := about(darkroom)):
+                    raise SystemExit(f"darkroom does not run here: {said['absent']}")
+                raced = True
                 for peer, runs_of_peer in racing:
                     pair(o, clocks, darkroom, peer, o.folder / model, runs_of_peer, told)
                     if darkroom and darkroom.gone:
@@ -173,18 +180,30 @@ def run_all(o, clocks, told):
                     darkroom.stop()
 
 
+def kept(o):
+    """Races of before, on a card and of a size that are the same."""
+    if not (o.json and o.json.is_file()):
+        return []
+    before = json.loads(o.json.read_text())
+    return before["races"] if (before["size"], before["card"]) == (o.size, card_name()) else []
+
+
 def main():
     o = options()
     make_weights(o)
-    found, clocks, card = [], Clocks(), card_name()
+    clocks, card = Clocks(), card_name()
+    found = kept(o)
     print(report.heading(o, card), flush=True)
 
     def told(result):
-        found.append(result)
+        # A race that is run again takes the place of what it was.
+        found[:] = [race for race in found if (race["peer"], race["run"]) != (result["peer"], result["run"])] + [result]
         print("\n".join(report.lines(result)), flush=True)
         # After every race: what a later crash takes away is not lost.
         if o.json:
-            o.json.write_text(json.dumps({"size": o.size, "card": card, "clocks": clocks.reason, "rounds": o.rounds, "races": found}, indent=1) + "\n")
+            written = o.json.with_suffix(".part")
+            written.write_text(json.dumps({"size": o.size, "card": card, "clocks": clocks.reason, "rounds": o.rounds, "races": found}, indent=1) + "\n")
+            written.replace(o.json)
 
     try:
         run_all(o, clocks, told)

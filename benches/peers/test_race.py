@@ -180,6 +180,16 @@ class Races(unittest.TestCase):
         self.assertIn("fp8 is absent: torchao is not installed", text)
         self.assertIn("offload is absent: no answer to about within 2 s", text)
         self.assertNotIn(("offload", "step"), races)
+        # Made in two calls: races of before stay, and one that is made again takes the place of what it was.
+        again = command[:command.index("--peers")] + ["--peers", "eager", "--runs", "step"] + command[command.index("--rounds"):]
+        subprocess.run(again, check=True, stdout=subprocess.PIPE, env=environment)
+        both = [(race["peer"], race["run"]) for race in json.loads(out.read_text())["races"]]
+        self.assertEqual(sorted(both), sorted(races))
+        # Without darkroom there is no race.
+        command[command.index("--darkroom") + 1] = str(self.folder / "nowhere")
+        alone = subprocess.run(command, capture_output=True, text=True, env=environment)
+        self.assertEqual(alone.returncode, 1)
+        self.assertIn("darkroom does not run here", alone.stderr)
 
     def test_digits(self):
         self.assertEqual([report.digits(ms) for ms in (0.1234, 12.34, 123.4, 5678.9)], ["0.12", "12.3", "123.4", "5679"])

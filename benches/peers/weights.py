@@ -193,6 +193,9 @@ def main():
     size, made = SIZES[options.size], options.folder / "made.json"
     wanted = {"size": options.size, "seed": options.seed}
     if not made.is_file():
+        # What was broken off is made anew.
+        for part in ("dev", "schnell", "loras", "gguf"):
+            shutil.rmtree(options.folder / part, ignore_errors=True)
         generator = torch.Generator(options.device).manual_seed(options.seed)
         make_dev(options.folder / "dev", size, generator)
         make_schnell(options.folder / "schnell", options.folder / "dev")
@@ -205,7 +208,8 @@ def main():
     if options.gguf and not (gguf / "model_index.json").is_symlink():
         from gguf_file import write
 
-        (gguf / "transformer").mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(gguf, ignore_errors=True)
+        (gguf / "transformer").mkdir(parents=True)
         write(options.folder / "dev" / "transformer", gguf / "transformer" / "flux-Q8_0.gguf", options.device)
         link(gguf / "transformer", options.folder / "dev" / "transformer", ["config.json"])
         link(gguf, options.folder / "dev", ["text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2", "scheduler", "model_index.json"])
