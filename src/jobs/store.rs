@@ -188,7 +188,11 @@ impl Store {
              status = CASE WHEN status = 'queued' THEN 'canceled' ELSE status END \
              WHERE id = $1 AND tenant = $2 AND status IN ('queued', 'running') RETURNING {columns}";
         let asked = self.query(cancel).bind(id.as_str()).bind(tenant).fetch_optional(&mut *transaction).await?;
-        let Some(row) = asked else { return self.get(tenant, id).await };
+        let Some(row) = asked else {
+            // Before another connection is asked for: as many at once as there are connections would wait for each other.
+            transaction.rollback().await?;
+            return self.get(tenant, id).await;
+        };
         let asked = job(&row)?;
         if asked.status.is_final() {
             self.tell(&mut transaction, &asked, Event::Completed).await?;

@@ -216,6 +216,19 @@ fn a_dead_workers_job_is_run_again_and_given_up_in_the_end() {
     });
 }
 
+/// More than there are connections to the database, so that none may hold one and wait for another.
+#[test]
+fn many_cancel_what_has_ended_at_once() {
+    on_both(Limits::default, |store, _| async move {
+        let id = store.submit(&new("me", "")).await.unwrap().0.id;
+        store.cancel("me", &id).await.unwrap();
+        let cancels = (0..40).map(|_| store.cancel("me", &id));
+        for canceled in futures_util::future::join_all(cancels).await {
+            assert_eq!(canceled.unwrap().unwrap().status, Status::Canceled);
+        }
+    });
+}
+
 #[test]
 fn stopping_and_deadlines() {
     on_both(Limits::default, |store, _| async move {
