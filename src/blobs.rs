@@ -107,6 +107,24 @@ fn failed(error: &StoreError) -> Error {
 }
 
 #[cfg(test)]
+impl Blobs {
+    /// A bucket that hears everything and answers nothing, while the listener is there.
+    pub(crate) fn silent() -> (Self, std::net::TcpListener) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let endpoint = format!("http://{}", listener.local_addr().expect("its address"));
+        let settings = [
+            ("AWS_ENDPOINT_URL", endpoint.as_str()),
+            ("AWS_ALLOW_HTTP", "true"),
+            ("AWS_REGION", "us-east-1"),
+            ("AWS_ACCESS_KEY_ID", "key"),
+            ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ];
+        let settings = settings.map(|(name, value)| (name.to_owned(), Secret::new(value)));
+        (Self::open("s3://bucket", &settings).expect("its settings"), listener)
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

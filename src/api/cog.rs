@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -57,12 +56,12 @@ async fn discover() -> Response {
     Json(discovery).into_response()
 }
 
-async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Body(body): Body) -> Response {
-    let is_replicates = replicate::object(&headers, &body).is_ok_and(|body| body.contains_key("version"));
+async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, sent: Body) -> Response {
+    let is_replicates = replicate::object(&headers, &sent.0).is_ok_and(|body| body.contains_key("version"));
     if is_replicates {
-        return replicate::create_by_version(State(server), caller, headers, Body(body)).await.into_response();
+        return replicate::create_by_version(State(server), caller, headers, sent).await.into_response();
     }
-    predict(&server, &caller, headers, body, None).await.into_response()
+    predict(&server, &caller, headers, sent, None).await.into_response()
 }
 
 async fn put(
@@ -70,9 +69,9 @@ async fn put(
     caller: Caller,
     Path(id): Path<String>,
     headers: HeaderMap,
-    Body(body): Body,
+    sent: Body,
 ) -> Response {
-    predict(&server, &caller, headers, body, Some(id)).await.into_response()
+    predict(&server, &caller, headers, sent, Some(id)).await.into_response()
 }
 
 async fn show(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Path(id): Path<String>) -> Response {
@@ -98,7 +97,8 @@ fn key(id: &str) -> String {
     format!("{NAMES}{id}")
 }
 
-async fn predict(server: &Server, caller: &Caller, mut headers: HeaderMap, sent: Bytes, path: Option<String>) -> Answer {
+async fn predict(server: &Server, caller: &Caller, mut headers: HeaderMap, sent: Body, path: Option<String>) -> Answer {
+    let Body(sent, held) = sent;
     let mut body = replicate::object(&headers, &sent)?;
     let id = match (body.remove("id").and_then(|id| id.as_str().map(str::to_owned)), path) {
         (Some(body), Some(path)) if body != path => {
@@ -121,7 +121,7 @@ async fn predict(server: &Server, caller: &Caller, mut headers: HeaderMap, sent:
         headers.insert("idempotency-key", key(id).parse().map_err(|_| Problem::Internal)?);
     }
     let detached = headers.get("prefer").is_some_and(|prefer| prefer.to_str().is_ok_and(|text| text.contains("respond-async")));
-    let mut job = replicate::accept(server, caller, &headers, model(), &body).await?;
+    let mut job = replicate::accept(server, caller, &headers, model(), &body, held).await?;
     // Megabytes, which nobody needs while the answer is held.
     drop((sent, body));
     if !detached {

@@ -193,33 +193,15 @@ mod tests {
     use tokio::sync::watch;
 
     use super::*;
-    use crate::api::{Files, Keep, Options};
+    use crate::api::Keep;
     use crate::blobs::Blobs;
-    use crate::fetch::{Limits, Web};
-    use crate::jobs::Store;
-    use crate::ops::serve::Secret;
 
     /// Without this each request takes memory until somebody asks for the numbers.
     #[tokio::test]
     async fn times_are_added_up_while_nobody_asks_for_them() {
         let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name).display().to_string();
-        let store = Store::open(&format!("sqlite:{}", path("jobs.db")), crate::jobs::Limits::default()).await.unwrap();
-        let (blobs, web) = (Blobs::open(&path("files"), &[]).unwrap(), Web::new(true, Limits::default()).unwrap());
-        let options = Options {
-            data: folder.path().into(),
-            public_url: None,
-            files: Files::Auto,
-            local: true,
-            https: false,
-            creates: None,
-            keep: Keep::default(),
-            without_lora: false,
-            go_fast: false,
-            loras: None,
-        };
-        let secret = Secret::of(folder.path()).unwrap();
-        let server = Arc::new(Server::new(store, blobs, secret, web, Vec::new(), options));
+        let blobs = Blobs::open(&folder.path().join("files").display().to_string(), &[]).unwrap();
+        let server = Server::for_tests(folder.path(), blobs, Keep::default()).await;
         let measure = || (0..200_000).for_each(|_| server.meters.time("seconds", Vec::new(), 0.01));
         let asked = || {
             let begun = Instant::now();

@@ -40,15 +40,17 @@ impl Server {
             if let Ok(waiting) = self.store.waiting().await {
                 self.queued.store(waiting.queued.unsigned_abs(), Ordering::Relaxed);
             }
-            if Instant::now() >= next && clearing.as_ref().is_none_or(JoinHandle::is_finished) {
+            if Instant::now() >= next {
                 self.meters.add_up();
-                // In a task of its own: storage may be slow, and the queue must not wait for it.
-                let server = self.clone();
-                clearing = Some(tokio::spawn(async move {
-                    if let Err(error) = server.clear_old().await {
-                        tracing::error!(%error, "old jobs are not cleared away");
-                    }
-                }));
+                if clearing.as_ref().is_none_or(JoinHandle::is_finished) {
+                    // In a task of its own: storage may be slow, and the queue must not wait for it.
+                    let server = self.clone();
+                    clearing = Some(tokio::spawn(async move {
+                        if let Err(error) = server.clear_old().await {
+                            tracing::error!(%error, "old jobs are not cleared away");
+                        }
+                    }));
+                }
                 next = Instant::now() + CLEAR;
             }
             tokio::time::sleep(REAP).await;
@@ -79,4 +81,44 @@ impl Server {
 
 fn removed(done: Result<(), crate::blobs::Error>) -> bool {
     done.inspect_err(|error| tracing::warn!(%error, "a file is not removed")).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::blobs::Blobs;
+    use crate::jobs::{NewJob, Status};
+
+    #[tokio::test]
+    async fn storage_that_never_answers_does_not_stop_the_queues_clock() {
+        let folder = tempfile::tempdir().unwrap();
+        let (blobs, _listener) = Blobs::silent();
+        let keep = Keep { pictures: Some(Duration::ZERO), jobs: None };
+        let server = Server::for_tests(folder.path(), blobs, keep).await;
+        let new = |within| NewJob {
+            tenant: "me".into(),
+            base: String::new(),
+            request: json!({ "prompt": "a cat" }),
+            affinity: String::new(),
+            within,
+            webhook: None,
+            idempotency: None,
+        };
+        let (old, _) = server.store.submit(&new(None)).await.unwrap();
+        server.store.cancel("me", &old.id).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let (_ending, ended) = watch::channel(false);
+        let _clearing = tokio::spawn(server.clone().clear(ended));
+        // By then the old job's pictures are to be removed.
+        tokio::time::sleep(REAP).await;
+        let (late, _) = server.store.submit(&new(Some(1))).await.unwrap();
+        let begun = Instant::now();
+        while server.store.find(&late.id).await.unwrap().unwrap().status != Status::Aborted {
+            assert!(begun.elapsed() < Duration::from_secs(10), "its deadline passes unseen");
+            tokio::time::sleep(REAP).await;
+        }
+        assert!(!server.store.find(&old.id).await.unwrap().unwrap().data_removed);
+    }
 }

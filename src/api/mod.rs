@@ -212,3 +212,27 @@ pub async fn serve(
     tasks.iter().for_each(tokio::task::JoinHandle::abort);
     Ok(())
 }
+
+#[cfg(test)]
+impl Server {
+    /// A service without workers, whose data is in a folder.
+    async fn for_tests(folder: &std::path::Path, blobs: Blobs, keep: Keep) -> Arc<Self> {
+        let address = format!("sqlite:{}", folder.join("jobs.db").display());
+        let store = Store::open(&address, crate::jobs::Limits::default()).await.expect("a new database");
+        let web = Web::new(true, crate::fetch::Limits::default()).expect("a client");
+        let options = Options {
+            data: folder.into(),
+            public_url: None,
+            files: Files::Auto,
+            local: true,
+            https: false,
+            creates: None,
+            keep,
+            without_lora: false,
+            go_fast: false,
+            loras: None,
+        };
+        let secret = Secret::of(folder).expect("a new secret");
+        Arc::new(Self::new(store, blobs, secret, web, Vec::new(), options))
+    }
+}

@@ -80,8 +80,8 @@ async fn forget(State(server): State<Arc<Server>>, caller: Caller, Path(digest):
 }
 
 /// The keys of OpenAI's generations, with `loras`, `seed` and the like. Answers at once.
-async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Body(body): Body) -> Answer {
-    let request = Request::new(replicate::object(&headers, &body)?)?;
+async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Body(body, held): Body) -> Answer {
+    let request = Request::new(replicate::object(&headers, &body)?, held)?;
     let submission = request.submission(&server, &caller, &headers).await?;
     let unit = server.unit(request.served.is_dev()).clone();
     let (job, _) = server.submit(&caller, &unit, &headers, submission).await?;

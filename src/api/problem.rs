@@ -1,5 +1,7 @@
 //! What a client is told instead of an answer: one list of problems, and the bodies of each dialect.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Multipart, Request};
@@ -10,6 +12,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::MOST_BODY;
+use super::auth::Caller;
 use super::bodies::{Held, in_time, whole};
 use crate::bytes::in_words;
 use crate::{blobs, jobs};
@@ -255,30 +258,19 @@ impl<P: Into<Problem>> From<P> for Cog {
     }
 }
 
-/// A whole body, or the problem with it in our words.
+/// A whole body with the room that it takes, or the problem with it in our words.
 #[derive(Debug)]
-pub(super) struct Body(pub(super) Bytes);
+pub(super) struct Body(pub(super) Bytes, pub(super) Arc<Held>);
 
 impl<S: Send + Sync> FromRequest<S> for Body {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
-        let mut held = Held::none();
+        let caller = request.extensions().get::<Caller>().ok_or(Problem::Unauthenticated)?;
+        let mut held = Held::of(&caller.tenant);
         let pieces = request.into_body().into_data_stream();
         let bytes = in_time(whole(pieces, &mut held, MOST_BODY, |_| Problem::Slow)).await?;
-        Ok(Self(Bytes::from_owner(Read { bytes, _held: held })))
-    }
-}
-
-/// A body that has come: it takes room for as long as anybody has it.
-struct Read {
-    bytes: Vec<u8>,
-    _held: Held,
-}
-
-impl AsRef<[u8]> for Read {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
+        Ok(Self(bytes.into(), Arc::new(held)))
     }
 }
 

@@ -8,10 +8,9 @@ use base64::Engine as _;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
-use tracing::Instrument;
 
 use super::auth::Caller;
-use super::bodies::Held;
+use super::bodies::{Held, to_the_end};
 use super::problem::{Problem, faulty};
 use super::{Server, Unit};
 use crate::blobs::Blobs;
@@ -46,6 +45,8 @@ pub(super) struct Submission {
     pub(super) webhook: Option<Webhook>,
     /// What came with it and is not kept yet.
     pub(super) files: Vec<File>,
+    /// The room that the request takes.
+    pub(super) held: Option<Arc<Held>>,
     /// A client's key, with the fingerprint of what it sent.
     pub(super) idempotency: Option<(String, String)>,
 }
@@ -175,7 +176,8 @@ impl Server {
         submission: Submission,
     ) -> Result<(Job, bool), Problem> {
         self.accepting()?;
-        let Submission { mut order, model, version, input, mut notes, within, webhook, mut files, idempotency } = submission;
+        let Submission { mut order, model, version, input, mut notes, within, webhook, mut files, held, idempotency } =
+            submission;
         self.gate.create(&caller.tenant)?;
         if let Some(webhook) = &webhook {
             self.web.check(&webhook.url).map_err(|error| faulty("webhook", &error))?;
@@ -215,9 +217,7 @@ impl Server {
             idempotency,
         };
         failpoint("accepting");
-        // In a task of its own, which comes to its end if the caller goes away.
-        let accepting = tokio::spawn(accept(self.store.clone(), self.blobs.clone(), new, files).in_current_span());
-        let accepted = accepting.await.map_err(|_| Problem::Internal)?;
+        let accepted = to_the_end(held, accept(self.store.clone(), self.blobs.clone(), new, files)).await?;
         let accepted = accepted.map_err(|problem| match problem {
             Problem::Throttled(_) => Problem::Throttled(self.seconds_of_work()),
             Problem::Unavailable("The queue is full.", _) => Problem::Unavailable("The queue is full.", self.seconds_of_work()),
@@ -285,17 +285,11 @@ impl Server {
         self.secret.seal(&text).map(Some).map_err(|_| Problem::Internal)
     }
 
-    /// Keeps a file of a caller, and until then the room that it takes.
+    /// Keeps a file of a caller, which takes room until it is kept.
     pub(super) async fn keep(&self, caller: &Caller, said: Kept<'_>, bytes: Vec<u8>, held: Held) -> Result<Upload, Problem> {
         self.accepting()?;
         let (file, store, blobs) = (File::new(caller, said, bytes), self.store.clone(), self.blobs.clone());
-        // In a task of its own, which comes to its end if the caller goes away.
-        let keeping = async move {
-            let kept = file.keep(&store, &blobs).await;
-            drop(held);
-            kept
-        };
-        tokio::spawn(keeping.in_current_span()).await.map_err(|_| Problem::Internal)?
+        to_the_end(held, async move { file.keep(&store, &blobs).await }).await?
     }
 }
 

@@ -22,6 +22,9 @@ pub(super) const COMMENT: Duration = Duration::from_secs(10);
 /// After so long a held request looks for itself.
 const DOUBT: Duration = Duration::from_secs(10);
 
+/// For the store's last answer: clients give up soon after the time that they asked for.
+const ANSWER: Duration = Duration::from_secs(2);
+
 /// Milliseconds by which commits may come later than the time they carry.
 const LATE: i64 = 5_000;
 
@@ -97,15 +100,23 @@ impl Server {
             tokio::pin!(woken);
             // From here on nothing is missed.
             woken.as_mut().enable();
-            match self.store.get(&job.tenant, &id).await {
-                Ok(Some(now)) => job = now,
-                Ok(None) => return job,
-                Err(error) => tracing::warn!(job = %id, %error, "a job that is waited for cannot be looked at"),
-            }
+            let answer = timeout_at(until.max(Instant::now() + ANSWER), self.store.get(&job.tenant, &id)).await;
+            let pause = match answer {
+                Ok(Ok(Some(now))) => {
+                    job = now;
+                    DOUBT
+                }
+                Ok(Ok(None)) => return job,
+                Ok(Err(error)) => {
+                    tracing::warn!(job = %id, %error, "a job that is waited for cannot be looked at");
+                    STREAM
+                }
+                Err(_) => STREAM,
+            };
             if job.status.is_final() || Instant::now() >= until {
                 return job;
             }
-            let _ = timeout_at(until.min(Instant::now() + DOUBT), woken).await;
+            let _ = timeout_at(until.min(Instant::now() + pause), woken).await;
         }
     }
 

@@ -338,6 +338,13 @@ fn a_locked_database_is_waited_for() {
     holder.wait().unwrap();
 }
 
+/// Of a table of the service's database.
+fn rename(place: &Place, from: &str, to: &str) {
+    let script = "import sqlite3,sys\nsqlite3.connect(sys.argv[1]).execute(f'ALTER TABLE {sys.argv[2]} RENAME TO {sys.argv[3]}')";
+    let database = place.path("data/jobs.db");
+    assert!(Command::new("python3").args(["-c", script]).arg(database).args([from, to]).status().unwrap().success());
+}
+
 /// A database that fails at once: it is asked again by the worker that has the model, in the middle of a job or between two, and nothing
 /// is lost or done twice.
 #[test]
@@ -346,17 +353,10 @@ fn a_database_that_fails_is_asked_again() {
     let service = Service::start(&place, &[]);
     service.picture(&json!({ "prompt": "x", "num_inference_steps": 1 }));
     let worker = service.worker();
-    let rename = |from: &str, to: &str| {
-        let script =
-            "import sqlite3,sys\nsqlite3.connect(sys.argv[1]).execute(f'ALTER TABLE {sys.argv[2]} RENAME TO {sys.argv[3]}')";
-        let database = place.path("data/jobs.db");
-        let done = Command::new("python3").args(["-c", script]).arg(database).args([from, to]).status().unwrap();
-        assert!(done.success());
-    };
     let outage = || {
-        rename("jobs", "jobs_away");
+        rename(&place, "jobs", "jobs_away");
         std::thread::sleep(Duration::from_secs(2));
-        rename("jobs_away", "jobs");
+        rename(&place, "jobs_away", "jobs");
     };
     outage();
     let slow = json!({ "input": { "prompt": "x", "num_inference_steps": 20, "num_outputs": 2 } });
@@ -371,6 +371,41 @@ fn a_database_that_fails_is_asked_again() {
     assert!(done.status < 300 && done.json()["status"] == "succeeded", "{} {}", done.status, done.json());
     assert_eq!(service.worker(), worker, "{}", service.said());
     assert!(service.said().contains("the database is asked again"), "{}", service.said());
+}
+
+/// Nor is whoever waits for what was accepted told of it, who would send it again; and a stream does not ask without a pause.
+#[test]
+fn a_database_that_fails_is_not_told_to_who_waits() {
+    let place = Place::new();
+    let service = Service::start(&place, &[]);
+    service.ready();
+    // Hundredths of a second that the service has worked.
+    let worked = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", service.child.id())).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    std::thread::scope(|scope| {
+        let drawn = json!({ "prompt": "x", "n": 4, "num_inference_steps": 50, "stream": true });
+        let streamed = scope.spawn({
+            let service = &service;
+            move || service.post("/v1/images/generations", &[], &drawn)
+        });
+        until("the first is accepted", 20, || jobs(&service) == 1);
+        let held = scope.spawn(|| service.post(DEV_LORA, &[("prefer", "wait=3")], &json!({ "input": long(1) })));
+        until("the second is accepted", 20, || jobs(&service) == 2);
+        rename(&place, "jobs", "jobs_away");
+        let before = worked();
+        std::thread::sleep(Duration::from_secs(4));
+        let worked = worked() - before;
+        rename(&place, "jobs_away", "jobs");
+        let held = held.join().unwrap();
+        assert_eq!((held.status, held.json()["id"].is_string()), (202, true), "{}", held.json());
+        assert!(worked < 200, "{worked} of 400");
+        let streamed = String::from_utf8(streamed.join().unwrap().body).unwrap();
+        assert!(streamed.contains("image_generation.completed"), "{streamed:.1000}");
+    });
+    assert_eq!(jobs(&service), 2);
 }
 
 /// A LoRA that comes slowly keeps the device from nobody else: its job is given back, and runs once its LoRA is there.

@@ -53,12 +53,15 @@ async fn one_model(Path(name): Path<String>) -> Answer {
 }
 
 async fn generate(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, body: Result<Body, Problem>) -> Answer {
-    let body = replicate::object(&headers, &body?.0)?;
-    answer(server, caller, headers, Request::new(body)?).await
+    let Body(sent, held) = body?;
+    let body = replicate::object(&headers, &sent)?;
+    drop(sent);
+    answer(server, caller, headers, Request::new(body, held)?).await
 }
 
 async fn edit(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, form: Result<Form, Problem>) -> Answer {
-    answer(server, caller, headers, in_time(Request::of_form(form?.0)).await?).await
+    let request = in_time(Request::of_form(form?.0, &caller.tenant)).await?;
+    answer(server, caller, headers, request).await
 }
 
 async fn answer(server: Arc<Server>, caller: Caller, headers: HeaderMap, mut request: Request) -> Answer {

@@ -1,5 +1,7 @@
 //! What OpenAI's clients send, as an order.
 
+use std::sync::Arc;
+
 use axum::extract::Multipart;
 use axum::extract::multipart::MultipartError;
 use axum::http::HeaderMap;
@@ -59,7 +61,8 @@ pub(in crate::api) struct Request {
     body: Map<String, Value>,
     image: Option<Vec<u8>>,
     mask: Option<Vec<u8>>,
-    _held: Option<Held>,
+    /// The room that all of it takes.
+    held: Option<Arc<Held>>,
     pub(super) edit: bool,
     pub(super) links: bool,
     pub(super) stream: bool,
@@ -82,7 +85,7 @@ fn invalid(field: &str, text: impl Into<String>) -> Problem {
 }
 
 impl Request {
-    pub(in crate::api) fn new(body: Map<String, Value>) -> Result<Self, Problem> {
+    pub(in crate::api) fn new(body: Map<String, Value>, held: Arc<Held>) -> Result<Self, Problem> {
         let text = |name: &str| body.get(name).and_then(Value::as_str);
         let unknown = || {
             invalid("model", format!("there is no model {:?}; this server has {}", text("model").unwrap_or_default(), known()))
@@ -106,13 +109,14 @@ impl Request {
         };
         let stream = boolean(&body, "stream")?.unwrap_or(false);
         let partial_images = whole(&body, "partial_images", 0, 3)?.unwrap_or(0);
-        Ok(Self { served, image: None, mask: None, _held: None, edit: false, links, stream, partial_images, format, body })
+        let held = Some(held);
+        Ok(Self { served, image: None, mask: None, held, edit: false, links, stream, partial_images, format, body })
     }
 
     /// From a form, in which all values are texts. `image` and `image[]` are the pictures.
-    pub(super) async fn of_form(mut form: Multipart) -> Result<Self, Problem> {
+    pub(super) async fn of_form(mut form: Multipart, tenant: &str) -> Result<Self, Problem> {
         let broken = |error: MultipartError| invalid("", format!("the form cannot be read: {}", error.body_text()));
-        let (mut body, mut images, mut mask, mut held) = (Map::new(), Vec::new(), None, Held::none());
+        let (mut body, mut images, mut mask, mut held) = (Map::new(), Vec::new(), None, Held::of(tenant));
         while let Some(field) = form.next_field().await.map_err(broken)? {
             let name = field.name().unwrap_or_default().to_owned();
             let bytes = bodies::whole(field, &mut held, MOST_PICTURE, broken).await?;
@@ -143,12 +147,12 @@ impl Request {
         let digest = |bytes: &Vec<u8>| hex(&Sha256::digest(bytes));
         body.insert("image".into(), Value::String(digest(&image)));
         body.insert("mask".into(), mask.as_ref().map_or(Value::Null, |mask| Value::String(digest(mask))));
-        Ok(Self { image: Some(image), mask, _held: Some(held), edit: true, ..Self::new(body)? })
+        Ok(Self { image: Some(image), mask, edit: true, ..Self::new(body, Arc::new(held))? })
     }
 
     /// Lets go of what was sent, megabytes that nobody needs while the answer is held.
     pub(super) fn accepted(&mut self) {
-        (self.body, self.image, self.mask, self._held) = (Map::new(), None, None, None);
+        (self.body, self.image, self.mask, self.held) = (Map::new(), None, None, None);
     }
 
     /// What is to be accepted.
@@ -233,6 +237,7 @@ impl Request {
             input,
             notes,
             files,
+            held: self.held.clone(),
             within: None,
             webhook: replicate::webhook(body)?,
             idempotency: idempotency(headers, body),

@@ -17,6 +17,7 @@ use super::schema::Served;
 use super::{Answer, input};
 use crate::api::Server;
 use crate::api::auth::Caller;
+use crate::api::bodies::Held;
 use crate::api::problem::{Body, Invalid, Problem};
 use crate::api::submit::{Submission, check_order, fingerprint};
 use crate::jobs::Job;
@@ -31,14 +32,14 @@ pub(in crate::api) async fn by_version(
     State(server): State<Arc<Server>>,
     caller: Caller,
     headers: HeaderMap,
-    Body(sent): Body,
+    Body(sent, held): Body,
 ) -> Answer {
     let body = object(&headers, &sent)?;
     let Some(version) = body.get("version").and_then(Value::as_str) else {
         return Err(Problem::invalid("required", "", "version is required"));
     };
     let served = Served::of_version(version).ok_or(Problem::UnknownVersion)?;
-    create(&server, &caller, &headers, served, (sent, body), &["version"]).await
+    create(&server, &caller, &headers, served, (sent, body, held), &["version"]).await
 }
 
 /// Also for deployments, which are called as the model that they are of.
@@ -47,11 +48,11 @@ pub(super) async fn by_model(
     caller: Caller,
     Path((owner, name)): Path<(String, String)>,
     headers: HeaderMap,
-    Body(sent): Body,
+    Body(sent, held): Body,
 ) -> Answer {
     let served = Served::named(&owner, &name).ok_or(Problem::NotFound)?;
     let body = object(&headers, &sent)?;
-    create(&server, &caller, &headers, served, (sent, body), &[]).await
+    create(&server, &caller, &headers, served, (sent, body, held), &[]).await
 }
 
 async fn create(
@@ -59,7 +60,7 @@ async fn create(
     caller: &Caller,
     headers: &HeaderMap,
     served: &Served,
-    (sent, body): (Bytes, Map<String, Value>),
+    (sent, body, held): (Bytes, Map<String, Value>, Arc<Held>),
     more: &[&str],
 ) -> Answer {
     let unknown = |key: &&String| !KEYS.contains(&key.as_str()) && !more.contains(&key.as_str());
@@ -70,7 +71,7 @@ async fn create(
         return Err(Problem::Invalid(unknown));
     }
     let wait = wait(headers)?;
-    let job = accept(server, caller, headers, served, &body).await?;
+    let job = accept(server, caller, headers, served, &body, held).await?;
     // Megabytes, which nobody needs while the answer is held.
     drop((sent, body));
     respond(server, headers, job, wait).await
@@ -83,6 +84,7 @@ pub(in crate::api) async fn accept(
     headers: &HeaderMap,
     served: &Served,
     body: &Map<String, Value>,
+    held: Arc<Held>,
 ) -> Result<Job, Problem> {
     let none = Map::new();
     let input = match body.get("input") {
@@ -122,6 +124,7 @@ pub(in crate::api) async fn accept(
         within,
         webhook,
         files: file.into_iter().collect(),
+        held: Some(held),
         idempotency: headers
             .get("idempotency-key")
             .and_then(|key| key.to_str().ok())

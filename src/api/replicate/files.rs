@@ -44,7 +44,7 @@ pub(super) fn router() -> Router<Arc<Server>> {
 /// Three dialects of one form: the name and type of the file are in its part, or fields of their own; metadata is a text, a part of
 /// its own, or fields `metadata[key]`.
 async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Form(form): Form) -> Answer {
-    let mut held = Held::none();
+    let mut held = Held::of(&caller.tenant);
     let Sent { content, name, kind, metadata } = in_time(read(form, &mut held)).await?;
     let Some(content) = content else { return Err(Problem::invalid("required", "content", "content is required")) };
     let name = name.unwrap_or_else(|| "file".into());

@@ -48,7 +48,7 @@ async fn list(State(server): State<Arc<Server>>, caller: Caller, headers: Header
     Ok(Json(json!({ "next": next, "previous": null, "results": results, "object": "list", "data": data })).into_response())
 }
 
-async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Body(body): Body) -> Answer {
+async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Body(body, _held): Body) -> Answer {
     let body = object(&headers, &body)?;
     let text = |name: &'static str| {
         let text = body.get(name).and_then(Value::as_str).unwrap_or_default().trim();

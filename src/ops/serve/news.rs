@@ -55,6 +55,11 @@ impl News {
         self.with(|told| told.logs += line);
     }
 
+    /// What was said and is not in the store.
+    pub(super) fn left(&self) -> String {
+        self.with(|told| std::mem::take(&mut told.logs))
+    }
+
     pub(super) fn show(&self, file: Vec<u8>) {
         self.with(|told| told.preview = Some(file));
     }
@@ -88,12 +93,18 @@ pub(super) async fn beat(store: Store, blobs: Blobs, claim: Claim, news: Arc<New
         }
         let (progress, logs) = news.with(|told| (told.progress.take(), std::mem::take(&mut told.logs)));
         let logged = if logs.is_empty() { Ok(()) } else { store.log(&claim, &logs).await };
-        if logged.is_err() {
-            // With the next beat.
-            news.with(|told| told.logs.insert_str(0, &logs));
-        }
         let beaten = if ended { Ok(None) } else { store.heartbeat(&claim, LEASE, progress.as_ref()).await };
-        match logged.and(beaten) {
+        let beaten = match logged {
+            Err(Error::Lost) => Err(Error::Lost),
+            Err(error) => {
+                tracing::warn!(%error, "no logs");
+                // With the next beat, before what was said since.
+                news.with(|told| told.logs.insert_str(0, &logs));
+                beaten
+            }
+            Ok(()) => beaten,
+        };
+        match beaten {
             Ok(None) => {}
             Ok(Some(stop)) => news.with(|told| told.stop = Some(stop)),
             Err(Error::Lost) => {
@@ -108,5 +119,82 @@ pub(super) async fn beat(store: Store, blobs: Blobs, claim: Claim, news: Arc<New
         }
         // Ended in between: then at once.
         let _ = tokio::time::timeout(BEAT, news.wake.notified()).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::Instant;
+
+    use sqlx::Executor;
+
+    use super::*;
+    use crate::jobs::{Limits, NewJob};
+
+    async fn claimed(folder: &Path) -> (Store, Claim, String) {
+        let address = format!("sqlite:{}", folder.join("jobs.db").display());
+        let store = Store::open(&address, Limits::default()).await.unwrap();
+        let new = NewJob {
+            tenant: "me".into(),
+            base: String::new(),
+            request: json!({ "prompt": "a cat" }),
+            affinity: String::new(),
+            within: None,
+            webhook: None,
+            idempotency: None,
+        };
+        store.submit(&new).await.unwrap();
+        let claim = store.claim("w", "", &[], &[], LEASE).await.unwrap().unwrap();
+        (store, claim, address)
+    }
+
+    /// Waits until the store has heard how far the job is.
+    async fn heard(store: &Store, claim: &Claim) {
+        let begun = Instant::now();
+        while store.find(&claim.job.id).await.unwrap().unwrap().progress.is_none() {
+            assert!(begun.elapsed() < Duration::from_secs(10), "no heartbeat");
+            tokio::time::sleep(BEAT).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn storage_that_never_answers_holds_up_no_heartbeat() {
+        let folder = tempfile::tempdir().unwrap();
+        let (store, claim, _) = claimed(folder.path()).await;
+        let (blobs, _listener) = Blobs::silent();
+        let news = Arc::new(News::default());
+        news.show(vec![0]);
+        news.at(json!({ "step": 1 }));
+        let beating = tokio::spawn(beat(store.clone(), blobs, claim.clone(), news.clone()));
+        heard(&store, &claim).await;
+        news.end();
+        assert!(!beating.await.unwrap(), "the claim is kept");
+    }
+
+    #[tokio::test]
+    async fn what_could_not_be_logged_is_logged_later() {
+        let folder = tempfile::tempdir().unwrap();
+        let (store, claim, address) = claimed(folder.path()).await;
+        let blobs = Blobs::open(folder.path().join("files").to_str().unwrap(), &[]).unwrap();
+        let database = sqlx::AnyPool::connect(&address).await.unwrap();
+        let fail = "CREATE TRIGGER full BEFORE UPDATE OF logs ON jobs BEGIN SELECT RAISE(ABORT, 'no room'); END";
+        database.execute(fail).await.unwrap();
+        let last = Arc::new(News::default());
+        last.say("last\n");
+        last.end();
+        assert!(!beat(store.clone(), blobs.clone(), claim.clone(), last.clone()).await);
+        assert_eq!(last.left(), "last\n", "whoever ends the job can say it");
+        let news = Arc::new(News::default());
+        news.say("one\n");
+        news.at(json!({ "step": 1 }));
+        let beating = tokio::spawn(beat(store.clone(), blobs, claim.clone(), news.clone()));
+        // Sent after the logs: those have failed by now.
+        heard(&store, &claim).await;
+        news.say("two\n");
+        database.execute("DROP TRIGGER full").await.unwrap();
+        news.end();
+        assert!(!beating.await.unwrap());
+        assert_eq!(store.find(&claim.job.id).await.unwrap().unwrap().logs, "one\ntwo\n");
     }
 }

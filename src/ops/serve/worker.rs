@@ -173,8 +173,12 @@ impl Runner<'_> {
         let beating = self.runtime.spawn(beat(store.clone(), self.work.blobs.clone(), claim.clone(), news.clone()));
         let outcome = self.run(claim, &news);
         news.end();
+        let mut lost = self.runtime.block_on(beating).unwrap_or(false);
         // What was said last is in the logs before the job is over.
-        let lost = self.runtime.block_on(beating).unwrap_or(false);
+        let left = news.left();
+        if !lost && !left.is_empty() {
+            lost = matches!(self.ask(|store| store.log(claim, &left)), Err(crate::jobs::Error::Lost));
+        }
         let warm = outcome.as_ref().map_or_else(|_| vec![String::new()], |done| vec![done.affinity.clone()]);
         let failed = matches!(&outcome, Err(error) if !error.is_cancelled());
         failpoint("finishing");
