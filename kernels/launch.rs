@@ -15,7 +15,7 @@ thread_local! {
     static LAUNCHES: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Whether kernels of ours are used on CUDA. Off at first: none of them has run on a card yet.
+/// Whether kernels of ours are used on CUDA. Off at first: a program turns them on where [`prove`](crate::prove) found them right.
 pub fn use_fused(on: bool) {
     FUSED.store(on, Ordering::Relaxed);
 }
@@ -34,6 +34,15 @@ pub fn emulated<R>(f: impl FnOnce() -> R) -> R {
     let result = f();
     EMULATED.set(before);
     result
+}
+
+/// Names these kernels, as they are compiled, among others.
+#[must_use]
+pub fn digest() -> String {
+    #[cfg(feature = "cuda")]
+    return cuda::digest();
+    #[cfg(not(feature = "cuda"))]
+    String::new()
 }
 
 /// Kernels of ours that this thread has launched: tests ask it whether a kernel ran or candle's operations did.
@@ -181,6 +190,12 @@ mod cuda {
     use super::{Launch, Pointer, build, suffix};
 
     const KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
+
+    pub(super) fn digest() -> String {
+        let mut hasher = std::hash::DefaultHasher::new();
+        std::hash::Hasher::write(&mut hasher, KERNELS);
+        format!("{:016x}", std::hash::Hasher::finish(&hasher))
+    }
 
     /// What a block may have of shared memory without asking.
     const SHARED: usize = 48 << 10;

@@ -24,8 +24,8 @@
 //! | [`rotate`] | rotary embedding of interleaved pairs | composed candle ops, in tests |
 //!
 //! The model never asks which device it runs on: a faster kernel for one device replaces the inside of its function here. Kernels for
-//! CUDA are in `cuda/`, named as the files of `ops/` are; `launch.rs` runs them, and [`use_fused`] turns them on. None of them has run
-//! on a card yet: they have been compiled for cards and run, emulated, against the references above. [`settle_attention`] and
+//! CUDA are in `cuda/`, named as the files of `ops/` are; `launch.rs` runs them, and [`use_fused`] turns them on where [`prove`] found
+//! them right. Before that they have been compiled for cards and run, emulated, against the references above. [`settle_attention`] and
 //! [`settle_convolution`] have cuDNN in the place of our kernels, where it is installed and faster.
 
 #[cfg(feature = "cuda")]
@@ -39,6 +39,7 @@ mod launch;
 mod lt;
 mod memory;
 mod ops;
+mod proof;
 mod settle;
 mod transfer;
 mod whose;
@@ -48,7 +49,7 @@ pub use choices::{Keeper, keep_choices, recall, remember};
 pub use cudnn::{cudnn_status, forget_plans, has_cudnn};
 #[cfg(feature = "emulator")]
 pub use launch::emulated;
-pub use launch::{fused, launches, use_fused};
+pub use launch::{digest, fused, launches, use_fused};
 pub use memory::zeros;
 pub use ops::activation::{gelu, gelu_beside, gelu_beside_fp8};
 pub use ops::attention::{SCORES_BYTES, attention, attention_in_chunks};
@@ -64,6 +65,7 @@ pub use ops::norm::{
     add_gated, add_gated_then_norm, add_gated_then_norm_fp8, layer_norm, modulated_norm, modulated_norm_fp8, rms_norm,
 };
 pub use ops::rotary::rotate;
+pub use proof::{Proof, prove};
 pub use settle::{settle_attention, settle_convolution};
 pub use transfer::{PLACES, forget_places, to_device, upload, visit, visit_bytes};
 pub use whose::{Whose, Work, choose, chosen};

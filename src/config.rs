@@ -76,8 +76,8 @@ pub struct Config {
     pub private_urls: bool,
     /// `DARKROOM_LORA_CACHE_GB`: how much fetched LoRAs may take of the disk; 20 if not set.
     pub lora_cache_bytes: u64,
-    /// `DARKROOM_KERNELS=fused` (or `plain`, which it is if not set): kernels of our own on CUDA instead of candle's operations.
-    pub fused_kernels: bool,
+    /// `DARKROOM_KERNELS=fused` or `plain`: kernels of our own on CUDA, or candle's operations; if not set, ours where they have been right.
+    pub fused_kernels: Option<bool>,
     /// `DARKROOM_ATTENTION=own` or `cudnn`: with them, whose attention; if not set, the faster one, timed once on each card.
     pub attention: Option<Whose>,
     /// `DARKROOM_CONVOLUTION`: the same of the autoencoder's convolutions.
@@ -124,7 +124,7 @@ impl Config {
             }
             found
         };
-        let fused_kernels = choice("DARKROOM_KERNELS", &["fused", "plain"]) == Some("fused");
+        let fused_kernels = choice("DARKROOM_KERNELS", &["fused", "plain"]).map(|kernels| kernels == "fused");
         let mut whose = |name| {
             choice(name, &["own", "cudnn"]).map(|name| match name {
                 "own" => Whose::Own,
@@ -182,7 +182,7 @@ mod tests {
     fn what_means_nothing_is_said() {
         let right = [("DARKROOM_KERNELS", "Fused"), ("DARKROOM_ATTENTION", " own "), ("DARKROOM_LORA_CACHE_GB", "0.5")];
         let right = config(&right);
-        assert_eq!((right.fused_kernels, right.attention, right.lora_cache_bytes), (true, Some(Whose::Own), 500_000_000));
+        assert_eq!((right.fused_kernels, right.attention, right.lora_cache_bytes), (Some(true), Some(Whose::Own), 500_000_000));
         assert_eq!((right.mistakes.len(), config(&[]).mistakes.len()), (0, 0));
         let wrong = config(&[
             ("DARKROOM_KERNELS", "fast"),
@@ -192,7 +192,7 @@ mod tests {
         ]);
         assert_eq!(wrong.mistakes.len(), 4);
         assert_eq!(wrong.mistakes[1], "DARKROOM_ATTENTION=flash: must be own or cudnn");
-        assert!(!wrong.fused_kernels && wrong.attention.is_none() && wrong.lora_cache_bytes == 20_000_000_000);
+        assert!(wrong.fused_kernels.is_none() && wrong.attention.is_none() && wrong.lora_cache_bytes == 20_000_000_000);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::engine::DeviceChoice;
 use crate::ops::Machine;
 use crate::ops::doctor::{Finding, Verdict, examine};
+use crate::ops::proof::try_kernels;
 
 /// Look at this machine: device, driver, memory, models, disks, database, keys, port
 ///
@@ -30,22 +31,17 @@ pub(super) struct Args {
     listen: SocketAddr,
     #[command(flatten)]
     place: Place,
+    /// Only try darkroom's own kernels on the CUDA card against plain operations, and keep what came out for the next starts
+    #[arg(long)]
+    kernels: bool,
     /// Print one JSON array
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn run(args: &Args, config: &Config) -> anyhow::Result<()> {
-    let mut folders = Vec::new();
-    folders.extend(args.place.folder().ok().map(|folder| ("data", folder)));
-    folders.extend(config.cache.clone().map(|folder| ("cache", folder)));
-    folders.push(("hub's cache", config.hub.cache.clone()));
-    let mut findings = examine(&args.model, Machine { device: args.device, vram_limit: args.vram_limit }, &folders, config);
-    findings.extend(database(args));
-    findings.push(match TcpListener::bind(args.listen) {
-        Ok(_) => Finding::new("port", Verdict::Good, format!("{} is free", args.listen)),
-        Err(error) => Finding::new("port", Verdict::Note, format!("{} cannot be listened on: {error}", args.listen)),
-    });
+    let machine = Machine { device: args.device, vram_limit: args.vram_limit };
+    let findings = if args.kernels { try_kernels(machine)? } else { all(args, machine, config) };
     if args.json {
         show(&serde_json::to_string_pretty(&findings)?)?;
     } else {
@@ -60,6 +56,20 @@ pub(super) fn run(args: &Args, config: &Config) -> anyhow::Result<()> {
     }
     let bad = findings.iter().filter(|finding| finding.verdict == Verdict::Bad).count();
     if bad > 0 { anyhow::bail!("{bad} of {} items are bad", findings.len()) } else { Ok(()) }
+}
+
+fn all(args: &Args, machine: Machine, config: &Config) -> Vec<Finding> {
+    let mut folders = Vec::new();
+    folders.extend(args.place.folder().ok().map(|folder| ("data", folder)));
+    folders.extend(config.cache.clone().map(|folder| ("cache", folder)));
+    folders.push(("hub's cache", config.hub.cache.clone()));
+    let mut findings = examine(&args.model, machine, &folders, config);
+    findings.extend(database(args));
+    findings.push(match TcpListener::bind(args.listen) {
+        Ok(_) => Finding::new("port", Verdict::Good, format!("{} is free", args.listen)),
+        Err(error) => Finding::new("port", Verdict::Note, format!("{} cannot be listened on: {error}", args.listen)),
+    });
+    findings
 }
 
 fn database(args: &Args) -> Vec<Finding> {

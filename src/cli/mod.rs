@@ -72,7 +72,10 @@ pub fn main() -> ExitCode {
         return ExitCode::from(WRONG_USAGE);
     }
     log(&config, matches!(cli.verb, Verb::Serve(_)));
-    kernels::use_fused(config.fused_kernels);
+    match config.fused_kernels {
+        Some(fused) => kernels::use_fused(fused),
+        None => ops::proof::ask(),
+    }
     for (work, whose) in [(Work::Attention, config.attention), (Work::Convolution, config.convolution)] {
         if let Some(whose) = whose {
             kernels::choose(work, whose);
@@ -105,7 +108,11 @@ fn parse(config: &Config) -> Result<Cli, clap::Error> {
 
 /// What `RUST_LOG` asks for, on standard error; without it of a service what its operator must know, else only why no card is used.
 fn log(config: &Config, service: bool) {
-    let filter = config.log.as_deref().unwrap_or(if service { "warn" } else { "off,darkroom::engine::device=warn" });
+    let filter = config.log.as_deref().unwrap_or(if service {
+        "warn"
+    } else {
+        "off,darkroom::engine::device=warn,darkroom::ops::proof=info"
+    });
     let color = !config.no_color && std::io::stderr().is_terminal();
     let subscriber = tracing_subscriber::fmt().with_env_filter(EnvFilter::new(filter)).with_writer(std::io::stderr);
     if config.log_json { subscriber.json().init() } else { subscriber.with_ansi(color).init() }

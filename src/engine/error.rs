@@ -57,7 +57,7 @@ const NO_MEMORY: [&str; 7] = [
 
 impl Error {
     /// Whether the device had no memory left. candle tells it in words only, wherever it happened.
-    pub(super) fn is_out_of_memory(&self) -> bool {
+    pub(crate) fn is_out_of_memory(&self) -> bool {
         let mut error: Option<&dyn std::error::Error> = Some(self);
         while let Some(one) = error {
             let text = one.to_string().to_ascii_lowercase();

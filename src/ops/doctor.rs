@@ -7,9 +7,10 @@ use serde::Serialize;
 
 use super::generate::device_name;
 use super::models::{self, Installed};
+use super::proof;
 use crate::bytes;
 use crate::config::Config;
-use crate::engine::{self, Sizes, memory};
+use crate::engine::{Sizes, memory};
 use crate::ops::{Error, Machine};
 
 /// Less free than this on a disk is little, in bytes.
@@ -46,19 +47,17 @@ impl Finding {
 #[must_use]
 pub fn examine(model: &str, machine: Machine, folders: &[(&str, PathBuf)], config: &Config) -> Vec<Finding> {
     let mut findings = vec![processor(), driver()];
-    let device = engine::device(machine.device);
+    let device = machine.open();
     findings.push(match &device {
         Ok(device) if device.is_cpu() => Finding::new(
             "device",
             Verdict::Note,
             "cpu: FLUX.1 takes minutes a step here; with a card, build with --features cuda or metal",
         ),
-        Ok(device) if kernels::fused() && device.is_cuda() => {
-            Finding::new("device", Verdict::Good, format!("{}, fused kernels", device_name(device)))
-        }
         Ok(device) => Finding::new("device", Verdict::Good, device_name(device)),
         Err(error) => Finding::new("device", Verdict::Bad, error.to_string()),
     });
+    findings.extend(device.iter().filter(|device| device.is_cuda()).map(proof::examine));
     findings.push(fits(model, device.as_ref().ok(), machine, config));
     findings.push(installed(config));
     findings.extend(folders.iter().map(|(item, folder)| disk(item, folder)));

@@ -6,6 +6,7 @@ use candle_core::{DType, Device};
 use super::Error;
 use super::generate::Precision;
 use super::models::Model;
+use super::proof;
 use crate::engine::{self, CONTEXT, DeviceChoice, LIBRARIES, Plan, Room, Sizes};
 
 /// What cards compute in.
@@ -26,8 +27,11 @@ impl From<DeviceChoice> for Machine {
 }
 
 impl Machine {
+    /// The device, with our kernels on if they are to be.
     pub fn open(&self) -> Result<Device, Error> {
-        Ok(engine::device(self.device)?)
+        let device = engine::device(self.device)?;
+        proof::settle(&device);
+        Ok(device)
     }
 
     /// What the model's parts are kept as on `device`, and where. A precision that was asked for is kept whatever it costs; without

@@ -2,7 +2,8 @@
 //!
 //! [`generate`] turns a [`generate::Request`] (as sent) into a valid [`Job`](crate::engine::Job), runs it and writes pictures;
 //! [`lora`] finds and reads adapters; [`models`] knows the named base models, fetches and checks them; [`serve`] runs accepted jobs;
-//! [`sweep`] makes grids of pictures and compares them; [`doctor`] looks at a machine before it is needed.
+//! [`sweep`] makes grids of pictures and compares them; [`doctor`] looks at a machine before it is needed, and `proof` at what our kernels do
+//! on its card.
 
 pub mod doctor;
 mod error;
@@ -11,6 +12,7 @@ pub mod generate;
 pub mod lora;
 mod machine;
 pub mod models;
+pub(crate) mod proof;
 pub mod serve;
 mod shown;
 mod sizes;

@@ -23,14 +23,13 @@
 #include <string>
 
 #include "emulator.hpp"
+#include "fault.hpp"
 #include "order.hpp"
 
 extern "C" int emulator_launch(const char *, const uint32_t *, uint32_t, uint32_t, const void *, const uint64_t *, size_t, uint32_t, char *);
 
-struct CUctx_st {};
+struct CUctx_st {}; struct CUstream_st {}; struct CUmemPoolHandle_st {};
 struct CUevent_st { std::chrono::steady_clock::time_point at; bool recorded = false; Clock clock; };
-struct CUstream_st {};
-struct CUmemPoolHandle_st {};
 struct CUfunc_st { std::string name; bool ours; emulator::Trust trust; const emulator::Kernel *kernel; size_t shared = 48 << 10; };
 struct CUmod_st { bool ours; std::string text; std::map<std::string, CUfunc_st> functions; };
 
@@ -475,9 +474,10 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
     Card &c = card();
     c.launches[function->name]++;
     c.last_kernel = function->name;
-    if (shared > function->shared || !grid_x || !grid_y || !grid_z || grid_x > 0x7fffffff || grid_y > 65535 || grid_z > 65535)
-        return CUDA_ERROR_INVALID_VALUE;
-    if (!block_x || !block_y || !block_z || block_z > 64 || (uint64_t)block_x * block_y * block_z > 1024) return CUDA_ERROR_INVALID_VALUE;
+    bool grid_fits = grid_x && grid_y && grid_z && grid_x <= 0x7fffffff && grid_y <= 65535 && grid_z <= 65535;
+    bool block_fits = block_x && block_y && block_z && block_z <= 64 && (uint64_t)block_x * block_y * block_z <= 1024;
+    if (shared > function->shared || !grid_fits || !block_fits) return CUDA_ERROR_INVALID_VALUE;
+    if (Fault fault = fault_of(function->name); fault != Fault::none) return fault == Fault::skip ? CUDA_SUCCESS : broken(function->name + " goes astray");
     Moment now = c.order.next(stream);
     for (auto &[at, writing] : function->kernel->pointed(function->ours ? given[0] : (const void *)given))
         if (holder((CUdeviceptr)at, 1))

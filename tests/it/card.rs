@@ -188,7 +188,7 @@ fn a_full_card_fails_a_job_at_most() {
     let mut pictures = Vec::new();
     // Nothing that is loaded is so large; unfolding the autoencoder's last pictures is.
     for refused in ["9000000 0", "9000000 1", "9000000 2", "9000000 3", "9000000 4"] {
-        let place = place(&[("CARD_REFUSE", refused)]);
+        let place = place(&[("CARD_REFUSE", refused), ("DARKROOM_KERNELS", "plain")]);
         let service = Service::start(&place, &["--device", "cuda"]);
         service.ready();
         let first = drawn(&service, &input);
@@ -248,6 +248,41 @@ fn fp8_units_are_used_as_far_as_they_go() {
         let launches = log(&place)["launches"].clone();
         assert_eq!(launches.get("scale_products_bf16").is_some(), scaled_after, "{capability}: {launches}");
         assert!(apart(&picture, &exact) < 2.5, "{capability}");
+    }
+}
+
+/// Where nobody says what to compute with, a process of its own tries our kernels on the card, once. They are used if they are right;
+/// candle's operations if one writes nothing, breaks what the process has on the card, or ends it.
+#[test]
+#[ignore = "needs the card made of software: tests/card/run"]
+fn kernels_are_tried_before_they_are_used() {
+    let plain = draw(&place(&[("DARKROOM_KERNELS", "plain")]), "plain.png", &["--device", "cuda"]);
+    let right = "darkroom's own, which are right on this card";
+    for (fault, found) in [
+        ("", right),
+        ("skip merge_bf16", "weight with two LoRAs in bf16"),
+        ("break attention_128_f16", "not tried to the end: CUDA_ERROR_ILLEGAL_ADDRESS"),
+        ("die gelu_beside_fp8_bf16", "SIGABRT"),
+    ] {
+        // Too small for a trial at FLUX.1's sizes, which would take hours here.
+        let place = place(&[("CARD_MEMORY", "5000000000"), ("CARD_FAULT", fault)]);
+        for first in [true, false] {
+            let all = ["generate", PROMPT, "--lora", "user1003@0.9", "--seed", "3", "--steps", "2", "--device", "cuda"];
+            let said = place.run(&[&all[..], &["--output", "a.png", "--force"]].concat()).succeeds().err();
+            assert_eq!(said.contains("are tried on this card"), first, "{fault}: {said}");
+            assert_eq!(said.contains("are wrong on this card"), !fault.is_empty(), "{fault}: {said}");
+            let ours = log(&place)["launches"].as_object().unwrap().keys().any(|name| name.starts_with("norm_"));
+            assert_eq!(ours, fault.is_empty(), "{fault}");
+            assert!(ours || pixels(&place.path("a.png")) == plain, "{fault}");
+        }
+        let doctor = place.run(&["doctor", "--device", "cuda"]).out();
+        assert!(doctor.contains(found), "{fault}: {doctor}");
+        if !fault.starts_with("die") {
+            let tried = place.run(&["doctor", "--kernels", "--device", "cuda", "--json"]);
+            let trials: Vec<Value> = serde_json::from_value(tried.json()).unwrap();
+            assert!(fault.starts_with("break") || trials.len() > 90, "{}", trials.len());
+            assert_eq!((tried.is_success(), trials.iter().all(|trial| trial["verdict"] == "good")), (found == right, found == right));
+        }
     }
 }
 
