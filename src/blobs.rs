@@ -2,8 +2,10 @@
 //!
 //! Keys are made by us alone, such as `outputs/JOB/out-0.webp`; nothing of a request gets into one.
 
+use std::fs::DirEntry;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
@@ -13,6 +15,12 @@ use object_store::prefix::PrefixStore;
 use object_store::{Error as StoreError, ObjectStore, ObjectStoreExt};
 
 use crate::config::Secret;
+
+/// Where our keys begin. Whoever names the folder may have others in it.
+const FOLDERS: [&str; 3] = ["outputs", "previews", "uploads"];
+
+/// Writers take seconds: what one has not touched for so long it left.
+const LEFT: Duration = Duration::from_secs(24 * 3600);
 
 /// Why a picture or an upload could not be kept or had. Without the store's own text, which may hold a signed request.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +104,38 @@ impl Blobs {
             Err(error) => Err(failed(&error)),
         }
     }
+
+    /// Removes what writers that were killed left beside their keys. In a bucket there is nothing of that kind.
+    pub fn sweep(&self) {
+        for folder in self.root.iter().flat_map(|root| FOLDERS.map(|folder| root.join(folder))) {
+            sweep(&folder);
+        }
+    }
+}
+
+/// In a folder and those in it. Whether there was anything.
+fn sweep(folder: &Path) -> bool {
+    let mut swept = false;
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            if sweep(&path) {
+                // One that is not empty is left.
+                let _ = std::fs::remove_dir(path);
+            }
+        } else if is_left(&entry) {
+            swept |= std::fs::remove_file(path).is_ok();
+        }
+    }
+    swept
+}
+
+/// The store writes to `KEY#1`, or the next that is free, and renames that; it never lists them.
+fn is_left(entry: &DirEntry) -> bool {
+    let name = entry.file_name();
+    let number = name.to_str().and_then(|name| name.rsplit_once('#')).map(|(_, number)| number);
+    let age = || entry.metadata().and_then(|about| about.modified()).map(|time| time.elapsed().unwrap_or_default());
+    number.is_some_and(|number| number.parse::<u32>().is_ok()) && age().is_ok_and(|age| age > LEFT)
 }
 
 fn failed(error: &StoreError) -> Error {
@@ -126,7 +166,31 @@ impl Blobs {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::time::SystemTime;
+
     use super::*;
+
+    #[test]
+    fn what_killed_writers_left_goes_and_what_is_written_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(folder.path().to_str().unwrap(), &[]).unwrap();
+        let write = |key: &str, age: Duration| {
+            let path = folder.path().join(key);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            File::create(&path).unwrap().set_modified(SystemTime::now() - age).unwrap();
+            path
+        };
+        let left =
+            ["outputs/a/0.png#1", "outputs/b/0.png#12", "previews/a.webp#1", "uploads/a#2"].map(|key| write(key, 2 * LEFT));
+        let kept = ["outputs/a/0.png", "outputs/c/x#y", "uploads/b", "others/a#1"].map(|key| write(key, 2 * LEFT));
+        let written = ["outputs/d/0.png#1", "uploads/a#1"].map(|key| write(key, LEFT / 2));
+        blobs.sweep();
+        assert!(left.iter().all(|path| !path.exists()));
+        assert!(kept.iter().chain(&written).all(|path| path.exists()));
+        assert!(!folder.path().join("outputs/b").exists(), "nothing else was in it");
+        assert!(folder.path().join("previews").exists(), "the folder of all stays");
+    }
 
     #[tokio::test]
     async fn what_is_kept_is_there_until_it_is_removed() {

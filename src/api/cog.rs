@@ -125,7 +125,7 @@ async fn predict(server: &Server, caller: &Caller, mut headers: HeaderMap, sent:
     // Megabytes, which nobody needs while the answer is held.
     drop((sent, body));
     if !detached {
-        job = server.wait(job, LONGEST).await;
+        server.wait(&mut job, LONGEST).await;
     }
     let status = if job.status.is_final() { StatusCode::OK } else { StatusCode::ACCEPTED };
     let id = id.unwrap_or_else(|| job.id.to_string());

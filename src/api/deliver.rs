@@ -99,8 +99,7 @@ impl Server {
             Err(_) => return Sent::Again(None),
         }
         let body = prediction.to_string();
-        // The same for every attempt, so that receivers can tell repetitions.
-        let id = format!("msg_{}_{}", job.id, delivery.event.as_str());
+        let id = name(delivery);
         let time = now().to_string();
         let headers = [
             ("content-type", "application/json"),
@@ -141,6 +140,14 @@ impl Server {
     }
 }
 
+/// The same for every attempt, so that receivers can tell repetitions. Logs are told more than once, each time with more lines.
+fn name(Delivery { job, event, logged, .. }: &Delivery) -> String {
+    match event {
+        Event::Logs => format!("msg_{job}_logs_{logged}"),
+        event => format!("msg_{job}_{}", event.as_str()),
+    }
+}
+
 /// Before the attempt after this many failures; `None` once there were enough.
 fn pause(failures: i64, asked: Option<Duration>) -> Option<Duration> {
     let own = *PAUSES.get(usize::try_from(failures).ok()?)?;
@@ -156,6 +163,16 @@ enum Sent {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::jobs::JobId;
+
+    #[test]
+    fn repetitions_have_one_name_and_later_lines_another() {
+        let job = JobId::new();
+        let named = |event, attempts, logged| name(&Delivery { job: job.clone(), event, attempts, logged });
+        assert_eq!(named(Event::Completed, 0, 7), format!("msg_{job}_completed"));
+        assert_eq!(named(Event::Completed, 3, 9), named(Event::Completed, 0, 7));
+        assert!(named(Event::Logs, 1, 7) == named(Event::Logs, 0, 7) && named(Event::Logs, 0, 7) != named(Event::Logs, 0, 9));
+    }
 
     #[test]
     fn attempts_come_ever_later_and_end() {

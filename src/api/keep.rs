@@ -19,6 +19,9 @@ const REAP: Duration = Duration::from_millis(500);
 /// How often old things are looked for.
 const CLEAR: Duration = Duration::from_secs(5);
 
+/// How often what killed writers left is looked for.
+const SWEEP: Duration = Duration::from_secs(24 * 3600);
+
 /// What of an old job's request is kept with it.
 const REST: [&str; 3] = ["model", "version", "address"];
 
@@ -57,6 +60,17 @@ impl Server {
         }
     }
 
+    /// Removes what killed writers left. In a thread, which ends with the process: nobody need wait for slow storage.
+    pub(super) fn sweep(&self) {
+        let blobs = self.blobs.clone();
+        std::thread::spawn(move || {
+            loop {
+                blobs.sweep();
+                std::thread::sleep(SWEEP);
+            }
+        });
+    }
+
     async fn clear_old(&self) -> Result<(), Error> {
         // First the files: what is not named any more is never removed.
         for id in self.store.expired_uploads().await? {
@@ -85,8 +99,6 @@ fn removed(done: Result<(), crate::blobs::Error>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
     use crate::blobs::Blobs;
     use crate::jobs::{NewJob, Status};
@@ -97,23 +109,14 @@ mod tests {
         let (blobs, _listener) = Blobs::silent();
         let keep = Keep { pictures: Some(Duration::ZERO), jobs: None };
         let server = Server::for_tests(folder.path(), blobs, keep).await;
-        let new = |within| NewJob {
-            tenant: "me".into(),
-            base: String::new(),
-            request: json!({ "prompt": "a cat" }),
-            affinity: String::new(),
-            within,
-            webhook: None,
-            idempotency: None,
-        };
-        let (old, _) = server.store.submit(&new(None)).await.unwrap();
+        let (old, _) = server.store.submit(&NewJob::for_tests()).await.unwrap();
         server.store.cancel("me", &old.id).await.unwrap();
         tokio::time::sleep(Duration::from_millis(10)).await;
         let (_ending, ended) = watch::channel(false);
         let _clearing = tokio::spawn(server.clone().clear(ended));
         // By then the old job's pictures are to be removed.
         tokio::time::sleep(REAP).await;
-        let (late, _) = server.store.submit(&new(Some(1))).await.unwrap();
+        let (late, _) = server.store.submit(&NewJob { within: Some(1), ..NewJob::for_tests() }).await.unwrap();
         let begun = Instant::now();
         while server.store.find(&late.id).await.unwrap().unwrap().status != Status::Aborted {
             assert!(begun.elapsed() < Duration::from_secs(10), "its deadline passes unseen");

@@ -198,6 +198,7 @@ pub async fn serve(
     stop: impl Future<Output = ()>,
 ) -> std::io::Result<()> {
     let (ending, ended) = watch::channel(false);
+    server.sweep();
     let tasks = [
         tokio::spawn(server.clone().wake_waiting()),
         tokio::spawn(server.clone().deliver(ended.clone())),

@@ -113,8 +113,11 @@ async fn describe(server: &Server, base: &str, job: &Job) -> Result<Value, Probl
         },
     });
     if job.status == Status::Queued {
-        let ahead = server.store.ahead(id).await?;
-        job_now["ahead"] = json!(ahead);
+        match server.store.ahead(id).await {
+            Ok(ahead) => job_now["ahead"] = json!(ahead),
+            // The job was accepted, and whoever is told to send it again gets a second one.
+            Err(error) => tracing::warn!(job = %id, %error, "how many are before a job is not known"),
+        }
     }
     Ok(job_now)
 }
@@ -156,4 +159,27 @@ async fn events(State(server): State<Arc<Server>>, caller: Caller, headers: Head
         None
     });
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(COMMENT)).into_response())
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::Executor;
+
+    use super::*;
+    use crate::api::Keep;
+    use crate::blobs::Blobs;
+    use crate::jobs::NewJob;
+
+    #[tokio::test]
+    async fn a_job_is_described_while_the_database_fails() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(folder.path().join("files").to_str().unwrap(), &[]).unwrap();
+        let server = Server::for_tests(folder.path(), blobs, Keep::default()).await;
+        let (job, _) = server.store.submit(&NewJob::for_tests()).await.unwrap();
+        assert_eq!(describe(&server, "", &job).await.unwrap()["ahead"], 0);
+        let database = sqlx::AnyPool::connect(&format!("sqlite:{}", folder.path().join("jobs.db").display())).await.unwrap();
+        database.execute("ALTER TABLE jobs RENAME TO jobs_away").await.unwrap();
+        let now = describe(&server, "", &job).await.unwrap();
+        assert_eq!((now["id"].as_str(), &now["ahead"]), (Some(job.id.as_str()), &Value::Null));
+    }
 }

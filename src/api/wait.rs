@@ -89,9 +89,9 @@ impl Server {
         }
     }
 
-    /// The job once it has ended, or as it was last seen after `longest`. A database that fails meanwhile is asked again: the job was
-    /// accepted, and whoever is told to send it again gets a second one.
-    pub(super) async fn wait(&self, mut job: Job, longest: Duration) -> Job {
+    /// Waits until the job has ended, for `longest` at most; then it is as it was last seen. `false` if it is gone. A database that fails
+    /// meanwhile is asked again: the job was accepted, and whoever is told to send it again gets a second one.
+    pub(super) async fn wait(&self, job: &mut Job, longest: Duration) -> bool {
         let until = Instant::now() + longest;
         let id = job.id.clone();
         let place = Place::take(&self.waiters, &id);
@@ -103,10 +103,10 @@ impl Server {
             let answer = timeout_at(until.max(Instant::now() + ANSWER), self.store.get(&job.tenant, &id)).await;
             let pause = match answer {
                 Ok(Ok(Some(now))) => {
-                    job = now;
+                    *job = now;
                     DOUBT
                 }
-                Ok(Ok(None)) => return job,
+                Ok(Ok(None)) => return false,
                 Ok(Err(error)) => {
                     tracing::warn!(job = %id, %error, "a job that is waited for cannot be looked at");
                     STREAM
@@ -114,7 +114,7 @@ impl Server {
                 Err(_) => STREAM,
             };
             if job.status.is_final() || Instant::now() >= until {
-                return job;
+                return true;
             }
             let _ = timeout_at(until.min(Instant::now() + pause), woken).await;
         }

@@ -102,6 +102,22 @@ pub struct NewJob {
     pub idempotency: Option<(String, String)>,
 }
 
+#[cfg(test)]
+impl NewJob {
+    /// One of the tenant `me`, without all that can be left out.
+    pub(crate) fn for_tests() -> Self {
+        Self {
+            tenant: "me".into(),
+            base: String::new(),
+            request: serde_json::json!({ "prompt": "a cat" }),
+            affinity: String::new(),
+            within: None,
+            webhook: None,
+            idempotency: None,
+        }
+    }
+}
+
 /// A job as it is now. Times are in milliseconds since 1970.
 #[derive(Debug, Clone)]
 pub struct Job {

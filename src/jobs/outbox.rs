@@ -13,6 +13,9 @@ use super::{Error, Event, Job, JobId, Store};
 /// How long a delivery is left to whoever took it.
 const DELIVERING: Duration = Duration::from_secs(60);
 
+/// Lines that are logged within so long are told together.
+pub(super) const TOGETHER: Duration = Duration::from_millis(500);
+
 /// An event that a webhook must be told. Whoever has it has a minute to do so.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Delivery {
@@ -20,6 +23,8 @@ pub struct Delivery {
     pub event: Event,
     /// Deliveries that failed so far.
     pub attempts: i64,
+    /// Characters of the job's logs when the event was written. They only grow.
+    pub logged: i64,
 }
 
 impl Store {
@@ -64,7 +69,7 @@ impl Store {
         for (job_id, event) in &found {
             // Another service may have been faster.
             let take = "UPDATE outbox SET next_at = {now} + $1 WHERE job = $2 AND event = $3 AND next_at <= {now} \
-                 RETURNING job, event, attempts";
+                 RETURNING job, event, attempts, logged";
             let take = self.query(take).bind(milliseconds(DELIVERING)).bind(job_id).bind(event);
             let Some(row) = take.fetch_optional(&mut *transaction).await? else { continue };
             let delivery = delivery(&row)?;
@@ -84,10 +89,15 @@ impl Store {
         Ok(find.fetch_optional(self.pool()).await?.map(|row| row.try_get("key")).transpose()?)
     }
 
-    /// Told, or given up.
+    /// Told, or given up. Lines that were logged meanwhile are told next.
     pub async fn delivered(&self, delivery: &Delivery) -> Result<(), Error> {
-        let done = self.query("DELETE FROM outbox WHERE job = $1 AND event = $2").bind(delivery.job.as_str());
-        done.bind(delivery.event.as_str()).execute(self.pool()).await?;
+        let done = self.query("DELETE FROM outbox WHERE job = $1 AND event = $2 AND logged = $3").bind(delivery.job.as_str());
+        let done = done.bind(delivery.event.as_str()).bind(delivery.logged).execute(self.pool()).await?;
+        if done.rows_affected() == 0 {
+            let next = self.query("UPDATE outbox SET next_at = {now} + $1 WHERE job = $2 AND event = $3");
+            let next = next.bind(milliseconds(TOGETHER)).bind(delivery.job.as_str()).bind(delivery.event.as_str());
+            next.execute(self.pool()).await?;
+        }
         Ok(())
     }
 
@@ -105,5 +115,6 @@ fn delivery(row: &AnyRow) -> Result<Delivery, Error> {
         job: row.try_get::<String, _>("job")?.parse().map_err(|()| Error::Damaged("outbox"))?,
         event: row.try_get::<String, _>("event")?.parse().map_err(|()| Error::Damaged("outbox"))?,
         attempts: row.try_get("attempts")?,
+        logged: row.try_get("logged")?,
     })
 }

@@ -9,7 +9,11 @@ use super::Error;
 use super::store::Dialect;
 
 /// In order; the number is the position from 1.
-const MIGRATIONS: &[&str] = &[include_str!("migrations/0001_jobs.sql"), include_str!("migrations/0002_service.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("migrations/0001_jobs.sql"),
+    include_str!("migrations/0002_service.sql"),
+    include_str!("migrations/0003_logs.sql"),
+];
 
 pub(super) async fn migrate(pool: &AnyPool, dialect: Dialect, file: Option<&Path>) -> Result<(), Error> {
     pool.execute("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)").await?;

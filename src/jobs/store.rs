@@ -7,6 +7,7 @@ use std::time::Duration;
 use sqlx::any::AnyPoolOptions;
 use sqlx::{Any, AnyPool, AssertSqlSafe, Executor, Row, Transaction};
 
+use super::outbox::TOGETHER;
 use super::rows::{COLUMNS, job};
 use super::submit::Counter;
 use super::{Claim, Error, Event, Job, JobId, Outcome, Status, Stop, schema};
@@ -390,12 +391,14 @@ impl Store {
     /// Writes an event for the job's webhook, if that wants it.
     async fn tell(&self, transaction: &mut Transaction<'static, Any>, job: &Job, event: Event) -> Result<(), Error> {
         if job.webhook.as_ref().is_some_and(|webhook| webhook.events.contains(&event)) {
-            // What is logged within half a second is told at once.
-            let after = if event == Event::Logs { 500 } else { 0 };
+            let after = if event == Event::Logs { milliseconds(TOGETHER) } else { 0 };
+            // One that is being told is told again if it grew meanwhile.
             let tell = format!(
-                "INSERT INTO outbox (job, event, next_at) VALUES ($1, $2, {{now}} + {after}) ON CONFLICT (job, event) DO NOTHING"
+                "INSERT INTO outbox (job, event, next_at, logged) \
+                 SELECT id, $1, {{now}} + {after}, LENGTH(logs) FROM jobs WHERE id = $2 \
+                 ON CONFLICT (job, event) DO UPDATE SET logged = excluded.logged"
             );
-            self.query(&tell).bind(job.id.as_str()).bind(event.as_str()).execute(&mut **transaction).await?;
+            self.query(&tell).bind(event.as_str()).bind(job.id.as_str()).execute(&mut **transaction).await?;
         }
         Ok(())
     }

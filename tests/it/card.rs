@@ -281,7 +281,10 @@ fn kernels_are_tried_before_they_are_used() {
             let tried = place.run(&["doctor", "--kernels", "--device", "cuda", "--json"]);
             let trials: Vec<Value> = serde_json::from_value(tried.json()).unwrap();
             assert!(fault.starts_with("break") || trials.len() > 90, "{}", trials.len());
-            assert_eq!((tried.is_success(), trials.iter().all(|trial| trial["verdict"] == "good")), (found == right, found == right));
+            assert_eq!(
+                (tried.is_success(), trials.iter().all(|trial| trial["verdict"] == "good")),
+                (found == right, found == right)
+            );
         }
     }
 }

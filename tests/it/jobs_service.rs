@@ -1,7 +1,7 @@
 //! What the service keeps beside the queue, on SQLite and PostgreSQL: keys, uploads, what ended, what grew old.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use darkroom::jobs::{Error, Event, JobId, Limits, NewJob, NewUpload, Status, Store, Webhook};
 use serde_json::json;
@@ -27,22 +27,24 @@ fn a_database_of_an_older_version_is_copied_and_brought_forward() {
             "INSERT INTO schema_version VALUES (1)",
             "INSERT INTO jobs (id, tenant, status, request, affinity, created_at) \
              VALUES ('01m7yqeftae4rvn2akdv04dse4', 'me', 'queued', '{\"seed\":9}', '', 1)",
+            "INSERT INTO outbox (job, event, next_at) VALUES ('01m7yqeftae4rvn2akdv04dse4', 'logs', 1)",
         ] {
             pool.execute(statement).await.unwrap();
         }
         pool.close().await;
         // An upgrade that was interrupted left what it had copied; and so did one that ended, of a version that was taken back.
-        for left in ["jobs.before-2.part", "jobs.before-2.db"] {
+        for left in ["jobs.before-3.part", "jobs.before-3.db"] {
             std::fs::write(folder.path().join(left), b"cut off").unwrap();
         }
         let store = Store::open(&address, Limits::default()).await.unwrap();
         assert_eq!(claim(&store, "w").await.unwrap().job.request["seed"], 9);
         assert!(!store.has_keys().await.unwrap());
-        let copy = format!("sqlite:{}", folder.path().join("jobs.before-2.db").display());
+        assert_eq!(all_due(&store, 9).await[0].0.event, Event::Logs);
+        let copy = format!("sqlite:{}", folder.path().join("jobs.before-3.db").display());
         let copy = sqlx::AnyPool::connect(&copy).await.unwrap();
         let status = sqlx::query("SELECT status FROM jobs").fetch_one(&copy).await.unwrap();
         assert_eq!(sqlx::Row::get::<String, _>(&status, 0), "queued", "the copy is as it was");
-        assert!(!folder.path().join("jobs.before-2.part").exists());
+        assert!(!folder.path().join("jobs.before-3.part").exists());
         // Opened again there is nothing to do.
         Store::open(&address, Limits::default()).await.unwrap();
     });
@@ -207,6 +209,41 @@ fn who_is_alone_takes_over_what_the_dead_held() {
         // Of a shared database nobody knows who else is at it.
         assert_eq!((now.status, due), if file { (Status::Queued, 1) } else { (Status::Running, 0) });
         assert_eq!(store.finish(&held, &done()).await.is_ok(), !file);
+    });
+}
+
+#[test]
+fn what_is_logged_while_logs_are_told_is_told_next() {
+    on_both(Limits::default, |store, _| async move {
+        let webhook = Webhook { url: "https://example.com/".into(), events: vec![Event::Logs] };
+        store.submit(&NewJob { webhook: Some(webhook), ..new("me", "") }).await.unwrap();
+        let held = claim(&store, "w").await.unwrap();
+        let next = async || {
+            // Log lines are told half a second later.
+            tokio::time::sleep(Duration::from_millis(600)).await;
+            let mut due = all_due(&store, 9).await;
+            assert_eq!(due.len(), 1, "{due:?}");
+            due.remove(0)
+        };
+        store.log(&held, "é\n").await.unwrap();
+        let (first, _) = next().await;
+        store.log(&held, "two\n").await.unwrap();
+        let delivered = Instant::now();
+        store.delivered(&first).await.unwrap();
+        let at_once = all_due(&store, 9).await;
+        if delivered.elapsed() > Duration::from_millis(400) {
+            // This machine is too busy to tell.
+            return;
+        }
+        assert!(at_once.is_empty(), "at most every half second");
+        let (second, job) = next().await;
+        assert_eq!(job.logs, "é\ntwo\n");
+        store.delivered(&second).await.unwrap();
+        assert_eq!(store.waiting().await.unwrap().untold, 0);
+        // What tells deliveries apart goes on where it was.
+        store.log(&held, "three\n").await.unwrap();
+        let (third, _) = next().await;
+        assert_eq!([first.logged, second.logged, third.logged], [2, 6, 12]);
     });
 }
 

@@ -67,12 +67,14 @@ async fn edit(State(server): State<Arc<Server>>, caller: Caller, headers: Header
 async fn answer(server: Arc<Server>, caller: Caller, headers: HeaderMap, mut request: Request) -> Answer {
     let submission = request.submission(&server, &caller, &headers).await?;
     let unit = server.unit(request.served.is_dev()).clone();
-    let (job, _) = server.submit(&caller, &unit, &headers, submission).await?;
+    let (mut job, _) = server.submit(&caller, &unit, &headers, submission).await?;
     request.accepted();
     if request.stream {
         return Ok(streamed(server, job, request).into_response());
     }
-    let job = server.wait(job, LONGEST).await;
+    if !server.wait(&mut job, LONGEST).await {
+        return Err(Problem::NotFound.into());
+    }
     let data = pictures(&server, &headers, &job, request.links).await?;
     Ok(Json(finished(&job, &request, &data)).into_response())
 }
@@ -157,7 +159,10 @@ fn streamed(server: Arc<Server>, job: Job, request: Request) -> Sse<impl futures
 
 impl Streamed {
     async fn next(&mut self, server: &Server) -> Vec<Event> {
-        self.job = server.wait(self.job.clone(), LOOK).await;
+        if !server.wait(&mut self.job, LOOK).await {
+            self.over = true;
+            return vec![failed(Problem::NotFound)];
+        }
         if self.job.status.is_final() {
             self.over = true;
             return self.end(server).await;
@@ -185,8 +190,7 @@ impl Streamed {
                 };
                 pictures.iter().map(completed).collect()
             }
-            // Clients raise what they find under `error`.
-            Err(problem) => vec![Event::default().event("error").data(OpenAi(problem).body().to_string())],
+            Err(problem) => vec![failed(problem)],
         }
     }
 
@@ -210,9 +214,42 @@ fn named(event: &Value) -> Event {
     Event::default().event(event["type"].as_str().unwrap_or_default()).data(event.to_string())
 }
 
+/// Clients raise what they find under `error`.
+fn failed(problem: Problem) -> Event {
+    Event::default().event("error").data(OpenAi(problem).body().to_string())
+}
+
 /// What of a request tells it from others, for its idempotency key.
 fn idempotency(headers: &HeaderMap, body: &serde_json::Map<String, Value>) -> Option<(String, String)> {
     let key = headers.get("idempotency-key")?.to_str().ok()?;
     // The body names the model.
     Some((format!("openai:{key}"), fingerprint("", body)))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Map;
+    use sqlx::Executor;
+
+    use super::*;
+    use crate::api::Keep;
+    use crate::api::bodies::Held;
+    use crate::blobs::Blobs;
+    use crate::jobs::NewJob;
+
+    #[tokio::test]
+    async fn a_stream_ends_if_its_job_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(folder.path().join("files").to_str().unwrap(), &[]).unwrap();
+        let server = Server::for_tests(folder.path(), blobs, Keep::default()).await;
+        let (job, _) = server.store.submit(&NewJob::for_tests()).await.unwrap();
+        let body = Map::from_iter([("prompt".to_owned(), json!("a cat"))]);
+        let request = Request::new(body, Arc::new(Held::of("me"))).unwrap();
+        let database = sqlx::AnyPool::connect(&format!("sqlite:{}", folder.path().join("jobs.db").display())).await.unwrap();
+        database.execute("DELETE FROM jobs").await.unwrap();
+        let sent = axum::body::to_bytes(streamed(server, job, request).into_response().into_body(), usize::MAX);
+        let sent = tokio::time::timeout(LOOK * 20, sent).await.expect("it ends").unwrap();
+        let sent = String::from_utf8_lossy(&sent);
+        assert!(sent.starts_with("event: error\n") && sent.contains("not_found"), "{sent}");
+    }
 }

@@ -136,7 +136,7 @@ pub(in crate::api) async fn accept(
 /// The prediction, once it has ended if the client waits.
 async fn respond(server: &Server, headers: &HeaderMap, mut job: Job, wait: Option<Duration>) -> Answer {
     if let Some(wait) = wait {
-        job = server.wait(job, wait.min(HOLD)).await;
+        server.wait(&mut job, wait.min(HOLD)).await;
     }
     let base = server.base(headers);
     let mut prediction = prediction(server, &base, &job, server.gives_links(&base)).await?;

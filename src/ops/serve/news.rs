@@ -135,16 +135,7 @@ mod tests {
     async fn claimed(folder: &Path) -> (Store, Claim, String) {
         let address = format!("sqlite:{}", folder.join("jobs.db").display());
         let store = Store::open(&address, Limits::default()).await.unwrap();
-        let new = NewJob {
-            tenant: "me".into(),
-            base: String::new(),
-            request: json!({ "prompt": "a cat" }),
-            affinity: String::new(),
-            within: None,
-            webhook: None,
-            idempotency: None,
-        };
-        store.submit(&new).await.unwrap();
+        store.submit(&NewJob::for_tests()).await.unwrap();
         let claim = store.claim("w", "", &[], &[], LEASE).await.unwrap().unwrap();
         (store, claim, address)
     }
