@@ -19,14 +19,15 @@ pub fn widen_fp8(data: &Tensor, scale: Option<&Tensor>, dtype: DType, addends: &
     if let Some(y) = widen_by_kernel(data, scale, dtype, addends)? {
         return Ok(y);
     }
+    if !addends.is_empty() {
+        return composed(&widen_fp8(data, scale, DType::F32, &[])?, addends)?.to_dtype(dtype);
+    }
     let values = |dtype| if data.dtype() == DType::U8 { of_bytes(data, dtype) } else { data.to_dtype(dtype) };
-    let wide = match scale {
-        None if addends.is_empty() => return values(dtype),
-        None => values(DType::F32)?,
+    match scale {
+        None => values(dtype),
         // The product is rounded once: scales are f32.
-        Some(scale) => values(DType::F32)?.broadcast_mul(scale)?,
-    };
-    if addends.is_empty() { wide } else { composed(&wide, addends)? }.to_dtype(dtype)
+        Some(scale) => values(DType::F32)?.broadcast_mul(scale)?.to_dtype(dtype),
+    }
 }
 
 /// Looked up. (The one byte that candle's lookup takes for no index at all is a NaN, which weights do not have.)

@@ -176,7 +176,9 @@ pub(crate) fn try_kernels(machine: Machine) -> Result<Vec<Finding>, Error> {
 
 fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    // candle's go on with a backtrace.
+    let first_line = |error: &dyn std::error::Error| error.to_string().lines().next().unwrap_or_default().to_owned();
+    causes.map(first_line).collect::<Vec<_>>().join(": ")
 }
 
 fn finding(proof: &kernels::Proof) -> Finding {

@@ -261,7 +261,7 @@ fn kernels_are_tried_before_they_are_used() {
     for (fault, found) in [
         ("", right),
         ("skip merge_bf16", "weight with two LoRAs in bf16"),
-        ("break attention_128_f16", "not tried to the end: CUDA_ERROR_ILLEGAL_ADDRESS"),
+        ("break attention_128_f16", "not tried to the end: DriverError(CUDA_ERROR_ILLEGAL_ADDRESS"),
         ("die gelu_beside_fp8_bf16", "SIGABRT"),
     ] {
         // Too small for a trial at FLUX.1's sizes, which would take hours here.
@@ -287,6 +287,18 @@ fn kernels_are_tried_before_they_are_used() {
             );
         }
     }
+}
+
+/// At FLUX.1's sizes a trial launches what a driver takes, in the memory that is asked for before it. (All of it computes nothing here.)
+#[test]
+#[ignore = "needs the card made of software: tests/card/run"]
+fn a_trial_at_real_sizes_fits_the_card() {
+    let place = place(&[("CARD_DRY", "1")]);
+    let trials: Vec<Value> =
+        serde_json::from_value(place.run(&["doctor", "--kernels", "--device", "cuda", "--json"]).json()).unwrap();
+    let real = trials.iter().filter(|trial| trial["item"].as_str().unwrap().ends_with("at FLUX.1's sizes"));
+    assert!(real.count() > 20 && trials.iter().all(|trial| trial["verdict"] == "bad"));
+    assert!(log(&place)["most_bytes"].as_u64().unwrap() < 6 << 30);
 }
 
 #[test]
