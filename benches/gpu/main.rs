@@ -6,6 +6,7 @@
 
 mod ops;
 mod parity;
+mod report;
 mod serve;
 mod speed;
 
@@ -18,6 +19,7 @@ use darkroom::config::Config;
 use darkroom::engine::Kept;
 use darkroom::ops::Machine;
 use kernels::{Whose, Work, choose};
+use report::Report;
 use serde_json::json;
 
 /// Parity and speed on one device.
@@ -137,7 +139,7 @@ fn main() -> anyhow::Result<ExitCode> {
         serve::run(&device, plan, model)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let (mut checks, mut parity, mut speed) = (Vec::new(), Vec::new(), Vec::new());
+    let mut report = Report::new(options.json.clone(), &options.device)?;
     // Our kernels are for cards; elsewhere there is nothing to compare.
     let runs = if device.is_cuda() { options.kernels.runs() } else { &[false] };
     // At the sizes of the speed part, and before the first tiny model is loaded: that would choose by its own.
@@ -151,43 +153,34 @@ fn main() -> anyhow::Result<ExitCode> {
     };
     println!("attention: {attention}; convolution: {convolution}");
     for fused in runs {
-        kernels::use_fused(*fused);
         let name = if *fused { "fused" } else { "plain" };
-        println!("\nparity on {device:?}, {name} kernels: relative L2 error, bound");
-        for check in parity::run(&device, &options.fixtures)? {
-            println!(
-                "{:44} {:.2e} {:.0e} {}",
-                check.name,
-                check.error,
-                check.bound,
-                if check.passes() { "ok" } else { "FAILED" }
-            );
-            parity.push(json!({"kernels": name, "name": check.name, "error": check.error, "bound": check.bound}));
-            checks.push(check);
-        }
+        report.part(&format!("parity, {name}"), |report| {
+            kernels::use_fused(*fused);
+            println!("\nparity on {device:?}, {name} kernels: relative L2 error, bound");
+            parity::run(&device, &options.fixtures, &mut |check| {
+                let verdict = if check.passes() { "ok" } else { "FAILED" };
+                println!("{:44} {:.2e} {:.0e} {verdict}", check.name, check.error, check.bound);
+                if !check.passes() {
+                    report.fail(format!("{}, {name}: {:.1e} off", check.name, check.error));
+                }
+                report.add("parity", json!({"kernels": name, "name": check.name, "error": check.error, "bound": check.bound}))
+            })
+        });
         if options.parity {
             continue;
         }
-        println!("\n{name} kernels");
-        let mut figures = speed::run(&device, dtype, options.size == Size::Dev, options.steps)?;
-        figures["kernels"] = name.into();
-        figures["attention"] = if *fused { attention.as_str() } else { "candle's operations" }.into();
-        figures["convolution"] = if *fused { convolution.as_str() } else { "candle's operations" }.into();
-        speed.push(figures);
-    }
-    let (operations, too_far) = if options.parity {
-        (json!([]), Vec::new())
-    } else {
-        ops::run(&device, dtype, options.size == Size::Dev, options.steps)?
-    };
-    let passed = checks.iter().all(parity::Check::passes) && too_far.is_empty();
-    if let Some(path) = options.json {
-        let report = json!({
-            "version": env!("CARGO_PKG_VERSION"), "device": options.device, "passed": passed, "parity": parity, "speed": speed,
-            "operations": operations,
+        report.part(&format!("steps, {name}"), |report| {
+            kernels::use_fused(*fused);
+            println!("\n{name} kernels");
+            let mut figures = speed::run(&device, dtype, options.size == Size::Dev, options.steps)?;
+            figures["kernels"] = name.into();
+            figures["attention"] = if *fused { attention.as_str() } else { "candle's operations" }.into();
+            figures["convolution"] = if *fused { convolution.as_str() } else { "candle's operations" }.into();
+            report.add("speed", figures)
         });
-        std::fs::write(path, serde_json::to_string_pretty(&report)?)?;
     }
-    anyhow::ensure!(too_far.is_empty(), "{}", too_far.join("\n"));
-    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    if !options.parity {
+        report.part("operations", |report| ops::run(&device, dtype, options.size == Size::Dev, options.steps, report));
+    }
+    Ok(if report.end()? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

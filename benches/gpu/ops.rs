@@ -9,7 +9,9 @@ use kernels::{
     choose, convolve, gelu_beside, group_norm, joint_heads, linear, linear_beside, linear_fp8, linear_gelu, merge,
     modulated_norm, quantise_fp8, widen_blocks,
 };
-use serde_json::{Value, json};
+use serde_json::json;
+
+use crate::report::Report;
 
 /// Where and in what type it is computed, and sizes, so that the bench itself can be tried with small ones.
 struct Setting {
@@ -59,8 +61,8 @@ impl Case {
     }
 }
 
-/// Times of each operation, in ms: all rounds, of both kinds of kernels. And in words, which results are too far apart.
-pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> anyhow::Result<(Value, Vec<String>)> {
+/// Times of each operation, in ms: all rounds, of both kinds of kernels; and which results are too far apart.
+pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize, report: &mut Report) -> anyhow::Result<()> {
     let device = device.clone();
     let on = if full {
         Setting { device, dtype, l: 4608, l_txt: 512, d: 3072, heads: 24, e: 128, mlp: 12288, side: 1024 }
@@ -70,18 +72,18 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, rounds: usize) -> a
     // Both are timed here, whichever the steps used.
     choose(Work::Attention, Whose::Own);
     choose(Work::Convolution, Whose::Own);
-    let mut cases = blocks(&on)?;
-    cases.extend(single_blocks(&on)?);
-    cases.extend(products(&on)?);
-    cases.extend(convolutions(&on)?);
-    cases.extend(loras(&on)?);
-    cases.extend(widenings(&on)?);
     let copy = copy_rate(&on.device, full)?;
     println!("\noperations in {dtype:?}, medians of {rounds}; a copy on the device: {:.0} GB/s", copy / 1e9);
-    let (report, apart) = table(&cases, &on.device, rounds)?;
+    report.add("operations", json!({"name": "a copy on the device", "bytes_per_second": copy}))?;
+    println!("{:42} {:>10} {:>10} {:>7} {:>10} {:>10} {:>9}", "", "plain, ms", "fused, ms", "ratio", "GB/s", "TFLOP/s", "apart");
+    for make in [blocks, single_blocks, products, convolutions, loras, widenings] {
+        for case in make(&on)? {
+            report.part(&case.name, |report| time(&case, &on.device, rounds, report));
+        }
+    }
     // Where it has no plan, its case above is our kernel's.
     println!("{}", kernels::cudnn_status());
-    Ok((json!({"copy_bytes_per_second": copy, "cudnn": kernels::cudnn_status(), "operations": report}), apart))
+    report.add("operations", json!({"name": "cuDNN", "status": kernels::cudnn_status()}))
 }
 
 /// What blocks do beside their products, and the autoencoder's norm.
@@ -275,39 +277,36 @@ fn widenings(on: &Setting) -> Result<Vec<Case>> {
     Ok(cases)
 }
 
-/// Times all, and prints them as they come. What is too far apart is told at the end: the figures of the others are wanted all the same.
-fn table(cases: &[Case], device: &Device, rounds: usize) -> Result<(Vec<Value>, Vec<String>)> {
-    println!("{:42} {:>10} {:>10} {:>7} {:>10} {:>10} {:>9}", "", "plain, ms", "fused, ms", "ratio", "GB/s", "TFLOP/s", "apart");
-    let (mut report, mut too_far) = (Vec::new(), Vec::new());
-    for case in cases {
-        let error = apart(case)?;
-        let [mut plain, mut fused] = [false, true].map(|_| Vec::with_capacity(rounds));
-        for round in 0..=rounds {
-            for (on, times) in [(false, &mut plain), (true, &mut fused)] {
-                kernels::use_fused(on);
-                let milliseconds = once(device, case)?;
-                // The first round warms up.
-                if round > 0 {
-                    times.push(milliseconds);
-                }
+/// Times both in turn, and prints the medians.
+fn time(case: &Case, device: &Device, rounds: usize, report: &mut Report) -> anyhow::Result<()> {
+    let error = apart(case)?;
+    let [mut plain, mut fused] = [false, true].map(|_| Vec::with_capacity(rounds));
+    for round in 0..=rounds {
+        for (on, times) in [(false, &mut plain), (true, &mut fused)] {
+            kernels::use_fused(on);
+            let milliseconds = once(device, case)?;
+            // The first round warms up.
+            if round > 0 {
+                times.push(milliseconds);
             }
         }
-        kernels::use_fused(false);
-        plain.sort_by(f64::total_cmp);
-        fused.sort_by(f64::total_cmp);
-        let (p, f) = (plain[rounds / 2], fused[rounds / 2]);
-        let (gigabytes, teraflops) = (case.bytes / f / 1e6, case.flops / f / 1e9);
-        println!("{:42} {p:10.3} {f:10.3} {:7.2} {gigabytes:10.0} {teraflops:10.0} {error:9.1e}", case.name, p / f);
-        // What is not a number is too far as well.
-        if error.is_nan() || error >= case.most {
-            too_far.push(format!("{}: our kernels' result is {error:.1e} away from candle's", case.name));
-        }
-        report.push(json!({
+    }
+    kernels::use_fused(false);
+    plain.sort_by(f64::total_cmp);
+    fused.sort_by(f64::total_cmp);
+    let (p, f) = (plain[rounds / 2], fused[rounds / 2]);
+    let (gigabytes, teraflops) = (case.bytes / f / 1e6, case.flops / f / 1e9);
+    println!("{:42} {p:10.3} {f:10.3} {:7.2} {gigabytes:10.0} {teraflops:10.0} {error:9.1e}", case.name, p / f);
+    report.add(
+        "operations",
+        json!({
             "name": case.name, "apart": error, "bound": case.most, "plain_ms": plain, "fused_ms": fused, "bytes": case.bytes,
             "flops": case.flops,
-        }));
-    }
-    Ok((report, too_far))
+        }),
+    )?;
+    // What is not a number is too far as well.
+    anyhow::ensure!(error < case.most, "our kernels' result is {error:.1e} away from candle's");
+    Ok(())
 }
 
 /// A matrix as GGUF has it: the same rows over and over, because the processor, which makes them, takes its time.

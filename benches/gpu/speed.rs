@@ -34,8 +34,24 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, steps: usize) -> an
         guidance: Some(Tensor::new(&[3.5f32], device)?),
     };
     let rope = Rope::new(&config, l_txt, side, side, device)?;
-    // As a picture does it: what depends on the times alone is made once.
-    let prepared = flux.prepare(&Tensor::new(&[0.7f32], device)?, &conditioning)?;
+    // As a picture of 28 steps does it: what depends on the times alone is made once, for all of them.
+    let moments = Tensor::new((0..28).map(|i| 1. - i as f32 / 28.).collect::<Vec<_>>(), device)?;
+    let mut preparing = Vec::new();
+    let mut prepare = || -> anyhow::Result<_> {
+        device.synchronize()?;
+        let start = Instant::now();
+        let prepared = flux.prepare(&moments, &conditioning)?;
+        device.synchronize()?;
+        preparing.push(start.elapsed());
+        Ok(prepared)
+    };
+    // The first time warms up.
+    for _ in 0..3 {
+        prepare()?;
+    }
+    let prepared = prepare()?;
+    preparing.remove(0);
+    preparing.sort();
     // In a step of its own: asking the driver all the time would slow down what is timed.
     let peak = taken(least_free(device, || {
         flux.step(0, &img, &prepared, &rope)?;
@@ -59,11 +75,13 @@ pub(crate) fn run(device: &Device, dtype: DType, full: bool, steps: usize) -> an
     println!("\n{name}, {} px, {l_txt} text tokens, {dtype:?}, {} timed steps", side * 16, times.len());
     println!("median step    {:>10.1} ms", milliseconds(median));
     println!("fastest, slowest {:>8.1} ms, {:.1} ms", milliseconds(times[0]), milliseconds(times[times.len() - 1]));
+    println!("before the first step {:>5.1} ms", milliseconds(preparing[1]));
     println!("weights made in {:>9.2} s, {}", made.as_secs_f64(), gigabytes(weights));
     println!("peak memory    {:>13}", gigabytes(peak));
     Ok(json!({
         "model": name, "pixels": side * 16, "text_tokens": l_txt, "dtype": format!("{dtype:?}"),
         "step_ms": {"median": milliseconds(median), "all": times.iter().map(|t| milliseconds(*t)).collect::<Vec<_>>()},
+        "prepare_ms": {"median": milliseconds(preparing[1]), "all": preparing.iter().map(|t| milliseconds(*t)).collect::<Vec<_>>()},
         "weights_seconds": made.as_secs_f64(), "weights_bytes": weights, "peak_bytes": peak,
     }))
 }
