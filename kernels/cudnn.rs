@@ -117,7 +117,7 @@ mod card {
     /// The library's names: the whole of it, and the part that is used.
     const FILES: [&str; 2] = ["libcudnn.so.9", "libcudnn_graph.so.9"];
 
-    /// Bytes that a convolution may have to work in, as plans of memory have no more for it.
+    /// Bytes that an engine may have to work in, as plans of memory have no more for it.
     const WORKSPACE: usize = 32 << 20;
 
     /// Plans that are kept: a dozen sizes of pictures. Their kernels stay on the card as long as they do.
@@ -137,7 +137,7 @@ mod card {
                     let whole = || problem.operations(library, Form::Whole);
                     let pieces = || problem.operations(library, Form::Pieces);
                     let ways: [&dyn Fn() -> _; 2] = [&whole, &pieces];
-                    Plan::new(&ways[usize::from(!Form::Whole.is_in(library.version))..], target, usize::MAX)
+                    Plan::new(&ways[usize::from(!Form::Whole.is_in(library.version))..], target, WORKSPACE)
                 }
                 Self::Convolution(problem) => Plan::new(&[&|| problem.operations(library)], target, WORKSPACE),
             }

@@ -281,6 +281,19 @@ impl Descriptor {
         Ok(value)
     }
 
+    /// An attribute that is some choices of this kind, of which there are a dozen.
+    pub(super) fn choices(&self, attribute: i32, kind: i32) -> Result<Vec<i32>, Failure> {
+        let (mut values, mut count) = ([0i32; 64], 0i64);
+        let room = values.len();
+        // SAFETY: there is room for as many as are asked for.
+        #[expect(unsafe_code, reason = "a call of the library")]
+        let status = unsafe {
+            (self.library.get_attribute)(self.raw, attribute, kind, room as i64, &raw mut count, values.as_mut_ptr().cast())
+        };
+        self.library.check(status, &format!("read attribute {attribute} of descriptor {}", self.kind))?;
+        Ok(values[..(count.max(0) as usize).min(room)].to_vec())
+    }
+
     /// An attribute that is any number of descriptors of this kind.
     pub(super) fn descriptors(&self, attribute: i32, of: i32) -> Result<Vec<Self>, Failure> {
         let read = |raws: &mut [Raw]| {

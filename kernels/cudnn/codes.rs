@@ -4,6 +4,7 @@
 pub(super) mod descriptor {
     pub(crate) const POINTWISE: i32 = 0;
     pub(crate) const CONVOLUTION: i32 = 1;
+    pub(crate) const ENGINE: i32 = 2;
     pub(crate) const ENGINE_CONFIG: i32 = 3;
     pub(crate) const HEURISTICS: i32 = 4;
     pub(crate) const PLAN: i32 = 5;
@@ -41,6 +42,8 @@ pub(super) mod attribute {
     pub(crate) const HEURISTICS_RESULTS: i32 = 202;
     pub(crate) const HEURISTICS_DEVICE: i32 = 204;
 
+    pub(crate) const CONFIG_ENGINE: i32 = 300;
+
     pub(crate) const PLAN_HANDLE: i32 = 400;
     pub(crate) const PLAN_CONFIG: i32 = 401;
     pub(crate) const PLAN_WORKSPACE: i32 = 402;
@@ -72,6 +75,8 @@ pub(super) mod attribute {
     pub(crate) const PACK_IDS: i32 = 1000;
     pub(crate) const PACK_POINTERS: i32 = 1001;
     pub(crate) const PACK_WORKSPACE: i32 = 1003;
+
+    pub(crate) const ENGINE_NOTES: i32 = 1303;
 
     pub(crate) const PRODUCT_PRECISION: i32 = 1500;
     pub(crate) const PRODUCT_A: i32 = 1520;
@@ -105,6 +110,7 @@ pub(super) mod kind {
     pub(crate) const POINTER: i32 = 6;
     pub(crate) const CONVOLUTION_MODE: i32 = 7;
     pub(crate) const HEURISTICS_MODE: i32 = 8;
+    pub(crate) const NOTE: i32 = 11;
     pub(crate) const POINTWISE_MODE: i32 = 14;
     pub(crate) const DESCRIPTOR: i32 = 15;
     pub(crate) const REDUCTION_OPERATOR: i32 = 18;
@@ -134,6 +140,19 @@ pub(super) mod pointwise {
 pub(super) mod reduction {
     pub(crate) const ADD: i32 = 0;
     pub(crate) const MAX: i32 = 3;
+}
+
+/// What it says of an engine's numbers.
+pub(super) mod note {
+    /// It multiplies by the units for matrices.
+    #[cfg(test)]
+    pub(crate) const MATRIX_UNITS: i32 = 0;
+    /// Inputs are rounded to fewer bits.
+    pub(crate) const FEWER_BITS: i32 = 1;
+    /// Sums have fewer bits than was asked for.
+    pub(crate) const SHORT_SUMS: i32 = 2;
+    /// The next time it may be something else.
+    pub(crate) const CHANGING: i32 = 4;
 }
 
 /// How the library looks for engines: what it knows to be fast, and whatever works.

@@ -1,7 +1,7 @@
 //! Graphs of cuDNN's operations, and the plans that run them.
 
 use super::backend::{Descriptor, Failure, Handle, Library, Value};
-use super::codes::{CROSS_CORRELATION, attribute, descriptor, heuristics, kind, values};
+use super::codes::{CROSS_CORRELATION, attribute, descriptor, heuristics, kind, note, values};
 
 /// What a plan is made for.
 #[derive(Debug, Clone, Copy)]
@@ -159,12 +159,32 @@ pub(super) fn packed([_, h, l, e]: [usize; 4]) -> [usize; 4] {
     [h * l * e, l * e, e, 1]
 }
 
+/// What the library says of an engine's numbers.
+fn notes(config: &Descriptor) -> Result<Vec<i32>, Failure> {
+    let engines = config.descriptors(attribute::CONFIG_ENGINE, descriptor::ENGINE)?;
+    let notes = engines.iter().map(|engine| engine.choices(attribute::ENGINE_NOTES, kind::NOTE));
+    notes.collect::<Result<Vec<_>, _>>().map(|notes| notes.concat())
+}
+
+/// Why an engine of which this is said is not used: equal jobs give equal bytes, and sums are f32.
+fn unfit(note: i32) -> Option<&'static str> {
+    match note {
+        note::CHANGING => Some("may give something else the next time"),
+        note::SHORT_SUMS => Some("sums in fewer than 32 bits"),
+        note::FEWER_BITS => Some("rounds what it is given"),
+        _ => None,
+    }
+}
+
 /// A kernel, compiled, with all that it is called with except for the pointers.
 #[derive(Debug)]
 pub(super) struct Plan {
     plan: Descriptor,
     /// Bytes.
     pub(super) workspace: usize,
+    /// What the library says of its numbers.
+    #[cfg_attr(not(test), expect(dead_code, reason = "only tests look at it"))]
+    pub(super) notes: Vec<i32>,
     library: &'static Library,
     _graph: Descriptor,
     _operations: Operations,
@@ -209,6 +229,11 @@ impl Plan {
         let configs = answer.descriptors(attribute::HEURISTICS_RESULTS, descriptor::ENGINE_CONFIG)?;
         let mut why = Failure::from(String::from("no engine for this graph"));
         for config in &configs {
+            let notes = notes(config)?;
+            if let Some(what) = notes.iter().find_map(|note| unfit(*note)) {
+                why = format!("an engine {what}").into();
+                continue;
+            }
             let parts = [config];
             let mut attributes = vec![(attribute::PLAN_CONFIG, Value::Descriptors(&parts))];
             attributes.extend(target.told(Some(attribute::PLAN_HANDLE), Some(attribute::PLAN_DEVICE)));
@@ -222,7 +247,7 @@ impl Plan {
             };
             let workspace = plan.integer(attribute::PLAN_WORKSPACE)?.max(0) as usize;
             if workspace <= most {
-                return Ok(Self { plan, workspace, library, _graph: graph, _operations: operations });
+                return Ok(Self { plan, workspace, notes, library, _graph: graph, _operations: operations });
             }
             why = format!("an engine wants {workspace} bytes to work in").into();
         }

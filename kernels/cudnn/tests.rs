@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::attention::{self, Form};
 use super::backend::{Descriptor, Failure, Library, Value, dotted};
-use super::codes::{attribute, descriptor, heuristics};
+use super::codes::{attribute, descriptor, heuristics, note};
 use super::convolution;
 use super::graph::{Operations, Plan, Target};
 use crate::ops::convolve::Window;
@@ -106,10 +106,12 @@ fn cudnn_has_plans_for_hopper() {
     if !compiles() {
         return println!("not looked at: there is no NVRTC");
     }
+    let mut notes = Vec::new();
     for (name, operations) in graphs(library) {
         match Plan::of(operations.unwrap(), Target::Described(&[&device]), heuristics::A, usize::MAX) {
             Ok(plan) => {
-                println!("{name}: workspace of {} bytes", plan.workspace);
+                println!("{name}: workspace of {} bytes, notes {:?}", plan.workspace, plan.notes);
+                notes.push(plan.notes.clone());
                 let pack = plan.pack(&[(1, 16), (2, 32), (3, 48), (4, 64), (5, 80)], 256);
                 assert!(pack.is_ok(), "{pack:?}");
             }
@@ -117,6 +119,8 @@ fn cudnn_has_plans_for_hopper() {
             Err(why) => assert!(why.is_of_the_card() && why.to_string().contains("EXECUTION_FAILED"), "{name}: {why}"),
         }
     }
+    // That nothing is said against them means something, as other things are said of them.
+    assert!(notes.is_empty() || notes.iter().any(|notes| notes.contains(&note::MATRIX_UNITS)), "{notes:?}");
 }
 
 #[test]

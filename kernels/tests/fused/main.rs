@@ -7,6 +7,8 @@
 mod cudnn;
 mod weights;
 
+use std::sync::OnceLock;
+
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{
     Addend, After, Beside, Delta, Fp8Rows, Heads, Projection, Window, add_gated, add_gated_then_norm, add_gated_then_norm_fp8,
@@ -68,9 +70,15 @@ fn places() -> Vec<(Device, Run)> {
     let mut places: Vec<(Device, Run)> = vec![(Device::Cpu, |f| emulated(f))];
     if cfg!(feature = "cuda") {
         kernels::use_fused(true);
-        places.push((Device::new_cuda(0).expect("a CUDA build is tested on a machine with a card"), |f| f()));
+        places.push((card(), |f| f()));
     }
     places
+}
+
+/// As programs open it, and one for all: what a library has for a card is used by one stream.
+fn card() -> Device {
+    static CARD: OnceLock<Device> = OnceLock::new();
+    CARD.get_or_init(|| kernels::open_cuda(0).expect("a CUDA build is tested on a machine with a card")).clone()
 }
 
 /// `x` with the strides and offset of `like`: a conversion or a move makes a copy in one piece.
