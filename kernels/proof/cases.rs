@@ -5,9 +5,9 @@ use candle_core::{D, DType, Device, Result, Tensor};
 
 use crate::{
     Addend, After, Beside, Delta, Fp8Rows, Heads, Projection, Window, add_gated_then_norm, add_gated_then_norm_fp8, attention,
-    attention_beside, attention_beside_fp8, convolve, gelu, gelu_beside, group_norm, has_fp8_products, joint_heads, linear,
-    linear_beside, linear_fp8, linear_gelu, merge, modulated_norm, modulated_norm_fp8, quantise_fp8, rms_norm, visit,
-    widen_blocks, widen_fp8,
+    attention_beside, attention_beside_fp8, convolve, gelu, gelu_beside, gelu_beside_fp8, group_norm, has_fp8_products,
+    joint_heads, linear, linear_beside, linear_fp8, linear_gelu, merge, modulated_norm, modulated_norm_fp8, quantise_fp8,
+    rms_norm, visit, widen_blocks, widen_fp8,
 };
 
 /// Channels of a head.
@@ -37,16 +37,16 @@ impl Sizes {
 }
 
 const FORMATS: [(&str, GgmlDType); 10] = [
-    ("Q4_K blocks with a LoRA", GgmlDType::Q4K),
-    ("Q4_0 blocks with a LoRA", GgmlDType::Q4_0),
-    ("Q4_1 blocks with a LoRA", GgmlDType::Q4_1),
-    ("Q5_0 blocks with a LoRA", GgmlDType::Q5_0),
-    ("Q5_1 blocks with a LoRA", GgmlDType::Q5_1),
-    ("Q8_0 blocks with a LoRA", GgmlDType::Q8_0),
-    ("Q2_K blocks with a LoRA", GgmlDType::Q2K),
-    ("Q3_K blocks with a LoRA", GgmlDType::Q3K),
-    ("Q5_K blocks with a LoRA", GgmlDType::Q5K),
-    ("Q6_K blocks with a LoRA", GgmlDType::Q6K),
+    ("Q4_K blocks, alone and with two LoRAs", GgmlDType::Q4K),
+    ("Q4_0 blocks, alone and with two LoRAs", GgmlDType::Q4_0),
+    ("Q4_1 blocks, alone and with two LoRAs", GgmlDType::Q4_1),
+    ("Q5_0 blocks, alone and with two LoRAs", GgmlDType::Q5_0),
+    ("Q5_1 blocks, alone and with two LoRAs", GgmlDType::Q5_1),
+    ("Q8_0 blocks, alone and with two LoRAs", GgmlDType::Q8_0),
+    ("Q2_K blocks, alone and with two LoRAs", GgmlDType::Q2K),
+    ("Q3_K blocks, alone and with two LoRAs", GgmlDType::Q3K),
+    ("Q5_K blocks, alone and with two LoRAs", GgmlDType::Q5K),
+    ("Q6_K blocks, alone and with two LoRAs", GgmlDType::Q6K),
 ];
 
 type Op = dyn Fn(&[Tensor]) -> Result<Tensor>;
@@ -93,6 +93,14 @@ pub(super) fn all(sizes: &Sizes, device: &Device) -> Result<Vec<Case>> {
     let [q, k, v] = [random(&[1, heads, l, WIDTH], 2.)?, random(&[1, heads, l, WIDTH], 1.)?, random(&[1, heads, l, WIDTH], 1.)?];
     let op = |x: &[Tensor]| attention(&x[0], &x[1], &x[2], 1. / (WIDTH as f64).sqrt(), None);
     add("attention", 0., &[&q, &k, &v], Box::new(op));
+    // Pocket's, and those of other small models.
+    for (name, parts) in [("attention of 64 channels", 2), ("attention of 32 channels", 4), ("attention of 16 channels", 8)] {
+        let op = move |x: &[Tensor]| {
+            let part = |x: &Tensor| x.reshape((1, (), l, WIDTH / parts));
+            attention(&part(&x[0])?, &part(&x[1])?, &part(&x[2])?, (parts as f64 / WIDTH as f64).sqrt(), None)
+        };
+        add(name, 0., &[&q, &k, &v], Box::new(op));
+    }
 
     // Weights of a size that gives products of about 1.
     let (flat, weight, bias) = (x.squeeze(0)?, random(&[7 * d, d], 1. / (d as f64).sqrt())?, random(&[7 * d], 1.)?);
@@ -112,6 +120,8 @@ pub(super) fn all(sizes: &Sizes, device: &Device) -> Result<Vec<Case>> {
     let op = |x: &[Tensor]| beside(x).and_then(|(heads, mlp)| attention_beside_fp8(&heads, &mlp)?.widen(x[0].dtype()));
     add("the same to e4m3", SLACK, &single, Box::new(op));
 
+    let op = |x: &[Tensor]| gelu_beside_fp8(&x[0], &x[1])?.widen(x[0].dtype());
+    add("GELU beside to e4m3", SLACK, &[&x, &mlp], Box::new(op));
     let op = |x: &[Tensor]| quantise_fp8(&x[0])?.widen(x[0].dtype());
     add("to e4m3 and back", SLACK, &[&x], Box::new(op));
     let op = |x: &[Tensor]| modulated_norm_fp8(&x[0], &x[1], &x[2], EPS)?.widen(x[0].dtype());
@@ -136,7 +146,8 @@ pub(super) fn all(sizes: &Sizes, device: &Device) -> Result<Vec<Case>> {
         let op = move |x: &[Tensor]| {
             let here = QTensor::quantize(&f32(&x[0])?.to_device(&Device::Cpu)?, format)?;
             let there = QTensor::new(QStorage::from_data(here.data()?, x[0].device(), format)?, here.shape().clone())?;
-            widen_blocks(&there, x[0].dtype(), &addends(x, x[0].dtype())?)
+            let wide = |addends: &[Addend]| widen_blocks(&there, x[0].dtype(), addends);
+            Tensor::cat(&[wide(&[])?, wide(&addends(x, x[0].dtype())?)?], 0)
         };
         add(name, 0., &adapted, Box::new(op));
     }

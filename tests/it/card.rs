@@ -298,7 +298,19 @@ fn a_trial_at_real_sizes_fits_the_card() {
         serde_json::from_value(place.run(&["doctor", "--kernels", "--device", "cuda", "--json"]).json()).unwrap();
     let real = trials.iter().filter(|trial| trial["item"].as_str().unwrap().ends_with("at FLUX.1's sizes"));
     assert!(real.count() > 20 && trials.iter().all(|trial| trial["verdict"] == "bad"));
-    assert!(log(&place)["most_bytes"].as_u64().unwrap() < 6 << 30);
+    let log = log(&place);
+    assert!(log["most_bytes"].as_u64().unwrap() < 6 << 30);
+    // Every kernel is tried, but for what scales products on cards whose units do not.
+    let blocks = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"];
+    let of_blocks = blocks.iter().flat_map(|kind| [format!("widen_{kind}"), format!("merge_{kind}")]);
+    let heads = [16, 32, 64, 128].map(|width| format!("attention_{width}"));
+    let others = "norm rms heads gelu_beside gelu_beside_fp8 quantise_fp8 widen_fp8 merge merge_e4m3 group_norm_parts group_norm_apply \
+                  convolve convolve_few convolve_halve";
+    for kernel in of_blocks.chain(heads).chain(others.split_whitespace().map(String::from)) {
+        for dtype in ["f16", "bf16"] {
+            assert!(log["launches"].get(format!("{kernel}_{dtype}")).is_some(), "{kernel} in {dtype} is not tried");
+        }
+    }
 }
 
 #[test]
