@@ -204,6 +204,8 @@ pub(super) fn examine(device: &Device) -> Finding {
                 "candle's operations: darkroom's own are wrong on this card, please report it: {why}; darkroom doctor --kernels tries them again"
             ),
         ),
+        // It cannot be kept here.
+        None if fused => (Verdict::Good, "darkroom's own, which were right on this card at this start".into()),
         None => {
             (Verdict::Note, "candle's operations: darkroom's own could not be tried; darkroom doctor --kernels says why".into())
         }
