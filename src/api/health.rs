@@ -208,15 +208,20 @@ mod tests {
             assert!(server.meters.handle.render().contains("seconds_count"));
             begun.elapsed()
         };
-        measure();
-        let piled_up = asked();
-        measure();
-        let (ending, ended) = watch::channel(false);
-        tokio::join!(server.clone().clear(ended), async {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            ending.send_replace(true);
-        });
-        let added_up = asked();
-        assert!(added_up * 2 < piled_up, "{added_up:?} and {piled_up:?}");
+        // One of two short times may be long because something else ran.
+        for _ in 0..5 {
+            measure();
+            let piled_up = asked();
+            measure();
+            let (ending, ended) = watch::channel(false);
+            tokio::join!(server.clone().clear(ended), async {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                ending.send_replace(true);
+            });
+            if asked() * 2 < piled_up {
+                return;
+            }
+        }
+        panic!("what was measured piles up");
     }
 }

@@ -169,8 +169,8 @@ impl Worker {
                 },
                 () = unit.wake.notified() => {
                     if let Some(input) = &mut input {
-                        // If it cannot be written it has died, which is seen below.
-                        let _ = input.write_all(b"\n").await;
+                        // If it cannot be written it has died, or reads nothing any more; both are seen below.
+                        let _ = tokio::time::timeout(Duration::from_secs(1), input.write_all(b"\n")).await;
                     }
                 }
                 _ = look.tick() => {

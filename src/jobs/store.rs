@@ -1,11 +1,13 @@
 //! The statements. Every change of state is one transaction, fenced by the claim's epoch.
 
+use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::any::AnyPoolOptions;
-use sqlx::{Any, AnyPool, AssertSqlSafe, Executor, Row, Transaction};
+use sqlx::{Any, AnyConnection, AnyPool, AssertSqlSafe, Executor, Row, Transaction};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::outbox::TOGETHER;
 use super::rows::{COLUMNS, job};
@@ -85,6 +87,38 @@ pub struct Store {
     dialect: Dialect,
     pub(super) limits: Limits,
     pub(super) counter: Arc<Counter>,
+    turn: Arc<Semaphore>,
+}
+
+/// A transaction that writes. A file has one writer at a time: whoever waits does so before asking for a connection, and in turn. SQLite's own
+/// waiting is not fair, and would hold one.
+pub(super) struct Writing {
+    transaction: Transaction<'static, Any>,
+    _turn: Option<OwnedSemaphorePermit>,
+}
+
+impl Writing {
+    pub(super) async fn commit(self) -> Result<(), Error> {
+        Ok(self.transaction.commit().await?)
+    }
+
+    async fn rollback(self) -> Result<(), Error> {
+        Ok(self.transaction.rollback().await?)
+    }
+}
+
+impl Deref for Writing {
+    type Target = AnyConnection;
+
+    fn deref(&self) -> &AnyConnection {
+        &self.transaction
+    }
+}
+
+impl DerefMut for Writing {
+    fn deref_mut(&mut self) -> &mut AnyConnection {
+        &mut self.transaction
+    }
 }
 
 pub(super) type Query<'q> = sqlx::query::Query<'q, Any, sqlx::any::AnyArguments>;
@@ -115,7 +149,7 @@ impl Store {
             .connect(&url)
             .await?;
         schema::migrate(&pool, dialect, file.as_deref()).await?;
-        Ok(Self { pool, dialect, limits, counter: Arc::default() })
+        Ok(Self { pool, dialect, limits, counter: Arc::default(), turn: Arc::new(Semaphore::new(1)) })
     }
 
     fn sql(&self, text: &str) -> AssertSqlSafe<String> {
@@ -135,8 +169,10 @@ impl Store {
         sqlx::query(self.sql(text))
     }
 
-    pub(super) async fn begin(&self) -> Result<Transaction<'static, Any>, Error> {
-        Ok(self.pool.begin_with(self.dialect.begin()).await?)
+    pub(super) async fn begin(&self) -> Result<Writing, Error> {
+        // A semaphore that is never closed.
+        let turn = if self.is_file() { self.turn.clone().acquire_owned().await.ok() } else { None };
+        Ok(Writing { transaction: self.pool.begin_with(self.dialect.begin()).await?, _turn: turn })
     }
 
     /// A tenant's job. What belongs to another is not there.
@@ -291,7 +327,7 @@ impl Store {
             return Err(Error::Lost);
         }
         self.tell(&mut transaction, &claim.job, Event::Logs).await?;
-        Ok(transaction.commit().await?)
+        transaction.commit().await
     }
 
     /// Ends a job. An error, and no change, if the claim is lost.
@@ -377,19 +413,19 @@ impl Store {
     }
 
     /// Ends a job that cannot be read: no worker can run it, and none must stop at it.
-    async fn give_up(&self, transaction: &mut Transaction<'static, Any>, id: &str) -> Result<(), Error> {
+    async fn give_up(&self, connection: &mut AnyConnection, id: &str) -> Result<(), Error> {
         tracing::error!(job = id, "what is stored of the job cannot be read: it fails");
         let end = "UPDATE jobs SET status = 'failed', completed_at = {now}, lease_until = NULL, error_code = 'internal', \
              error = 'what is stored of this job cannot be read: send it again' WHERE id = $1 RETURNING {columns}";
-        let row = self.query(end).bind(id).fetch_one(&mut **transaction).await?;
+        let row = self.query(end).bind(id).fetch_one(&mut *connection).await?;
         match job(&row) {
-            Ok(ended) => self.tell(transaction, &ended, Event::Completed).await,
+            Ok(ended) => self.tell(connection, &ended, Event::Completed).await,
             Err(_) => Ok(()),
         }
     }
 
     /// Writes an event for the job's webhook, if that wants it.
-    async fn tell(&self, transaction: &mut Transaction<'static, Any>, job: &Job, event: Event) -> Result<(), Error> {
+    async fn tell(&self, connection: &mut AnyConnection, job: &Job, event: Event) -> Result<(), Error> {
         if job.webhook.as_ref().is_some_and(|webhook| webhook.events.contains(&event)) {
             let after = if event == Event::Logs { milliseconds(TOGETHER) } else { 0 };
             // One that is being told is told again if it grew meanwhile.
@@ -398,7 +434,7 @@ impl Store {
                  SELECT id, $1, {{now}} + {after}, LENGTH(logs) FROM jobs WHERE id = $2 \
                  ON CONFLICT (job, event) DO UPDATE SET logged = excluded.logged"
             );
-            self.query(&tell).bind(event.as_str()).bind(job.id.as_str()).execute(&mut **transaction).await?;
+            self.query(&tell).bind(event.as_str()).bind(job.id.as_str()).execute(connection).await?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use sqlx::{Any, AnyConnection, Row, Transaction};
+use sqlx::{AnyConnection, Row};
 use tokio::sync::oneshot;
 
 use super::rows::job;
@@ -84,14 +84,14 @@ impl Store {
         Ok(answers)
     }
 
-    async fn accept(&self, transaction: &mut Transaction<'static, Any>, lengths: &mut Lengths, new: &NewJob) -> Accepted {
+    async fn accept(&self, connection: &mut AnyConnection, lengths: &mut Lengths, new: &NewJob) -> Accepted {
         let id = JobId::new();
         if let Some((key, body)) = &new.idempotency
-            && let Some(earlier) = self.earlier(transaction, &new.tenant, key, body).await?
+            && let Some(earlier) = self.earlier(connection, &new.tenant, key, body).await?
         {
             return Ok((earlier, false));
         }
-        let (all, own) = self.lengths(transaction, lengths, &new.tenant).await?;
+        let (all, own) = self.lengths(connection, lengths, &new.tenant).await?;
         if own >= self.limits.waiting_of_tenant {
             return Err(Error::TenantFull(own));
         }
@@ -102,9 +102,9 @@ impl Store {
             let remember = "INSERT INTO idempotency (tenant, key, body, job, created_at) VALUES ($1, $2, $3, $4, {now}) \
                  ON CONFLICT (tenant, key) DO NOTHING";
             let remember = self.query(remember).bind(&new.tenant).bind(key).bind(body).bind(id.as_str());
-            if remember.execute(&mut **transaction).await?.rows_affected() == 0 {
+            if remember.execute(&mut *connection).await?.rows_affected() == 0 {
                 // Another service was faster by a moment.
-                let earlier = self.earlier(transaction, &new.tenant, key, body).await?;
+                let earlier = self.earlier(connection, &new.tenant, key, body).await?;
                 return earlier.map(|earlier| (earlier, false)).ok_or(Error::Conflict);
             }
         }
@@ -121,7 +121,7 @@ impl Store {
             .bind(new.webhook.as_ref().map(|webhook| webhook.url.clone()))
             .bind(events.collect::<Vec<_>>().join(" "))
             .bind(&new.base);
-        let accepted = job(&insert.fetch_one(&mut **transaction).await?)?;
+        let accepted = job(&insert.fetch_one(&mut *connection).await?)?;
         if accepted.request.is_null() {
             // Nobody could ever read it.
             return Err(Error::Damaged("request"));
@@ -147,18 +147,13 @@ impl Store {
         find.fetch_optional(&mut *connection).await?.as_ref().map(job).transpose()
     }
 
-    async fn lengths(
-        &self,
-        transaction: &mut Transaction<'static, Any>,
-        known: &mut Lengths,
-        tenant: &str,
-    ) -> Result<(i64, i64), Error> {
+    async fn lengths(&self, connection: &mut AnyConnection, known: &mut Lengths, tenant: &str) -> Result<(i64, i64), Error> {
         if let (Some(all), Some(own)) = (known.all, known.own.get(tenant)) {
             return Ok((all, *own));
         }
         let count =
             "SELECT COUNT(*), COALESCE(SUM(CASE WHEN tenant = $1 THEN 1 ELSE 0 END), 0) FROM jobs WHERE status = 'queued'";
-        let row = self.query(count).bind(tenant).fetch_one(&mut **transaction).await?;
+        let row = self.query(count).bind(tenant).fetch_one(&mut *connection).await?;
         let (all, own) = (row.try_get(0)?, row.try_get(1)?);
         known.all = Some(all);
         known.own.insert(tenant.to_owned(), own);

@@ -79,7 +79,7 @@ fn a_killed_download_goes_on() {
                 Reply::new("206 Partial Content", &[("Content-Range", &range), ("ETag", "\"x\"")], &body[start..])
             }
             None if first.fetch_add(1, Ordering::SeqCst) == 0 => {
-                Reply::new("200 OK", &[("ETag", "\"x\"")], &body).slowly(body.len() / 20, Duration::from_millis(100))
+                Reply::new("200 OK", &[("ETag", "\"x\"")], &body).slowly(body.len() / 100, Duration::from_millis(100))
             }
             None => Reply::new("200 OK", &[("ETag", "\"x\"")], &body),
         }
@@ -88,7 +88,7 @@ fn a_killed_download_goes_on() {
     let link = site.url("/me.safetensors");
     let mut child = command(&place, &["lora", "inspect", &link]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let mut waited = 0;
-    while partial(&place).is_none_or(|(_, length)| length < 1000) && waited < 500 {
+    while partial(&place).is_none_or(|(_, length)| length < 1000) && waited < 3000 {
         std::thread::sleep(Duration::from_millis(10));
         waited += 1;
     }

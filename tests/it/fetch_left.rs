@@ -1,6 +1,7 @@
 //! Downloads that somebody leaves, or that break off.
 
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use darkroom::fetch::{Credentials, Progress, Reference};
@@ -48,13 +49,14 @@ fn what_broke_off_stays_within_the_caches_bound() {
 /// Threads that share a download, of which the one that began it leaves: its clocks and sockets are not the other's loss.
 #[test]
 fn a_download_outlives_the_thread_that_began_it() {
-    let site = Site::serve(|_| Reply::ok(&weights()).slowly(weights().len() / 20, Duration::from_millis(50)));
+    let site = Site::serve(|_| Reply::ok(&weights()).slowly(weights().len() / 40, Duration::from_millis(50)));
     let bench = Bench::new();
     let reference = Reference::parse(&site.url("/slow.safetensors")).unwrap();
+    let joined = AtomicBool::new(false);
     let get = |leaves: bool| {
-        let told = |progress: Progress| match leaves && progress.done > weights().len() as u64 / 4 {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
+        let told = |_: Progress| {
+            joined.fetch_or(!leaves, Ordering::SeqCst);
+            if leaves && joined.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         bench.fetcher.get_blocking(&reference, &Credentials::default(), told)
     };

@@ -206,7 +206,7 @@ fn a_picture_that_never_comes() {
         let begun = Instant::now();
         assert_eq!(service.post(&format!("/v1/predictions/{id}/cancel"), &[], &json!({})).status, 200);
         assert_eq!(service.wait(&id)["status"], "canceled");
-        assert!(begun.elapsed() < Duration::from_secs(3) && service.worker() == worker);
+        assert!(begun.elapsed() < Duration::from_secs(15) && service.worker() == worker);
     }
 }
 

@@ -106,7 +106,9 @@ fn what_is_one_tenants_is_not_there_for_another() {
     let listed = place.run(&["keys", "list", "--json", "--data", data.to_str().unwrap()]);
     let listed: Value = serde_json::from_str(&listed.out()).unwrap();
     let entry = listed.as_array().unwrap().iter().find(|key| key["tenant"] == "alice").unwrap();
-    assert!(!listed.to_string().contains(alice.rsplit('_').next().unwrap()), "secrets are not kept");
+    // `dk_ID_SECRET`, of which the last may have such a line itself.
+    let secret = alice.splitn(3, '_').nth(2).unwrap();
+    assert!(secret.len() > 20 && !listed.to_string().contains(secret), "secrets are not kept");
     assert!(place.run(&["keys", "revoke", entry["id"].as_str().unwrap(), "--data", data.to_str().unwrap()]).is_success());
     assert_eq!((service.get_as(&alice, "/v1/account").status, service.get_as(&bob, "/v1/account").status), (401, 200));
     place.run(&["keys", "revoke", "nobody", "--data", data.to_str().unwrap()]).fails(1, &["there is no key"]);
@@ -214,7 +216,7 @@ fn what_is_too_much_is_refused_with_the_time_to_wait() {
     let retry: u64 = fast.headers["retry-after"].to_str().unwrap().parse().unwrap();
     assert!((1..=11).contains(&retry), "{retry}");
     // Guessing keys is slowed down as well.
-    let statuses: Vec<u16> = (0..70).map(|_| service.get_as("dk_wrong", "/v1/account").status).collect();
+    let statuses: Vec<u16> = (0..200).map(|_| service.get_as("dk_wrong", "/v1/account").status).collect();
     assert_eq!((statuses[0], *statuses.last().unwrap()), (401, 429));
     assert_eq!(service.get_as(&bob, "/v1/account").status, 200, "a right key is never in the way");
 }
@@ -364,7 +366,7 @@ fn a_worker_that_hangs_is_replaced_and_one_that_is_paused_is_fenced() {
 #[test]
 fn old_pictures_go() {
     let place = Place::new();
-    let service = Service::start(&place, &["--keep-pictures", "1s", "--files", "links"]);
+    let service = Service::start(&place, &["--keep-pictures", "6s", "--files", "links"]);
     let done = service.picture(&tiny()["input"]);
     let (id, link) = (done["id"].as_str().unwrap(), done["output"][0].as_str().unwrap());
     assert_eq!(service.get(link).status, 200);
@@ -413,7 +415,7 @@ fn two_services_share_a_queue_and_their_pictures() {
         let line = numbers.lines().find(|line| line.starts_with("darkroom_jobs_total{status=\"succeeded\"")).map(str::to_owned);
         line.and_then(|line| line.rsplit(' ').next()?.parse::<u32>().ok()).unwrap_or(0)
     };
-    assert!(ended(&first) > 0 && ended(&second) > 0, "both worked: {} and {}", ended(&first), ended(&second));
+    until("both have worked", 20, || ended(&first) > 0 && ended(&second) > 0);
 }
 
 #[test]

@@ -24,6 +24,9 @@ use crate::ops::{Error, models};
 /// Largest file of a picture to start from, by link or in a form, in bytes.
 pub const MOST_PICTURE: usize = 20 << 20;
 
+/// So long may storage take; a bucket's client gives up before.
+const LONGEST_STORAGE: Duration = Duration::from_secs(600);
+
 /// For a picture to start from, and for a job's LoRAs, to arrive: the device waits meanwhile. What came of a LoRA is kept, so that a
 /// second attempt goes on from there.
 const LONGEST_PICTURE: Duration = Duration::from_secs(60);
@@ -113,7 +116,7 @@ impl Runner<'_> {
         let names: Vec<String> = (0..encoded.len()).map(|i| format!("out-{i}.{}", order.format)).collect();
         let folder = outputs(claim.job.id.as_str());
         for (name, bytes) in names.iter().zip(encoded) {
-            self.runtime.block_on(self.work.blobs.put(&format!("{folder}/{name}"), bytes))?;
+            self.stored(self.work.blobs.put(&format!("{folder}/{name}"), bytes))?;
             failpoint("written");
         }
         let seconds = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e6;
@@ -160,7 +163,7 @@ impl Runner<'_> {
         let Some(origin) = origin else { return Ok(None) };
         let (name, bytes) = match origin {
             Origin::Stored(key) => {
-                let stored = self.runtime.block_on(self.work.blobs.get(key))?;
+                let stored = self.stored(self.work.blobs.get(key))?;
                 let gone = || Error::invalid(field, &"a file that was removed", "sent again");
                 ("the upload".to_owned(), stored.ok_or_else(gone)?.to_vec())
             }
@@ -189,7 +192,7 @@ impl Runner<'_> {
     fn fetch(&self, job: &Job, order: &Order, news: &News) -> Result<Vec<Selected>, Error> {
         let begun = Instant::now();
         let (mut look, mut late) = (PATIENCE, false);
-        let loras = self.runtime.block_on(order.loras_from(&self.work.blobs))?;
+        let loras = self.stored(order.loras_from(&self.work.blobs))?;
         let fetched = self.sources.open_as(&loras, &credentials(order, &self.work.secret)?, &mut |progress| {
             news.at(json!({ "stage": "fetching", "done": progress.done, "total": progress.total }));
             (self.tell)(Sign::Alive);
@@ -203,6 +206,22 @@ impl Runner<'_> {
             if late || leave { ControlFlow::Break(()) } else { self.go_on(news) }
         });
         fetched.map_err(|error| if late { too_slow(error) } else { error })
+    }
+
+    /// Waits for storage, with signs of life: one that is away is not the job's fault. A folder that hangs for longer is the worker's end.
+    fn stored<T>(&self, work: impl Future<Output = T>) -> T {
+        self.runtime.block_on(async {
+            let begun = Instant::now();
+            tokio::pin!(work);
+            loop {
+                if let Ok(done) = tokio::time::timeout(Duration::from_secs(1), &mut work).await {
+                    return done;
+                }
+                if begun.elapsed() < LONGEST_STORAGE {
+                    (self.tell)(Sign::Alive);
+                }
+            }
+        })
     }
 
     /// Waits for a download, with signs of life, and not for ever; it may be stopped.
