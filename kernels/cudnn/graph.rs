@@ -229,7 +229,11 @@ impl Plan {
         let configs = answer.descriptors(attribute::HEURISTICS_RESULTS, descriptor::ENGINE_CONFIG)?;
         let mut why = Failure::from(String::from("no engine for this graph"));
         for config in &configs {
-            let notes = notes(config)?;
+            // An engine that nothing is said of may be used.
+            let notes = match notes(config) {
+                Err(e) if e.is_of_the_card() => return Err(e),
+                notes => notes.unwrap_or_default(),
+            };
             if let Some(what) = notes.iter().find_map(|note| unfit(*note)) {
                 why = format!("an engine {what}").into();
                 continue;
