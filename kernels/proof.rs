@@ -56,13 +56,13 @@ pub fn prove(device: &Device, most: Option<u64>, told: &mut dyn FnMut(&Proof)) -
         use_fused(false);
         result
     };
-    for case in cases::all(&Sizes::SMALL, &Device::Cpu)? {
+    for case in cases::all(&Sizes::SMALL, &Device::Cpu, device)? {
         for dtype in [DType::BF16, DType::F16, DType::F32] {
             told(&compare(&case, dtype, device, ours)?);
         }
     }
     if crate::free_memory(device).into_iter().chain(most).min().is_some_and(|room| room >= ROOM) {
-        for case in cases::all(&Sizes::FLUX1, device)? {
+        for case in cases::all(&Sizes::FLUX1, device, device)? {
             told(&Proof { at_full_size: true, ..compare(&case, DType::BF16, device, ours)? });
         }
     }
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     fn proofs(ours: Run) -> Vec<Proof> {
-        let cases = cases::all(&Sizes::SMALL, &Device::Cpu).unwrap();
+        let cases = cases::all(&Sizes::SMALL, &Device::Cpu, &Device::Cpu).unwrap();
         let proof = |case: &Case| compare(case, DType::BF16, &Device::Cpu, ours).unwrap();
         cases.iter().map(proof).collect()
     }

@@ -61,8 +61,8 @@ pub(super) struct Case {
     pub(super) slack: f64,
 }
 
-/// Of these sizes, with inputs on `device`.
-pub(super) fn all(sizes: &Sizes, device: &Device) -> Result<Vec<Case>> {
+/// Of these sizes, with inputs on `device`: what can be tried on the device `tried`.
+pub(super) fn all(sizes: &Sizes, device: &Device, tried: &Device) -> Result<Vec<Case>> {
     let &Sizes { text, image, heads, side, channels: c, formats } = sizes;
     let (l, d) = (text + image, heads * WIDTH);
     let mut cases = Vec::new();
@@ -109,11 +109,10 @@ pub(super) fn all(sizes: &Sizes, device: &Device) -> Result<Vec<Case>> {
     add("product and GELU", 0., &product, Box::new(|x| linear_gelu(&x[0], &x[1], Some(&x[2]))));
     let op = |x: &[Tensor]| visit(&x[1].to_device(&Device::Cpu)?, x[0].device(), |w| linear(&x[0], &w, Some(&x[2])));
     add("weights that wait in main memory", 0., &product, Box::new(op));
-    let op = |x: &[Tensor]| match has_fp8_products(x[0].device()) {
-        true => linear_fp8(&e4m3(&x[0])?, &e4m3(&x[1])?, Some(&x[2]), true, x[0].dtype()),
-        false => linear_gelu(&x[0], &x[1], Some(&x[2])),
-    };
-    add("e4m3 product", 0., &product, Box::new(op));
+    if has_fp8_products(tried) {
+        let op = |x: &[Tensor]| linear_fp8(&e4m3(&x[0])?, &e4m3(&x[1])?, Some(&x[2]), true, x[0].dtype());
+        add("e4m3 product", 0., &product, Box::new(op));
+    }
     let single = [&flat, &weight, &bias, &angles, &head_scales.narrow(0, 0, 2)?];
     let op = |x: &[Tensor]| beside(x).and_then(|(heads, mlp)| attention_beside(&heads, &mlp));
     add("single block's attention and MLP", 0., &single, Box::new(op));

@@ -289,6 +289,16 @@ fn kernels_are_tried_before_they_are_used() {
     }
 }
 
+/// Also where there are no units for e4m3, and where their products are scaled afterwards.
+#[test]
+#[ignore = "needs the card made of software: tests/card/run"]
+fn kernels_are_right_on_other_cards() {
+    for capability in ["8.6", "8.9", "12.0"] {
+        let place = place(&[("CARD_MEMORY", "5000000000"), ("CARD_CAPABILITY", capability)]);
+        place.run(&["doctor", "--kernels", "--device", "cuda"]).succeeds();
+    }
+}
+
 /// At FLUX.1's sizes a trial launches what a driver takes, in the memory that is asked for before it. (All of it computes nothing here.)
 #[test]
 #[ignore = "needs the card made of software: tests/card/run"]
