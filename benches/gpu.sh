@@ -3,10 +3,11 @@
 #
 #   eval "$(scripts/cuda-env)"; benches/gpu.sh build     # on a machine with a toolkit; collects the programs in target/gpu
 #   benches/gpu.sh run target/gpu [OUT] [gpu's options]  # on the machine with the card, from the repository's root
+#   benches/gpu.sh load target/gpu [OUT] [GB]            # how fast so many GB of weights are loaded (24, which TMPDIR must have room for)
 #   benches/gpu.sh sanitize target/gpu [OUT] [TOOL...]   # the kernels' tests under compute-sanitizer, each tool for minutes
 #
-# Neither needs a toolchain: target/gpu may be carried there, also with its programs as .xz. `run` writes OUT/gpu.json, OUT/gpu.txt and
-# OUT/tests.txt (OUT is `.` unless given), `sanitize` OUT/sanitizer.txt; both exit with 1 if something fails.
+# The last three need no toolchain: target/gpu may be carried there, also with its programs as .xz. `run` writes OUT/gpu.json, OUT/gpu.txt
+# and OUT/tests.txt (OUT is `.` unless given), `load` OUT/load.json, `sanitize` OUT/sanitizer.txt; they exit with 1 if something fails.
 set -euo pipefail
 
 build() {
@@ -74,6 +75,12 @@ run() {
     return "$failed"
 }
 
+load() {
+    local programs=${1:?the folder that "benches/gpu.sh build" filled} out=${2:-.}
+    prepare
+    "$programs/gpu" --bench --json "$out/load.json" --load "${3:-24}"
+}
+
 sanitize() {
     local programs=${1:?the folder that "benches/gpu.sh build" filled} out=${2:-.} failed=0 tool
     shift $(($# < 2 ? $# : 2))
@@ -91,6 +98,7 @@ sanitize() {
 case ${1:-} in
 build) build ;;
 run) shift && run "$@" ;;
+load) shift && load "$@" ;;
 sanitize) shift && sanitize "$@" ;;
-*) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 2 ;;
+*) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

@@ -6,8 +6,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout, reason = "a bench prints, and ends by panicking")]
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
@@ -16,12 +15,12 @@ use models::flux::Flux;
 use models::weights::{Checkpoint, Component, Source};
 use watch::Watch;
 
+#[path = "common/transformer_file.rs"]
+mod transformer_file;
 #[path = "common/watch.rs"]
 mod watch;
 
 const REPEATS: usize = 5;
-const D: usize = 3072;
-const MLP: usize = 12288;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
@@ -32,7 +31,7 @@ fn main() {
     let gigabytes: f64 = after("--gigabytes").map_or(4.0, |text| text.parse().unwrap());
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("flux1-synthetic.safetensors");
-    let bytes = write(&path, gigabytes);
+    let bytes = transformer_file::write(&path, gigabytes).unwrap();
     println!("{:.2} GB of FLUX.1 blocks in bf16, from the page cache", bytes as f64 / 1e9);
     for dtype in ["copy", "bf16", "f32"] {
         let runs = (0..REPEATS).map(|_| {
@@ -78,72 +77,5 @@ fn child(path: &Path, dtype: &str) {
     let flux = Flux::load(&source, None).unwrap();
     source.finish().unwrap();
     println!("{} {}", start.elapsed().as_secs_f64(), watch.peak());
-    assert!(flux.config().hidden == D);
-}
-
-/// As many blocks as fit: two single ones for each double one, as in FLUX.1.
-fn write(path: &PathBuf, gigabytes: f64) -> u64 {
-    let triples = ((gigabytes * 1e9 / 2.0 - 90e6) / 623e6).round().max(1.0) as usize;
-    let mut shapes: Vec<(String, Vec<usize>)> = Vec::new();
-    let mut linear = |name: String, output: usize, input: usize| {
-        shapes.push((format!("{name}.weight"), vec![output, input]));
-        shapes.push((format!("{name}.bias"), vec![output]));
-    };
-    for (name, output, input) in [("img_in", D, 64), ("txt_in", D, 4096), ("final_layer.linear", 64, D)] {
-        linear(name.into(), output, input);
-    }
-    linear("final_layer.adaLN_modulation.1".into(), 2 * D, D);
-    for (name, input) in [("time_in", 256), ("guidance_in", 256), ("vector_in", 768)] {
-        linear(format!("{name}.in_layer"), D, input);
-        linear(format!("{name}.out_layer"), D, D);
-    }
-    for i in 0..triples {
-        for side in ["img", "txt"] {
-            let name = format!("double_blocks.{i}.{side}");
-            linear(format!("{name}_mod.lin"), 6 * D, D);
-            linear(format!("{name}_attn.qkv"), 3 * D, D);
-            linear(format!("{name}_attn.proj"), D, D);
-            linear(format!("{name}_mlp.0"), MLP, D);
-            linear(format!("{name}_mlp.2"), D, MLP);
-        }
-    }
-    for i in 0..2 * triples {
-        let name = format!("single_blocks.{i}");
-        linear(format!("{name}.modulation.lin"), 3 * D, D);
-        linear(format!("{name}.linear1"), 3 * D + MLP, D);
-        linear(format!("{name}.linear2"), D, D + MLP);
-    }
-    let norms = (0..triples).flat_map(|i| ["img", "txt"].map(|side| format!("double_blocks.{i}.{side}_attn.norm")));
-    for norm in norms.chain((0..2 * triples).map(|i| format!("single_blocks.{i}.norm"))) {
-        shapes.extend(["query", "key"].map(|which| (format!("{norm}.{which}_norm.scale"), vec![D / 24])));
-    }
-    let mut header = serde_json::Map::new();
-    let mut end = 0;
-    for (name, shape) in &shapes {
-        let start = end;
-        end += 2 * shape.iter().product::<usize>() as u64;
-        header.insert(name.clone(), serde_json::json!({ "dtype": "BF16", "shape": shape, "data_offsets": [start, end] }));
-    }
-    let mut text = serde_json::to_vec(&header).unwrap();
-    text.resize(text.len().next_multiple_of(8), b' ');
-    let mut file = std::io::BufWriter::with_capacity(1 << 20, std::fs::File::create(path).unwrap());
-    file.write_all(&(text.len() as u64).to_le_bytes()).unwrap();
-    file.write_all(&text).unwrap();
-    // Random bytes with small exponents, the same megabytes over and over: nothing here looks at the values.
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let block: Vec<u8> = std::iter::repeat_with(|| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        [(state >> 40) as u8, 0x3c | ((state >> 56) as u8 & 0x83)]
-    })
-    .take(1 << 21)
-    .flatten()
-    .collect();
-    let mut left = end;
-    while left > 0 {
-        let n = left.min(block.len() as u64);
-        file.write_all(&block[..n as usize]).unwrap();
-        left -= n;
-    }
-    file.flush().unwrap();
-    end
+    assert!(flux.config().hidden == transformer_file::D);
 }

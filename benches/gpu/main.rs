@@ -4,6 +4,7 @@
 
 #![allow(clippy::print_stdout, reason = "a bench talks to a terminal")]
 
+mod load;
 mod ops;
 mod parity;
 mod report;
@@ -65,6 +66,12 @@ struct Options {
     /// Bytes of the card that `--serve` may use: the model is made to fit, as darkroom makes it.
     #[arg(long, requires = "serve")]
     vram_limit: Option<u64>,
+    /// Only how fast a transformer of so many GB is loaded from the page cache, in processes of its own; its file is written to TMPDIR.
+    #[arg(long, value_name = "GB", num_args = 0..=1, default_missing_value = "24")]
+    load: Option<f64>,
+    /// One of those processes.
+    #[arg(long, hide = true)]
+    load_file: Option<PathBuf>,
     /// Passed by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -114,6 +121,11 @@ fn main() -> anyhow::Result<ExitCode> {
         "cpu" => Device::Cpu,
         ordinal => kernels::open_cuda(ordinal.parse()?).map_err(anyhow::Error::msg)?,
     };
+    if let Some(file) = &options.load_file {
+        kernels::use_fused(options.kernels == Kernels::Fused);
+        load::child(file, &device)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let dtype = match options.dtype {
         Precision::F32 => DType::F32,
         Precision::F16 => DType::F16,
@@ -140,6 +152,10 @@ fn main() -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut report = Report::new(options.json.clone(), &options.device)?;
+    if let Some(gigabytes) = options.load {
+        report.part("loads", |report| load::run(&options.device, &device, gigabytes, report));
+        return report.end();
+    }
     // Our kernels are for cards; elsewhere there is nothing to compare.
     let runs = if device.is_cuda() { options.kernels.runs() } else { &[false] };
     // At the sizes of the speed part, and before the first tiny model is loaded: that would choose by its own.
@@ -182,5 +198,5 @@ fn main() -> anyhow::Result<ExitCode> {
     if !options.parity {
         report.part("operations", |report| ops::run(&device, dtype, options.size == Size::Dev, options.steps, report));
     }
-    Ok(if report.end()? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    report.end()
 }

@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
@@ -16,6 +17,7 @@ impl Report {
     pub(crate) fn new(path: Option<PathBuf>, device: &str) -> anyhow::Result<Self> {
         let all = json!({
             "version": env!("CARGO_PKG_VERSION"), "device": device, "ended": false, "parity": [], "speed": [], "operations": [],
+            "loads": [],
         });
         let report = Self { path, all, failures: Vec::new() };
         report.write()?;
@@ -44,11 +46,11 @@ impl Report {
         self.fail(format!("{name}: {failure}"));
     }
 
-    /// Whether nothing failed.
-    pub(crate) fn end(mut self) -> anyhow::Result<bool> {
+    /// A success if nothing failed.
+    pub(crate) fn end(mut self) -> anyhow::Result<ExitCode> {
         self.all["ended"] = true.into();
         self.write()?;
-        Ok(self.failures.is_empty())
+        Ok(if self.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
     fn write(&self) -> anyhow::Result<()> {

@@ -38,6 +38,8 @@ PEERS = {
     "offload": ["picture"],
     "group_offload": ["step", "picture"],
 }
+# darkroom itself with other arguments (`--against`): what a memory plan or a precision costs.
+ITSELF = ["step", "picture", "decode", "encode", "schnell"]
 # What darkroom's side is told besides, so that a race in fewer bits is one of both sides.
 OURS = {"fp8": ["--keep", "fp8-products"]}
 RUNS = list(REQUESTS) + LORA
@@ -60,7 +62,8 @@ def options():
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--darkroom", help="the binary of the bench gpu; without it the peers run alone")
     parser.add_argument("--darkroom-arguments", type=shlex.split, default=[], help="more arguments for it")
-    parser.add_argument("--peers", type=listed(list(PEERS)), default=list(PEERS))
+    parser.add_argument("--against", metavar="ARGUMENTS", help="race darkroom with --darkroom-arguments against itself with these, and no other peer unless --peers names one")
+    parser.add_argument("--peers", type=listed(list(PEERS)), default=None, help=f"some of {', '.join(PEERS)}; all unless --against is given")
     parser.add_argument("--runs", type=listed(RUNS), default=RUNS)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=28, help="of a picture with dev")
@@ -73,6 +76,9 @@ def options():
     o = parser.parse_args()
     if min(o.rounds, o.warm_ups) < 1:
         parser.error("--rounds and --warm-ups are 1 or more")
+    if o.against is not None and not o.darkroom:
+        parser.error("--against needs --darkroom")
+    o.peers = o.peers or ([] if o.against is not None else list(PEERS))
     if o.logs:
         o.logs.mkdir(parents=True, exist_ok=True)
     if o.json:
@@ -92,21 +98,28 @@ def make_weights(o):
     subprocess.run(make + ["--gguf"] * gguf, check=True)
 
 
-def start_darkroom(o, folder, arguments):
+def start_darkroom(o, folder, arguments, name="darkroom"):
     if o.darkroom is None:
         return None
     device, dtype = ("cpu", "f32") if o.device == "cpu" else ("0", "bf16")
-    command = [o.darkroom, "--serve", "--model", str(folder), "--device", device, "--dtype", dtype, *arguments, *o.darkroom_arguments]
-    return Child("darkroom", command, o.timeout, {**os.environ, "LD_LIBRARY_PATH": libraries.path()}, o.logs)
+    command = [o.darkroom, "--serve", "--model", str(folder), "--device", device, "--dtype", dtype, *arguments]
+    return Child(name, command, o.timeout, {**os.environ, "LD_LIBRARY_PATH": libraries.path()}, o.logs)
 
 
 def start_peer(o, peer, folder, runs):
+    if peer == itself(o):
+        return start_darkroom(o, folder, shlex.split(o.against), "itself")
     asked = ["step" if run in LORA else "picture" if run == "schnell" else run for run in runs]
     command = [o.python, str(HERE / "diffusers_peer.py"), "--config", peer, "--folder", str(folder), "--device", o.device,
                "--pixels", str(PIXELS[o.size]), "--runs", ",".join(asked)]
     if runs[0] in LORA:
         command += ["--lora", str(files(o, runs[0])[0])]
     return Child(peer, command + o.peer_arguments, o.timeout, logs=o.logs)
+
+
+def itself(o):
+    """The name of darkroom with other arguments, which tells races of several kinds apart."""
+    return None if o.against is None else f"darkroom {o.against}".strip()
 
 
 def files(o, run):
@@ -158,11 +171,13 @@ def run_all(o, clocks, told):
     for folder, runs in GROUPS:
         runs = [run for run in runs if run in o.runs]
         chosen = [(peer, [run for run in runs if run in PEERS[peer]]) for peer in o.peers]
+        if itself(o) is not None:
+            chosen.append((itself(o), [run for run in runs if run in ITSELF]))
         # darkroom stays for all peers that it meets with the same model and arguments.
         ways = {}
         for peer, runs_of_peer in chosen:
             if runs_of_peer:
-                way = "gguf" if peer.startswith("gguf") else folder, tuple(OURS.get(peer, ()))
+                way = "gguf" if peer.startswith("gguf") else folder, (*OURS.get(peer, ()), *o.darkroom_arguments)
                 ways.setdefault(way, []).append((peer, runs_of_peer))
         for (model, arguments), racing in ways.items():
             darkroom = start_darkroom(o, o.folder / model, arguments)

@@ -19,11 +19,15 @@ def row(*cells):
 def lines(result):
     sides = result["sides"]
     measures = next((list(side["measures"]) for side in sides.values() if "measures" in side), [""])
+    peer = result["peer"]
+    if len(peer) >= WIDTHS[0]:
+        yield peer
+        peer = ""
     for measure in measures:
         name = f"{result['run']} {measure}".strip()
         compared = ratio(sides, measure)
         cell = f"{compared['median']:.2f} ({compared['lowest']:.2f} to {compared['highest']:.2f})" if compared else "-"
-        yield row(result["peer"], name, times(sides["A"], measure), times(sides["B"], measure), cell)
+        yield row(peer, name, times(sides["A"], measure), times(sides["B"], measure), cell)
     for key, who in (("A", "darkroom"), ("B", result["peer"])):
         side = sides[key]
         if "absent" in side and side["absent"] != "not asked for":
@@ -44,6 +48,9 @@ def notes(result):
         found.append(f"the first turn, compilation included, took {side['first_turn_s']:.0f} s")
     if about.get("peak_gb"):
         found.append(f"{about['peak_gb']:.1f} GB at most")
+    # Only darkroom has one: it is why its two sides differ.
+    if about.get("plan"):
+        found.append(about["plan"])
     if found:
         yield f"    {result['peer']}: {'; '.join(found)}"
 

@@ -191,6 +191,22 @@ class Races(unittest.TestCase):
         self.assertEqual(alone.returncode, 1)
         self.assertIn("darkroom does not run here", alone.stderr)
 
+    def test_darkroom_against_itself(self):
+        (self.folder / "made.json").write_text('{"size": "tiny"}')
+        out, told = self.folder / "out.json", self.folder / "told"
+        command = [sys.executable, str(HERE / "race.py"), "--folder", str(self.folder), "--size", "tiny", "--python", "nobody",
+                   "--darkroom-arguments", "--keep q8_0", "--against", "--keep q8_0 --vram-limit 12", "--runs", "step", "--rounds", "2",
+                   "--json", str(out), "--darkroom"]
+        text = subprocess.run([*command, str(self.fake)], check=True, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "FAKE_ARGUMENTS": str(told)}).stdout
+        limits = [line.partition("f32 ")[2] or line.partition("bf16 ")[2] for line in told.read_text().splitlines()]
+        self.assertEqual(limits, ["--keep q8_0", "--keep q8_0 --vram-limit 12"])
+        races = json.loads(out.read_text())["races"]
+        self.assertEqual([(race["peer"], race["run"]) for race in races], [("darkroom --keep q8_0 --vram-limit 12", "step")])
+        self.assertRegex(text, r"step +10\.0 \(10\.0 to 10\.0\) +10\.0 .* 1\.00 ")
+        alone = subprocess.run(command[:-1], capture_output=True, text=True)
+        self.assertIn("--against needs --darkroom", alone.stderr)
+
     def test_digits(self):
         self.assertEqual([report.digits(ms) for ms in (0.1234, 12.34, 123.4, 5678.9)], ["0.12", "12.3", "123.4", "5679"])
 
