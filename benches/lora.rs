@@ -141,14 +141,8 @@ fn read(folder: &Path) {
 
 /// A LoRA in BFL's names with random factors in bf16.
 fn write(path: &Path, shapes: &[(String, Vec<usize>)], rank: usize) {
-    let mut state = 1u64;
-    let mut random = |n: usize| -> Vec<u8> {
-        let value = |_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            bf16::from_f32((state >> 40) as f32 / (1u32 << 24) as f32 - 0.5).to_le_bytes()
-        };
-        (0..n).flat_map(value).collect()
-    };
+    let mut from = fastrand::Rng::with_seed(1);
+    let mut random = |n: usize| -> Vec<u8> { (0..n).flat_map(|_| bf16::from_f32(from.f32() - 0.5).to_le_bytes()).collect() };
     let mut tensors = Vec::new();
     for (name, shape) in shapes {
         let stem = name.trim_end_matches(".weight");

@@ -19,3 +19,4 @@ pub mod image;
 pub mod jobs;
 pub mod ops;
 pub mod prompt;
+mod replace;

@@ -57,14 +57,8 @@ pub fn write(path: &Path, gigabytes: f64) -> std::io::Result<u64> {
     file.write_all(&(text.len() as u64).to_le_bytes())?;
     file.write_all(&text)?;
     // Random bytes with small exponents, the same megabytes over and over: nothing here looks at the values.
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let block: Vec<u8> = std::iter::repeat_with(|| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        [(state >> 40) as u8, 0x3c | ((state >> 56) as u8 & 0x83)]
-    })
-    .take(1 << 21)
-    .flatten()
-    .collect();
+    let mut random = fastrand::Rng::with_seed(1);
+    let block: Vec<u8> = (0..1 << 21).flat_map(|_| [random.u8(..), 0x3c | (random.u8(..) & 0x83)]).collect();
     let mut left = end;
     while left > 0 {
         let n = left.min(block.len() as u64);

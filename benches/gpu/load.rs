@@ -43,7 +43,12 @@ pub(crate) fn run(name: &str, device: &Device, gigabytes: f64, report: &mut Repo
         let (median, slowest) = (seconds[REPEATS / 2], seconds[REPEATS - 1]);
         let rate = bytes as f64 / median;
         let part = way.map_or(String::new(), |way| format!(", {:.0} % of that", 100. * rate / way));
-        println!("{:24} {median:5.2} s {:6.2} GB/s{part} ({:.2} to {slowest:.2} s)", format!("{kernels} kernels"), rate / 1e9, seconds[0]);
+        println!(
+            "{:24} {median:5.2} s {:6.2} GB/s{part} ({:.2} to {slowest:.2} s)",
+            format!("{kernels} kernels"),
+            rate / 1e9,
+            seconds[0]
+        );
         report.add("loads", json!({"kernels": kernels, "bytes": bytes, "seconds": seconds, "link_bytes_per_second": way}))?;
     }
     Ok(())

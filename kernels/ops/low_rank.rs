@@ -161,12 +161,8 @@ mod tests {
     use super::*;
 
     fn values(n: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-        };
-        (0..n).map(|_| next()).collect()
+        let mut random = fastrand::Rng::with_seed(seed);
+        (0..n).map(|_| 2.0 * random.f32() - 1.0).collect()
     }
 
     #[test]

@@ -477,14 +477,12 @@ mod tests {
             "norm_q.weight",
             ".scale",
         ];
-        let mut state = 7u64;
+        let mut random = fastrand::Rng::with_seed(7);
         for _ in 0..20_000 {
             let mut key = String::new();
-            for _ in 0..(state >> 60) {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                key += pieces[(state >> 33) as usize % pieces.len()];
+            for _ in 0..random.usize(..16) {
+                key += pieces[random.usize(..pieces.len())];
             }
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             parse(&key);
         }
     }

@@ -158,18 +158,14 @@ mod tests {
     #[test]
     fn random_bytes_never_make_it_fail() {
         let good = file(&format!(r#"{{"__metadata__":{{"a":"b"}},"x.lora_A.weight":{TENSOR}}}"#));
-        let mut state = 3u64;
-        let mut next = move || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 33) as usize
-        };
+        let mut random = fastrand::Rng::with_seed(3);
         for _ in 0..20_000 {
             let mut bytes = good.clone();
-            for _ in 0..1 + next() % 4 {
-                let at = next() % bytes.len();
-                bytes[at] = next() as u8;
+            for _ in 0..random.usize(1..=4) {
+                let at = random.usize(..bytes.len());
+                bytes[at] = random.u8(..);
             }
-            bytes.truncate(1 + next() % bytes.len());
+            bytes.truncate(random.usize(1..=bytes.len()));
             let _ = precheck(&bytes);
         }
     }

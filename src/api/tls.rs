@@ -10,6 +10,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::TlsAcceptor;
 
+use crate::replace::replace;
+
 /// Ready to shake hands.
 #[derive(Clone)]
 pub struct Tls(pub(super) TlsAcceptor);
@@ -50,10 +52,7 @@ impl Tls {
             params.distinguished_name.push(DnType::CommonName, "darkroom");
             let pair = KeyPair::generate().map_err(io::Error::other)?;
             let made = params.self_signed(&pair).map_err(io::Error::other)?;
-            // Readable by its owner alone, as temporary files are made.
-            let file = tempfile::NamedTempFile::new_in(&folder)?;
-            std::fs::write(file.path(), pair.serialize_pem())?;
-            file.persist(&key)?;
+            replace(&key, pair.serialize_pem().as_bytes())?;
             std::fs::write(&certificate, made.pem())?;
             std::fs::write(&made_for, wanted)?;
         }

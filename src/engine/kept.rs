@@ -1,8 +1,9 @@
 //! What kernels learned about a card, in files of our cache.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
+
+use crate::replace::replace;
 
 /// One small file for each name, in a folder that may be deleted at any time.
 #[derive(Debug, Clone)]
@@ -14,13 +15,8 @@ impl Kept {
         Self(folder.to_owned())
     }
 
-    fn replace(&self, name: &str, text: &str) -> std::io::Result<()> {
-        std::fs::create_dir_all(&self.0)?;
-        // In one move, so that a reader never sees half a file.
-        let mut file = tempfile::NamedTempFile::new_in(&self.0)?;
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(self.0.join(name)).map(drop).map_err(|error| error.error)
+    fn put(&self, name: &str, text: &str) -> std::io::Result<()> {
+        replace(&self.0.join(name), text.as_bytes())
     }
 }
 
@@ -32,7 +28,7 @@ impl kernels::Keeper for Kept {
     fn write(&self, name: &str, text: &str) {
         // Once: a service would say it with every picture.
         static SAID: Once = Once::new();
-        if let Err(error) = self.replace(name, text) {
+        if let Err(error) = self.put(name, text) {
             SAID.call_once(|| tracing::warn!("what was timed on this card cannot be kept in {}: {error}", self.0.display()));
         }
     }

@@ -309,18 +309,14 @@ mod tests {
     #[test]
     fn no_bytes_make_the_reader_fail() {
         let good = archive(&[("a.safetensors", FILE, b"weights"), ("b.txt", FILE, b"text")]);
-        let mut state = 11u64;
-        let mut next = move || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 33) as usize
-        };
+        let mut random = fastrand::Rng::with_seed(11);
         for _ in 0..3000 {
             let mut bytes = good.clone();
-            for _ in 0..1 + next() % 8 {
-                let at = next() % bytes.len();
-                bytes[at] = next() as u8;
+            for _ in 0..random.usize(1..=8) {
+                let at = random.usize(..bytes.len());
+                bytes[at] = random.u8(..);
             }
-            bytes.truncate(1 + next() % bytes.len());
+            bytes.truncate(random.usize(1..=bytes.len()));
             let _ = run(&bytes);
         }
     }

@@ -8,7 +8,7 @@
 //! ```
 
 use std::fs::{self, File, FileTimes};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 
 use super::Error;
 use crate::hex::hex;
+use crate::replace::replace;
 
 /// A download that nobody went on with for so long is dropped.
 const STALE: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -207,14 +208,7 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
 
 /// Whole or not at all.
 pub(super) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let write = || {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(&serde_json::to_vec(value)?)?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().map_err(Error::write(path))
+    serde_json::to_vec(value).map_err(io::Error::from).and_then(|text| replace(path, &text)).map_err(Error::write(path))
 }
 
 /// The first bytes of a file, at most `length`.

@@ -147,10 +147,9 @@ fn two_hundred_alternations_leave_nothing_behind() {
                 weights(&alone)
             })
             .collect();
-        let mut state = 17u64;
+        let mut random = fastrand::Rng::with_seed(17);
         for i in 0..200 {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let which = (state >> 33) as usize % sets.len();
+            let which = random.usize(..sets.len());
             pipeline.patches().apply(&sets[which], LoraMode::Auto).unwrap();
             if i % 20 == 0 {
                 assert!(weights(&pipeline) == first[which], "{dtype:?} {home:?}: set {which} after {i} switches");

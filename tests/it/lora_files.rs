@@ -381,16 +381,11 @@ fn damaged_files_and_other_kinds_are_refused_by_name() {
         assert!(code == "not_finite" && reason.contains("img_attn.proj.lora_B"), "{reason}");
     }
     // No mutation of a good file makes the reader fail other than by an error.
-    let mut state = 23u64;
-    let mut next = move || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize
-    };
+    let mut random = fastrand::Rng::with_seed(23);
     for _ in 0..2000 {
         let mut bytes = good.clone();
-        for _ in 0..1 + next() % 4 {
-            let at = next() % 400;
-            bytes[at] = next() as u8;
+        for _ in 0..random.usize(1..=4) {
+            bytes[random.usize(..400)] = random.u8(..);
         }
         let _ = Adapter::open(&folder.bytes("mutated", &bytes));
     }

@@ -69,12 +69,8 @@ fn file() -> impl Strategy<Value = File> {
 
 /// Values that every type holds exactly: eighths.
 fn eighths(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((state >> 33) % 17) as f32 / 8.0 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
+    let mut random = fastrand::Rng::with_seed(seed);
+    (0..n).map(|_| f32::from(random.u8(..17)) / 8.0 - 1.0).collect()
 }
 
 /// The file, and per module what it adds at scale 1 in f64.

@@ -21,15 +21,16 @@ const WALLS: &[(&str, &[&str])] = &[
 
 /// Folder or file, and all that it may know of the program beside itself.
 const DOORS: &[(&str, &[&str])] = &[
-    ("src/engine", &["bytes"]),
+    ("src/engine", &["bytes", "replace"]),
     ("src/image", &[]),
-    ("src/fetch", &["bytes", "config", "hex"]),
+    ("src/fetch", &["bytes", "config", "hex", "replace"]),
     ("src/jobs", &["hex"]),
     ("src/blobs.rs", &["config"]),
     ("src/config.rs", &[]),
     ("src/prompt", &[]),
     ("src/bytes.rs", &[]),
     ("src/hex.rs", &[]),
+    ("src/replace.rs", &[]),
 ];
 
 /// What a manifest must not depend on.

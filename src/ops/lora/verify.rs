@@ -73,11 +73,10 @@ pub fn verify(
     let base = digest(&patches)?;
     let mut known: BTreeMap<usize, String> = BTreeMap::from([(0, base.clone())]);
     let mut times: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
-    let mut state = order.seed;
+    let mut random = fastrand::Rng::with_seed(order.seed);
     for i in 0..order.switches {
         // State 0 is none; each is visited at least every so often, in an order that the seed fixes.
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let which = if i < selected.len() { i + 1 } else { (state >> 33) as usize % (selected.len() + 1) };
+        let which = if i < selected.len() { i + 1 } else { random.usize(..=selected.len()) };
         apply(&mut patches, &selected, which, order, &device, &mut known, &mut times)?;
     }
     apply(&mut patches, &selected, 0, order, &device, &mut known, &mut times)?;

@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::hub;
 use crate::hex::hex;
+use crate::replace::replace;
 
 const CHUNK_BYTES: usize = 1 << 20;
 
@@ -100,18 +101,11 @@ impl Known {
         Ok(sha256)
     }
 
-    /// Written beside and renamed: another process may write at the same time. If it fails the digest is computed again.
+    /// Another process may write at the same time. If it fails the digest is computed again.
     fn save(&self) {
         let Some(file) = self.file.as_ref().filter(|_| self.changed) else { return };
-        let written = (|| {
-            let folder = file.parent().unwrap_or(Path::new("."));
-            fs::create_dir_all(folder)?;
-            let mut temporary = tempfile::NamedTempFile::new_in(folder)?;
-            serde_json::to_writer_pretty(&mut temporary, &self.entries)?;
-            temporary.persist(file)?;
-            Ok::<_, io::Error>(())
-        })();
-        if let Err(error) = written {
+        let text = serde_json::to_vec_pretty(&self.entries).map_err(io::Error::from);
+        if let Err(error) = text.and_then(|text| replace(file, &text)) {
             tracing::warn!(%error, file = %file.display(), "digests are not kept");
         }
     }

@@ -12,7 +12,7 @@ use super::ahead::{Ahead, too_slow};
 use super::news::News;
 use super::worker::{Work, outputs};
 use super::{Order, Origin, Secret, Sign, Tokens};
-use crate::engine::{Event, Pipeline, Selected};
+use crate::engine::{self, Event, Finished, Pipeline, Selected};
 use crate::failpoint::failpoint;
 use crate::fetch::{self, Credentials, Web};
 use crate::image::Format;
@@ -72,55 +72,15 @@ impl Runner<'_> {
     pub(super) fn run(&self, claim: &Claim, news: &News) -> Result<Done, Error> {
         let begun = Instant::now();
         let order = Order::of(&claim.job)?;
-        let format = order.format()?;
-        news.say(&format!("Using seed: {}\n", order.seed));
-        let notes = claim.job.request["notes"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        notes.for_each(|note| news.say(&format!("Note: {note}\n")));
-        let request = order
-            .request(self.picture("image", order.image.as_ref(), news)?, self.picture("mask", order.mask.as_ref(), news)?)?;
-        let (mut job, remarks) = generate::prepare(&request, self.model)?;
-        remarks.iter().for_each(|remark| news.say(&format!("Note: {remark}\n")));
-
-        let mut lora_error = None;
-        match self.adapters(claim, &order, news) {
-            Ok(adapters) => job.loras = adapters,
-            Err(error) if order.without_lora && error.is_lora() => lora_error = Some(error),
-            Err(error) => return Err(error),
-        }
+        let mut job = self.prepare(claim, &order, news)?;
+        let adapters = self.adapters(claim, &order, news);
         let fetched = begun.elapsed();
         failpoint("fetched");
-        let paint = |job: &_| self.pipeline.run(job, &mut |event| self.heard(event, news)).map_err(Error::from);
-        let mut finished = lora_error.is_none().then(|| paint(&job));
-        if order.without_lora && matches!(&finished, Some(Err(error)) if error.is_lora()) {
-            lora_error = finished.take().and_then(Result::err);
-        }
-        let used = job.loras.len();
-        let finished = match (finished, &lora_error) {
-            (Some(finished), None) => finished?,
-            (_, error) => {
-                let why = error.as_ref().map(Error::told).unwrap_or_default();
-                news.say(&format!("Warning: {why}; this is the base model's picture, without the LoRA\n"));
-                job.loras.clear();
-                paint(&job)?
-            }
-        };
-        finished.switch.notes.iter().for_each(|note| news.say(&format!("Note: {note}\n")));
-
+        let (finished, lora_error) = self.paint(&order, &mut job, adapters, news)?;
         failpoint("painted");
         news.at(json!({ "stage": "writing" }));
         let writing = Instant::now();
-        let name = generate::device_name(self.device);
-        let setting = Setting { model: &self.model.name, digest: self.digest, device: &name, dtype: &finished.dtype };
-        let quality = u8::try_from(order.quality.min(100)).unwrap_or(100);
-        let encoded = generate::encode(&job, &finished, (format, quality), Some(setting))?;
-        let names: Vec<String> = (0..encoded.len()).map(|i| format!("out-{i}.{}", order.format)).collect();
-        let folder = outputs(claim.job.id.as_str());
-        for (name, bytes) in names.iter().zip(encoded) {
-            self.stored(self.work.blobs.put(&format!("{folder}/{name}"), bytes))?;
-            failpoint("written");
-        }
-        let seconds = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e6;
-        let timings = finished.timings;
+        let files = self.write(claim, &order, &job, &finished)?;
         let used_loras = job.loras.iter().zip(&order.loras).map(|(selected, ordered)| {
             let report = &selected.adapter.report;
             json!({
@@ -131,18 +91,20 @@ impl Runner<'_> {
                 "trigger_words": report.trigger_words,
             })
         });
+        let seconds = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e6;
+        let timings = finished.timings;
         let result = json!({
-            "files": names,
+            "files": files,
             "seed": order.seed,
             "prompt": job.prompt,
             "width": job.width,
             "height": job.height,
             "base": { "name": self.model.name, "sha256": self.digest },
-            "device": name,
+            "device": generate::device_name(self.device),
             "device_free_bytes": kernels::free_memory(self.device),
             "dtype": finished.dtype,
             "loras": used_loras.collect::<Vec<_>>(),
-            "lora_used": if order.loras.is_empty() { Value::Null } else { json!(used > 0 && lora_error.is_none()) },
+            "lora_used": if order.loras.is_empty() { Value::Null } else { json!(!job.loras.is_empty()) },
             "lora_error": lora_error.as_ref().map(|error| json!({ "code": error.code(), "message": error.told() })),
             "switched": finished.switch.changed + finished.switch.restored > 0,
             "timings": {
@@ -156,6 +118,59 @@ impl Runner<'_> {
             },
         });
         Ok(Done { result, affinity: order.affinity() })
+    }
+
+    /// What the order says, as the engine takes it, without its LoRAs.
+    fn prepare(&self, claim: &Claim, order: &Order, news: &News) -> Result<engine::Job, Error> {
+        news.say(&format!("Using seed: {}\n", order.seed));
+        let notes = claim.job.request["notes"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        notes.for_each(|note| news.say(&format!("Note: {note}\n")));
+        let image = self.picture("image", order.image.as_ref(), news)?;
+        let request = order.request(image, self.picture("mask", order.mask.as_ref(), news)?)?;
+        let (job, remarks) = generate::prepare(&request, self.model)?;
+        remarks.iter().for_each(|remark| news.say(&format!("Note: {remark}\n")));
+        Ok(job)
+    }
+
+    /// The pictures; the base model's where the LoRA is at fault and the order would rather have those, and then also that fault.
+    fn paint(
+        &self,
+        order: &Order,
+        job: &mut engine::Job,
+        adapters: Result<Vec<Selected>, Error>,
+        news: &News,
+    ) -> Result<(Finished, Option<Error>), Error> {
+        let draw = |job: &_| self.pipeline.run(job, &mut |event| self.heard(event, news)).map_err(Error::from);
+        let drawn = adapters.and_then(|adapters| {
+            job.loras = adapters;
+            draw(job)
+        });
+        let (finished, lora_error) = match drawn {
+            Err(error) if order.without_lora && error.is_lora() => {
+                let why = error.told();
+                news.say(&format!("Warning: {why}; this is the base model's picture, without the LoRA\n"));
+                job.loras.clear();
+                (draw(job)?, Some(error))
+            }
+            drawn => (drawn?, None),
+        };
+        finished.switch.notes.iter().for_each(|note| news.say(&format!("Note: {note}\n")));
+        Ok((finished, lora_error))
+    }
+
+    /// Stores the pictures; answers their names.
+    fn write(&self, claim: &Claim, order: &Order, job: &engine::Job, finished: &Finished) -> Result<Vec<String>, Error> {
+        let name = generate::device_name(self.device);
+        let setting = Setting { model: &self.model.name, digest: self.digest, device: &name, dtype: &finished.dtype };
+        let quality = u8::try_from(order.quality.min(100)).unwrap_or(100);
+        let encoded = generate::encode(job, finished, (order.format()?, quality), Some(setting))?;
+        let names: Vec<String> = (0..encoded.len()).map(|i| format!("out-{i}.{}", order.format)).collect();
+        let folder = outputs(claim.job.id.as_str());
+        for (name, bytes) in names.iter().zip(encoded) {
+            self.stored(self.work.blobs.put(&format!("{folder}/{name}"), bytes))?;
+            failpoint("written");
+        }
+        Ok(names)
     }
 
     /// The file of a picture to start from.
@@ -210,18 +225,12 @@ impl Runner<'_> {
 
     /// Waits for storage, with signs of life: one that is away is not the job's fault. A folder that hangs for longer is the worker's end.
     fn stored<T>(&self, work: impl Future<Output = T>) -> T {
-        self.runtime.block_on(async {
-            let begun = Instant::now();
-            tokio::pin!(work);
-            loop {
-                if let Ok(done) = tokio::time::timeout(Duration::from_secs(1), &mut work).await {
-                    return done;
-                }
-                if begun.elapsed() < LONGEST_STORAGE {
-                    (self.tell)(Sign::Alive);
-                }
+        self.runtime.block_on(watched(work, Duration::from_secs(1), |waited| {
+            if waited < LONGEST_STORAGE {
+                (self.tell)(Sign::Alive);
             }
-        })
+            ControlFlow::Continue(())
+        }))
     }
 
     /// Waits for a download, with signs of life, and not for ever; it may be stopped.
@@ -231,20 +240,17 @@ impl Runner<'_> {
         name: &str,
         news: &News,
     ) -> Result<T, fetch::Error> {
-        let begun = Instant::now();
-        tokio::pin!(download);
-        loop {
-            if let Ok(got) = tokio::time::timeout(Duration::from_millis(100), &mut download).await {
-                return got;
-            }
+        let look = |waited| {
             (self.tell)(Sign::Alive);
             if self.go_on(news).is_break() {
-                return Err(fetch::Error::Cancelled);
+                return ControlFlow::Break(Err(fetch::Error::Cancelled));
             }
-            if begun.elapsed() > LONGEST_PICTURE {
-                return Err(fetch::Error::Slow(name.to_owned()));
+            if waited > LONGEST_PICTURE {
+                return ControlFlow::Break(Err(fetch::Error::Slow(name.to_owned())));
             }
-        }
+            ControlFlow::Continue(())
+        };
+        watched(download, Duration::from_millis(100), look).await
     }
 
     fn go_on(&self, news: &News) -> ControlFlow<()> {
@@ -271,5 +277,45 @@ impl Runner<'_> {
             Event::Decoding { output, .. } => news.at(json!({ "stage": "decoding", "output": output })),
         }
         self.go_on(news)
+    }
+}
+
+/// What comes of `work`; as long as nothing has, `look` hears every so often how long it has been, and may end it.
+async fn watched<T>(work: impl Future<Output = T>, every: Duration, mut look: impl FnMut(Duration) -> ControlFlow<T>) -> T {
+    let begun = tokio::time::Instant::now();
+    tokio::pin!(work);
+    loop {
+        if let Ok(done) = tokio::time::timeout(every, &mut work).await {
+            return done;
+        }
+        if let ControlFlow::Break(instead) = look(begun.elapsed()) {
+            return instead;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_waited_for_is_watched() {
+        let second = Duration::from_secs(1);
+        let slow = async {
+            tokio::time::sleep(Duration::from_millis(3500)).await;
+            "stored"
+        };
+        let mut heard = Vec::new();
+        let done = watched(slow, second, |waited| {
+            heard.push(waited.as_secs());
+            ControlFlow::Continue(())
+        });
+        assert_eq!((done.await, heard), ("stored", vec![1, 2, 3]));
+        // What never comes goes on for as long as it may.
+        let end =
+            |waited| if waited > Duration::from_secs(600) { ControlFlow::Break("given up") } else { ControlFlow::Continue(()) };
+        assert_eq!(watched(std::future::pending(), second, end).await, "given up");
+        // What is there is not looked at.
+        assert_eq!(watched(async { 7 }, second, |_| unreachable!()).await, 7);
     }
 }
