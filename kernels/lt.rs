@@ -25,9 +25,10 @@ const ALIGNMENT: u32 = 16;
 const CANDIDATES: usize = 8;
 const RUNS: usize = 5;
 
-/// The library, for one card. Its workspace is used by one product after another, because a card has one stream (card.rs).
+/// The library, for one card.
 struct Library {
     handle: sys::cublasLtHandle_t,
+    /// Of the stream that the last product went into: there they use it one after another.
     workspace: CudaSlice<u8>,
     choices: Choices,
     /// Products that it has no algorithm for.
@@ -141,11 +142,17 @@ fn run(device: &CudaDevice, product: &Product<'_>) -> Result<bool> {
     Ok(done)
 }
 
+/// Memory for products to work in.
+fn workspace(device: &CudaDevice) -> Result<CudaSlice<u8>> {
+    // SAFETY: the library writes to it before it reads.
+    #[expect(unsafe_code, reason = "memory that nothing has written")]
+    unsafe {
+        device.alloc::<u8>(WORKSPACE)
+    }
+}
+
 impl Library {
     fn open(device: &CudaDevice) -> Result<Self> {
-        // SAFETY: the library writes to it before it reads.
-        #[expect(unsafe_code, reason = "memory that nothing has written")]
-        let workspace = unsafe { device.alloc::<u8>(WORKSPACE) }?;
         // SAFETY: it takes nothing.
         #[expect(unsafe_code, reason = "a call of the library")]
         let version = unsafe { sys::cublasLtGetVersion() };
@@ -153,7 +160,7 @@ impl Library {
         let choices = Choices::of(&format!("{machine}-cublaslt-{version}"));
         Ok(Self {
             handle: result::create_handle().map_err(candle_core::Error::wrap)?,
-            workspace,
+            workspace: workspace(device)?,
             choices,
             without: BTreeSet::new(),
         })
@@ -193,6 +200,10 @@ impl Library {
         let Product { x, weight, scales, y, .. } = *product;
         let &[x_at, weight_at, bias_at, y_at, x_scale, weight_scale] = at else { unreachable!("six tensors were given") };
         let stream = &device.cuda_stream();
+        // Of a card that was opened twice, each device has a stream. What the other's products still use is freed in the order of theirs.
+        if self.workspace.stream() != stream {
+            self.workspace = workspace(device)?;
+        }
         let (workspace, _used) = self.workspace.device_ptr(stream);
 
         // The library counts by columns, where rows of ours are columns: yᵀ = W xᵀ.

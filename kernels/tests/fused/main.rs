@@ -75,7 +75,7 @@ fn places() -> Vec<(Device, Run)> {
     places
 }
 
-/// As programs open it, and one for all: what a library has for a card is used by one stream.
+/// As programs open it, and one for all.
 fn card() -> Device {
     static CARD: OnceLock<Device> = OnceLock::new();
     CARD.get_or_init(|| kernels::open_cuda(0).expect("a CUDA build is tested on a machine with a card")).clone()
@@ -458,4 +458,18 @@ fn products_with_bias_and_gelu() {
     }
     let (x, w) = (random(&[3, 16]), random(&[8, 24]));
     assert!(linear_gelu(&x, &w, None).is_err() && linear(&x, &w, None).is_err());
+}
+
+/// A card that is opened twice has a stream for each device: what cuBLASLt works in for one is not the other's meanwhile.
+#[cfg(feature = "cuda")]
+#[test]
+fn products_of_two_streams() {
+    kernels::use_fused(true);
+    let (x, w) = (random(&[64, 512]).to_dtype(DType::BF16).unwrap(), random(&[256, 512]).to_dtype(DType::BF16).unwrap());
+    let truth = linear(&to_f32(&x), &to_f32(&w), None).unwrap();
+    let placed = [card(), kernels::open_cuda(0).unwrap()].map(|card| [&x, &w].map(|x| x.to_device(&card).unwrap()));
+    let products: Vec<Tensor> = placed.iter().cycle().take(6).map(|[x, w]| linear(x, w, None).unwrap()).collect();
+    for product in &products {
+        assert!(relative(product, &truth) < 4e-3);
+    }
 }
