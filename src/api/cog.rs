@@ -9,8 +9,10 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::auth::Caller;
+use super::outputs::patiently;
 use super::problem::{Body, Cog, Problem};
 use super::{Server, replicate};
 use crate::jobs::{Job, Status};
@@ -124,12 +126,15 @@ async fn predict(server: &Server, caller: &Caller, mut headers: HeaderMap, sent:
     let mut job = replicate::accept(server, caller, &headers, model(), &body, held).await?;
     // Megabytes, which nobody needs while the answer is held.
     drop((sent, body));
+    let hold = if detached { Duration::ZERO } else { LONGEST };
+    let until = Instant::now() + hold;
     if !detached {
-        server.wait(&mut job, LONGEST).await;
+        server.wait(&mut job, hold).await;
     }
     let status = if job.status.is_final() { StatusCode::OK } else { StatusCode::ACCEPTED };
     let id = id.unwrap_or_else(|| job.id.to_string());
-    Ok((status, Json(prediction(server, &headers, &job, &id).await?)).into_response())
+    let told = patiently(&job.id, until, || prediction(server, &headers, &job, &id)).await?;
+    Ok((status, Json(told)).into_response())
 }
 
 async fn prediction(server: &Server, headers: &HeaderMap, job: &Job, id: &str) -> Result<Value, Problem> {

@@ -10,9 +10,11 @@ use hmac::{Hmac, KeyInit, Mac};
 use serde_json::json;
 use sha2::Sha256;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::outputs::now;
 use super::places::Places;
+use super::wait::ANSWER;
 use super::{Server, cog, replicate};
 use crate::failpoint::failpoint;
 use crate::jobs::{Delivery, Event, Job};
@@ -38,6 +40,9 @@ const PAUSES: [Duration; 9] = [
     Duration::from_secs(24 * 3600),
     Duration::from_secs(31 * 3600),
 ];
+
+/// Before a delivery that could not be made up is begun again.
+const SOON: Duration = Duration::from_secs(1);
 
 /// A receiver may ask for a longer pause, but not for more than this.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
@@ -65,22 +70,24 @@ impl Server {
                 }
                 Err(error) => tracing::error!(%error, "the outbox cannot be read"),
             }
-            let _ = tokio::time::timeout(LOOK, self.ended.notified()).await;
+            let _ = timeout(LOOK, self.ended.notified()).await;
         }
     }
 
     async fn tell(&self, delivery: &Delivery, job: &Job) {
         failpoint("telling");
-        let pause = match self.send(delivery, job).await {
-            Sent::Told => None,
-            // Whoever missed a start or a log line sees the end.
-            Sent::Again(_) if delivery.event != Event::Completed => None,
-            Sent::Again(asked) => pause(delivery.attempts, asked),
-        };
+        let sent = self.send(delivery, job).await;
         failpoint("told");
-        let kept = match pause {
-            None => self.store.delivered(delivery).await,
-            Some(pause) => self.store.undelivered(delivery, pause).await,
+        let pause = match sent {
+            Sent::Again(asked) if delivery.event == Event::Completed => pause(delivery.attempts, asked),
+            // Whoever missed a start or a log line sees the end.
+            Sent::Told | Sent::Again(_) | Sent::Unready => None,
+        };
+        let kept = match (sent, pause) {
+            // If this fails as well it is due again once its minute is over.
+            (Sent::Unready, _) => self.store.put_off(delivery, SOON).await,
+            (_, Some(pause)) => self.store.undelivered(delivery, pause).await,
+            (_, None) => self.store.delivered(delivery).await,
         };
         if let Err(error) = kept {
             tracing::error!(job = %job.id, %error, "the outbox cannot be written");
@@ -91,12 +98,12 @@ impl Server {
         let Some(webhook) = &job.webhook else { return Sent::Told };
         let base = job.request["address"].as_str().unwrap_or_default();
         // Links, never the pictures themselves: receivers refuse large bodies.
-        let Ok(mut prediction) = replicate::prediction(self, base, job, true).await else { return Sent::Again(None) };
+        let Ok(mut prediction) = replicate::prediction(self, base, job, true).await else { return Sent::Unready };
         // Cog's clients know their predictions by the names that they gave them.
-        match cog::name(self, job).await {
-            Ok(Some(name)) => prediction["id"] = json!(name),
-            Ok(None) => {}
-            Err(_) => return Sent::Again(None),
+        match timeout(ANSWER, cog::name(self, job)).await {
+            Ok(Ok(Some(name))) => prediction["id"] = json!(name),
+            Ok(Ok(None)) => {}
+            Ok(Err(_)) | Err(_) => return Sent::Unready,
         }
         let body = prediction.to_string();
         let id = name(delivery);
@@ -158,12 +165,56 @@ enum Sent {
     Told,
     /// Not now; perhaps after a pause that the receiver asked for.
     Again(Option<Duration>),
+    /// Nobody was asked: what to say could not be made up, as our own database failed.
+    Unready,
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::time::Instant;
+
+    use sqlx::Executor;
+
     use super::*;
-    use crate::jobs::JobId;
+    use crate::api::Keep;
+    use crate::blobs::Blobs;
+    use crate::jobs::{JobId, NewJob, Outcome, Webhook};
+
+    #[tokio::test]
+    async fn a_database_that_fails_costs_no_attempt() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(folder.path().join("files").to_str().unwrap(), &[]).unwrap();
+        let server = Server::for_tests(folder.path(), blobs, Keep::default()).await;
+        let webhook = Webhook { url: "http://127.0.0.1:1/".into(), events: vec![Event::Start, Event::Completed] };
+        server.store.submit(&NewJob { webhook: Some(webhook), ..NewJob::for_tests() }).await.unwrap();
+        let claim = server.store.claim("w", "", &[], &[], Duration::from_secs(60)).await.unwrap().unwrap();
+        server.store.finish(&claim, &Outcome::Canceled).await.unwrap();
+        let begun = Instant::now();
+        let due = async |many: usize| {
+            let mut due = Vec::new();
+            while due.len() < many {
+                assert!(begun.elapsed() < Duration::from_secs(20), "{due:?}");
+                due.extend(server.store.due(9, 9, &BTreeMap::new()).await.unwrap());
+                tokio::time::sleep(LOOK).await;
+            }
+            due
+        };
+        let first = due(2).await;
+        let database = sqlx::AnyPool::connect(&format!("sqlite:{}", folder.path().join("jobs.db").display())).await.unwrap();
+        database.execute("ALTER TABLE idempotency RENAME TO idempotency_away").await.unwrap();
+        for (delivery, job) in &first {
+            server.tell(delivery, job).await;
+        }
+        database.execute("ALTER TABLE idempotency_away RENAME TO idempotency").await.unwrap();
+        let again = due(2).await;
+        assert!(first.iter().all(|(delivery, _)| again.iter().any(|(other, _)| other == delivery)), "{again:?}");
+        // A receiver that fails is another thing.
+        for (delivery, job) in &again {
+            server.tell(delivery, job).await;
+        }
+        assert_eq!(server.store.waiting().await.unwrap().untold, 1, "a start is told once, an end again");
+    }
 
     #[test]
     fn repetitions_have_one_name_and_later_lines_another() {

@@ -17,6 +17,7 @@ mod own;
 mod places;
 mod problem;
 mod replicate;
+mod stream;
 mod submit;
 mod supervise;
 mod tls;
@@ -235,5 +236,24 @@ impl Server {
         };
         let secret = Secret::of(folder).expect("a new secret");
         Arc::new(Self::new(store, blobs, secret, web, Vec::new(), options))
+    }
+
+    /// A job that has ended with one picture, `0.png`, which is not in storage.
+    async fn ended_for_tests(&self) -> crate::jobs::Job {
+        self.store.submit(&crate::jobs::NewJob::for_tests()).await.expect("a job");
+        let claim = self.store.claim("w", "", &[], &[], Duration::from_secs(60)).await.expect("a claim").expect("the job");
+        let result = serde_json::json!({ "files": ["0.png"], "width": 64, "height": 64 });
+        self.store.finish(&claim, &crate::jobs::Outcome::Succeeded(result)).await.expect("its end")
+    }
+
+    /// A job as it was before it was forgotten.
+    async fn gone_for_tests(&self) -> crate::jobs::Job {
+        let (job, _) = self.store.submit(&crate::jobs::NewJob::for_tests()).await.expect("a job");
+        self.store.cancel(&job.tenant, &job.id).await.expect("its end");
+        self.store.strip(&job, &[], true).await.expect("no data");
+        while self.store.forget(Duration::ZERO).await.expect("an answer") == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        job
     }
 }

@@ -9,14 +9,22 @@ use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::Server;
 use super::problem::{Problem, not_found};
+use super::wait::ANSWER;
 use crate::jobs::{Job, JobId};
 use crate::ops::serve::outputs;
 
 /// How long a link works.
 const LIVES: Duration = Duration::from_secs(3600);
+
+/// Longest that storage is asked for the pictures of a job that was waited for,
+pub(super) const READING: Duration = Duration::from_secs(10);
+
+/// and the pause before it is asked again.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// How pictures are given to clients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +91,26 @@ impl Server {
     }
 }
 
+/// What needs the pictures of a job that its client waits for until `until`. Storage that fails is asked again for a while. The problem
+/// then is none that clients answer by sending the job again: it is done.
+pub(super) async fn patiently<T, F>(job: &JobId, until: Instant, reading: impl Fn() -> F) -> Result<T, Problem>
+where
+    F: Future<Output = Result<T, Problem>>,
+{
+    let until = (until + ANSWER).min(Instant::now() + READING);
+    loop {
+        match timeout_at(until, reading()).await {
+            Ok(Err(Problem::Unavailable(..))) if Instant::now() + AGAIN < until => {}
+            Ok(Err(Problem::Unavailable(..))) | Err(_) => {
+                let message = format!("The job {job} is done, but its pictures cannot be read now: GET /darkroom/jobs/{job}");
+                return Err(Problem::Failed("storage".into(), message));
+            }
+            Ok(read) => return read,
+        }
+        sleep(AGAIN).await;
+    }
+}
+
 /// Names of a job's pictures.
 pub(super) fn names(job: &Job) -> Option<Vec<String>> {
     let names = job.result.as_ref()?["files"].as_array()?;
@@ -135,4 +163,41 @@ pub(super) fn file(kind: &str, bytes: bytes::Bytes) -> Response {
         (CACHE_CONTROL, "private, max-age=3600".into()),
     ];
     (headers, bytes).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::api::problem::OpenAi;
+
+    #[tokio::test]
+    async fn a_job_that_is_done_is_not_asked_for_again() {
+        let (id, begun) = (JobId::new(), Instant::now());
+        let away = || async { Err::<(), _>(Problem::Unavailable("It is away.", 30)) };
+        let problem = patiently(&id, begun, away).await.unwrap_err();
+        let silent = patiently(&id, begun, std::future::pending::<Result<(), Problem>>).await.unwrap_err();
+        assert!(begun.elapsed() < READING, "no longer than the client waits");
+        for problem in [problem, silent] {
+            assert!(problem.detail().contains(id.as_str()), "{problem:?}");
+            let answer = OpenAi(problem).into_response();
+            assert_eq!((answer.status().as_u16(), answer.headers()["x-should-retry"].to_str().unwrap()), (500, "false"));
+        }
+    }
+
+    #[tokio::test]
+    async fn storage_that_comes_back_is_asked_again() {
+        let asked = AtomicUsize::new(0);
+        let reading = || async {
+            match asked.fetch_add(1, Ordering::SeqCst) {
+                0 | 1 => Err(Problem::Unavailable("It is away.", 30)),
+                _ => Ok("a picture"),
+            }
+        };
+        assert_eq!(patiently(&JobId::new(), Instant::now() + READING, reading).await.unwrap(), "a picture");
+        let begun = Instant::now();
+        let gone = patiently(&JobId::new(), begun + READING, || async { Err::<(), _>(Problem::NotFound) }).await;
+        assert!(matches!(gone, Err(Problem::NotFound)) && begun.elapsed() < AGAIN, "it is not there, and will not be");
+    }
 }

@@ -1,26 +1,26 @@
 //! Our own addresses, for what the other dialects lack: a job's place in the queue, its progress as it comes, previews.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
-use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use futures_util::stream;
 use serde_json::{Value, json};
+use tokio::time::timeout;
 
 use super::auth::Caller;
 use super::openai::Request;
-use super::outputs::file;
+use super::outputs::{file, names};
 use super::problem::{Body, Problem};
-use super::wait::{COMMENT, STREAM};
+use super::stream::{self, Tell};
+use super::wait::ANSWER;
 use super::{Server, replicate};
 use crate::fetch::CacheView;
-use crate::jobs::{Job, JobId, Status};
+use crate::jobs::{Job, Status};
 use crate::ops::serve::preview;
 
 type Answer = Result<Response, Problem>;
@@ -85,16 +85,17 @@ async fn create(State(server): State<Arc<Server>>, caller: Caller, headers: Head
     let submission = request.submission(&server, &caller, &headers).await?;
     let unit = server.unit(request.served.is_dev()).clone();
     let (job, _) = server.submit(&caller, &unit, &headers, submission).await?;
-    Ok((StatusCode::ACCEPTED, Json(describe(&server, &server.base(&headers), &job).await?)).into_response())
+    Ok((StatusCode::ACCEPTED, Json(describe(&server, &server.base(&headers), &job).await)).into_response())
 }
 
 async fn show(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Path(id): Path<String>) -> Answer {
     let job = replicate::find(&server, &caller, &id).await?;
-    Ok(Json(describe(&server, &server.base(&headers), &job).await?).into_response())
+    Ok(Json(describe(&server, &server.base(&headers), &job).await).into_response())
 }
 
-async fn describe(server: &Server, base: &str, job: &Job) -> Result<Value, Problem> {
+async fn describe(server: &Server, base: &str, job: &Job) -> Value {
     let id = &job.id;
+    let links = |names: Vec<String>| names.iter().map(|name| server.link(base, job, name)).collect::<Vec<_>>();
     let mut job_now = json!({
         "id": id.as_str(),
         "status": job.status.as_str(),
@@ -102,7 +103,7 @@ async fn describe(server: &Server, base: &str, job: &Job) -> Result<Value, Probl
         "created_at": replicate::time(job.created_at),
         "started_at": job.started_at.map(replicate::time),
         "completed_at": job.completed_at.map(replicate::time),
-        "pictures": server.pictures(job, base, true).await?,
+        "pictures": names(job).map(links),
         "result": job.result,
         "error": job.error.as_ref().map(|message| json!({ "code": job.error_code, "message": message })),
         "urls": {
@@ -113,13 +114,14 @@ async fn describe(server: &Server, base: &str, job: &Job) -> Result<Value, Probl
         },
     });
     if job.status == Status::Queued {
-        match server.store.ahead(id).await {
-            Ok(ahead) => job_now["ahead"] = json!(ahead),
-            // The job was accepted, and whoever is told to send it again gets a second one.
-            Err(error) => tracing::warn!(job = %id, %error, "how many are before a job is not known"),
+        // Known or not: the job was accepted, and whoever is told to send it again, or nothing for long, gets a second one.
+        match timeout(ANSWER, server.store.ahead(id)).await {
+            Ok(Ok(ahead)) => job_now["ahead"] = json!(ahead),
+            Ok(Err(error)) => tracing::warn!(job = %id, %error, "how many are before a job is not known"),
+            Err(_) => tracing::warn!(job = %id, "how many are before a job is not known in time"),
         }
     }
-    Ok(job_now)
+    job_now
 }
 
 /// The newest preview, if the job was created with `"stream": true` and has begun.
@@ -130,43 +132,44 @@ async fn picture(State(server): State<Arc<Server>>, caller: Caller, Path(id): Pa
 }
 
 struct Watched {
-    tenant: String,
-    job: JobId,
     base: String,
     last: Option<String>,
-    over: bool,
 }
 
-/// `progress` whenever it changes (with `previews`, counting), `done` at the end: each the whole job.
+/// `progress` whenever it changes (with `previews`, counting), `done` at the end: each the whole job. `error` if there is no end.
 async fn events(State(server): State<Arc<Server>>, caller: Caller, headers: HeaderMap, Path(id): Path<String>) -> Answer {
     let job = replicate::find(&server, &caller, &id).await?;
-    let watched = Watched { tenant: caller.tenant, job: job.id, base: server.base(&headers), last: None, over: false };
-    let events = stream::unfold((server, watched), |(server, mut watched)| async move {
-        while !watched.over {
-            let job = server.look(&watched.tenant, &watched.job).await?;
-            let now = describe(&server, &watched.base, &job).await.ok()?;
-            watched.over = job.status.is_final();
-            let name = if watched.over { "done" } else { "progress" };
-            // Links are signed anew each time and are no news.
-            let state = format!("{}{}{}", now["status"], now["progress"], now["ahead"]);
-            if watched.over || watched.last.as_ref() != Some(&state) {
-                watched.last = Some(state);
-                let event = Event::default().event(name).data(now.to_string());
-                return Some((Ok::<_, Infallible>(event), (server, watched)));
-            }
-            tokio::time::sleep(STREAM).await;
+    let watched = Watched { base: server.base(&headers), last: None };
+    Ok(stream::events(server, job, watched))
+}
+
+impl Tell for Watched {
+    async fn news(&mut self, server: &Server, job: &Job) -> Vec<Event> {
+        let now = describe(server, &self.base, job).await;
+        // Links are signed anew each time and are no news.
+        let state = format!("{}{}{}", now["status"], now["progress"], now["ahead"]);
+        if !job.status.is_final() && self.last.as_ref() == Some(&state) {
+            return Vec::new();
         }
-        None
-    });
-    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(COMMENT)).into_response())
+        self.last = Some(state);
+        let name = if job.status.is_final() { "done" } else { "progress" };
+        vec![Event::default().event(name).data(now.to_string())]
+    }
+
+    fn problem(&self, problem: Problem) -> Vec<Event> {
+        vec![Event::default().event("error").data(problem.replicate().to_string())]
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use sqlx::Executor;
 
     use super::*;
     use crate::api::Keep;
+    use crate::api::stream::said;
     use crate::blobs::Blobs;
     use crate::jobs::NewJob;
 
@@ -176,10 +179,42 @@ mod tests {
         let blobs = Blobs::open(folder.path().join("files").to_str().unwrap(), &[]).unwrap();
         let server = Server::for_tests(folder.path(), blobs, Keep::default()).await;
         let (job, _) = server.store.submit(&NewJob::for_tests()).await.unwrap();
-        assert_eq!(describe(&server, "", &job).await.unwrap()["ahead"], 0);
+        assert_eq!(describe(&server, "", &job).await["ahead"], 0);
         let database = sqlx::AnyPool::connect(&format!("sqlite:{}", folder.path().join("jobs.db").display())).await.unwrap();
         database.execute("ALTER TABLE jobs RENAME TO jobs_away").await.unwrap();
-        let now = describe(&server, "", &job).await.unwrap();
+        let now = describe(&server, "", &job).await;
         assert_eq!((now["id"].as_str(), &now["ahead"]), (Some(job.id.as_str()), &Value::Null));
+    }
+
+    #[tokio::test]
+    async fn a_job_is_described_while_the_database_hangs() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(folder.path().join("files").to_str().unwrap(), &[]).unwrap();
+        let server = Server::for_tests(folder.path(), blobs, Keep::default()).await;
+        let (job, _) = server.store.submit(&NewJob::for_tests()).await.unwrap();
+        let database = sqlx::AnyPool::connect(&format!("sqlite:{}", folder.path().join("jobs.db").display())).await.unwrap();
+        let writing = database.begin_with("BEGIN IMMEDIATE").await.unwrap();
+        // They wait for it with all connections that there are.
+        for _ in 0..16 {
+            let store = server.store.clone();
+            tokio::spawn(async move { store.abandon("nobody").await });
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let begun = Instant::now();
+        let now = describe(&server, "", &job).await;
+        assert_eq!((now["id"].as_str(), &now["ahead"]), (Some(job.id.as_str()), &Value::Null));
+        assert!(begun.elapsed() < 2 * ANSWER, "{:?}", begun.elapsed());
+        writing.rollback().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_stream_ends_if_its_job_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(folder.path().join("files").to_str().unwrap(), &[]).unwrap();
+        let server = Server::for_tests(folder.path(), blobs, Keep::default()).await;
+        let job = server.gone_for_tests().await;
+        let said = said(stream::events(server, job, Watched { base: String::new(), last: None })).await;
+        let error = said.find("event: error\n").expect(&said);
+        assert!(said.starts_with("event: progress\n") && said[error..].contains("404"), "{said}");
     }
 }

@@ -52,7 +52,7 @@ pub(super) enum Problem {
     /// The server cannot; seconds to wait.
     Unavailable(&'static str, u64),
     Conflict,
-    /// A job that was accepted and failed: its code and message.
+    /// A job that was accepted and failed, or cannot be answered now: its code and message.
     Failed(String, String),
     /// What this server does not do.
     Unsupported(&'static str),
@@ -145,7 +145,7 @@ impl Problem {
     }
 
     /// Replicate's body.
-    fn replicate(&self) -> Value {
+    pub(super) fn replicate(&self) -> Value {
         let status = self.status().as_u16();
         match self {
             // Replicate says no more than this.
@@ -199,7 +199,7 @@ impl Problem {
     fn answer(&self, body: &Value, kind: &'static str, status: StatusCode) -> Response {
         let mut response = (status, [(CONTENT_TYPE, kind)], body.to_string()).into_response();
         if matches!(self, Self::Failed(..)) {
-            // Asked again it fails again.
+            // Sent again it fails again, or is a second job.
             response.headers_mut().insert("x-should-retry", HeaderValue::from_static("false"));
         }
         if let Some(seconds) = self.wait() {

@@ -13,17 +13,14 @@ use crate::jobs::{Job, JobId};
 /// How often the store is asked what ended. Jobs of our own workers are told of at once.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How often a stream looks for what is new of its job,
+/// How often a stream looks for what is new of its job.
 pub(super) const STREAM: Duration = Duration::from_millis(200);
-
-/// and sends a comment: clients give up after 30 s of silence.
-pub(super) const COMMENT: Duration = Duration::from_secs(10);
 
 /// After so long a held request looks for itself.
 const DOUBT: Duration = Duration::from_secs(10);
 
 /// For the store's last answer: clients give up soon after the time that they asked for.
-const ANSWER: Duration = Duration::from_secs(2);
+pub(super) const ANSWER: Duration = Duration::from_secs(2);
 
 /// Milliseconds by which commits may come later than the time they carry.
 const LATE: i64 = 5_000;
@@ -79,16 +76,6 @@ impl Drop for Place<'_> {
 }
 
 impl Server {
-    /// A job as it is, once the database answers; `None` if it is gone.
-    pub(super) async fn look(&self, tenant: &str, job: &JobId) -> Option<Job> {
-        loop {
-            match self.store.get(tenant, job).await {
-                Ok(job) => return job,
-                Err(_) => tokio::time::sleep(STREAM).await,
-            }
-        }
-    }
-
     /// Waits until the job has ended, for `longest` at most; then it is as it was last seen. `false` if it is gone. A database that fails
     /// meanwhile is asked again: the job was accepted, and whoever is told to send it again gets a second one.
     pub(super) async fn wait(&self, job: &mut Job, longest: Duration) -> bool {

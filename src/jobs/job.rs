@@ -139,7 +139,7 @@ pub struct Job {
     pub error_code: Option<String>,
     pub error: Option<String>,
     pub webhook: Option<Webhook>,
-    /// Pictures, input and logs were removed because they were old.
+    /// Pictures, input and logs were removed because they were old. Pictures may be left in storage that fails, until it does not.
     pub data_removed: bool,
 }
 

@@ -94,10 +94,16 @@ impl Store {
         let done = self.query("DELETE FROM outbox WHERE job = $1 AND event = $2 AND logged = $3").bind(delivery.job.as_str());
         let done = done.bind(delivery.event.as_str()).bind(delivery.logged).execute(self.pool()).await?;
         if done.rows_affected() == 0 {
-            let next = self.query("UPDATE outbox SET next_at = {now} + $1 WHERE job = $2 AND event = $3");
-            let next = next.bind(milliseconds(TOGETHER)).bind(delivery.job.as_str()).bind(delivery.event.as_str());
-            next.execute(self.pool()).await?;
+            self.put_off(delivery, TOGETHER).await?;
         }
+        Ok(())
+    }
+
+    /// To be told after `pause`, as if nobody had taken it: nobody was asked to hear it.
+    pub async fn put_off(&self, delivery: &Delivery, pause: Duration) -> Result<(), Error> {
+        let later = self.query("UPDATE outbox SET next_at = {now} + $1 WHERE job = $2 AND event = $3");
+        let later = later.bind(milliseconds(pause)).bind(delivery.job.as_str()).bind(delivery.event.as_str());
+        later.execute(self.pool()).await?;
         Ok(())
     }
 

@@ -10,6 +10,10 @@ use super::rows::job;
 use super::store::milliseconds;
 use super::{Error, Job, JobId, Store};
 
+/// What `data_removed` is: nothing is left, or only the files in storage.
+const REMOVED: i64 = 1;
+const FILES_LEFT: i64 = 2;
+
 /// Jobs that ended, and the database's time, from which the next question goes on.
 #[derive(Debug, Clone)]
 pub struct Ended {
@@ -74,25 +78,28 @@ impl Store {
         open.fetch_all(self.pool()).await?.iter().map(id).collect()
     }
 
-    /// Jobs that ended longer ago than `age` and whose data was not removed: at most 100, drawn by lot, so that those whose files cannot be
-    /// removed do not keep back the others.
+    /// Jobs that ended longer ago than `age` and of which something is left: at most 100. Those of which only files are left come last and
+    /// are drawn by lot, so that what cannot be removed does not keep back the others.
     pub async fn old(&self, age: Duration) -> Result<Vec<Job>, Error> {
-        let old = "SELECT {columns} FROM jobs WHERE data_removed = 0 AND completed_at < {now} - $1 AND id NOT IN (SELECT job FROM outbox) \
-             ORDER BY RANDOM() LIMIT 100";
-        self.query(old).bind(milliseconds(age)).fetch_all(self.pool()).await?.iter().map(job).collect()
+        let old = "SELECT {columns} FROM jobs WHERE data_removed <> $1 AND completed_at < {now} - $2 \
+             AND id NOT IN (SELECT job FROM outbox) ORDER BY data_removed, RANDOM() LIMIT 100";
+        self.query(old).bind(REMOVED).bind(milliseconds(age)).fetch_all(self.pool()).await?.iter().map(job).collect()
     }
 
-    /// Removes input, logs and result of a job whose pictures were removed. Of the request the members `kept` stay.
-    pub async fn strip(&self, Job { id, request, .. }: &Job, kept: &[&str]) -> Result<(), Error> {
+    /// Removes input, logs and result of a job. Of the request the members `kept` stay. While files are left it is one of [`Self::old`].
+    pub async fn strip(&self, Job { id, request, .. }: &Job, kept: &[&str], files_gone: bool) -> Result<(), Error> {
         let rest: Map<String, Value> = kept.iter().map(|name| ((*name).into(), request[*name].clone())).collect();
-        let strip = "UPDATE jobs SET data_removed = 1, logs = '', result = NULL, request = $1, progress = NULL, webhook = NULL WHERE id = $2";
-        self.query(strip).bind(Value::Object(rest).to_string()).bind(id.as_str()).execute(self.pool()).await?;
+        let strip = "UPDATE jobs SET data_removed = $1, logs = '', result = NULL, request = $2, progress = NULL, webhook = NULL \
+             WHERE id = $3";
+        let strip = self.query(strip).bind(if files_gone { REMOVED } else { FILES_LEFT });
+        strip.bind(Value::Object(rest).to_string()).bind(id.as_str()).execute(self.pool()).await?;
         Ok(())
     }
 
-    /// Forgets jobs that ended longer ago than `age` and whose data was removed.
+    /// Forgets jobs that ended longer ago than `age` and of which nothing is left, in storage either: what is not named is never removed.
     pub async fn forget(&self, age: Duration) -> Result<u64, Error> {
-        let forget = self.query("DELETE FROM jobs WHERE data_removed = 1 AND completed_at < {now} - $1").bind(milliseconds(age));
+        let forget = self.query("DELETE FROM jobs WHERE data_removed = $1 AND completed_at < {now} - $2");
+        let forget = forget.bind(REMOVED).bind(milliseconds(age));
         let forgotten = forget.execute(self.pool()).await?.rows_affected();
         if forgotten > 0 {
             let keys = self.query("DELETE FROM idempotency WHERE job NOT IN (SELECT id FROM jobs)");

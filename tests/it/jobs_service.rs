@@ -157,7 +157,11 @@ fn what_ended_what_waits_and_what_grew_old() {
         tokio::time::sleep(Duration::from_millis(5)).await;
         let old = store.old(Duration::ZERO).await.unwrap();
         assert_eq!(old.iter().map(|job| &job.id).collect::<Vec<_>>(), [&first.id], "what waits stays");
-        store.strip(&old[0], &["seed"]).await.unwrap();
+        store.strip(&old[0], &["seed"], false).await.unwrap();
+        let left = store.old(Duration::ZERO).await.unwrap();
+        assert!(left.len() == 1 && left[0].data_removed && left[0].logs.is_empty(), "its files are left: {left:?}");
+        assert_eq!(store.forget(Duration::ZERO).await.unwrap(), 0);
+        store.strip(&left[0], &["seed"], true).await.unwrap();
         assert!(store.old(Duration::ZERO).await.unwrap().is_empty());
         let left = store.get("me", &first.id).await.unwrap().unwrap();
         assert!(left.data_removed && left.logs.is_empty() && left.result.is_none() && left.status == Status::Succeeded);
@@ -170,7 +174,7 @@ fn what_ended_what_waits_and_what_grew_old() {
         assert_eq!(store.submit(&keyed).await.unwrap().0.id, once.id);
         store.cancel("me", &once.id).await.unwrap();
         tokio::time::sleep(Duration::from_millis(5)).await;
-        store.strip(&store.old(Duration::ZERO).await.unwrap()[0], &[]).await.unwrap();
+        store.strip(&store.old(Duration::ZERO).await.unwrap()[0], &[], true).await.unwrap();
         assert_eq!(store.forget(Duration::ZERO).await.unwrap(), 1);
         assert_ne!(store.submit(&keyed).await.unwrap().0.id, once.id);
     });

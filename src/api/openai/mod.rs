@@ -2,35 +2,31 @@
 
 mod request;
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Path, State};
 use axum::http::HeaderMap;
-use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use futures_util::stream::{self, StreamExt};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 pub(super) use self::request::Request;
 use super::auth::Caller;
 use super::bodies::in_time;
-use super::outputs::names;
+use super::outputs::{READING, names, patiently};
 use super::problem::{Body, Form, OpenAi, Problem};
+use super::stream::{self, Tell};
 use super::submit::{Submission, base64, fingerprint};
-use super::wait::COMMENT;
 use super::{Server, replicate};
 use crate::jobs::{Job, Status};
 use crate::ops::serve::preview;
 
 /// Longest that an answer is held; clients wait ten minutes.
 const LONGEST: Duration = Duration::from_secs(600);
-
-/// How often a streamed job is looked at.
-const LOOK: Duration = Duration::from_millis(200);
 
 type Answer = Result<Response, OpenAi>;
 
@@ -67,16 +63,22 @@ async fn edit(State(server): State<Arc<Server>>, caller: Caller, headers: Header
 async fn answer(server: Arc<Server>, caller: Caller, headers: HeaderMap, mut request: Request) -> Answer {
     let submission = request.submission(&server, &caller, &headers).await?;
     let unit = server.unit(request.served.is_dev()).clone();
-    let (mut job, _) = server.submit(&caller, &unit, &headers, submission).await?;
+    let (job, _) = server.submit(&caller, &unit, &headers, submission).await?;
     request.accepted();
     if request.stream {
-        return Ok(streamed(server, job, request).into_response());
+        return Ok(stream::events(server, job, Streamed { request, sent: 0, seen: 0 }));
     }
+    held(&server, &headers, job, &request).await
+}
+
+/// The answer once the job has ended.
+async fn held(server: &Server, headers: &HeaderMap, mut job: Job, request: &Request) -> Answer {
+    let until = Instant::now() + LONGEST;
     if !server.wait(&mut job, LONGEST).await {
         return Err(Problem::NotFound.into());
     }
-    let data = pictures(&server, &headers, &job, request.links).await?;
-    Ok(Json(finished(&job, &request, &data)).into_response())
+    let data = patiently(&job.id, until, || pictures(server, headers, &job, request.links)).await?;
+    Ok(Json(finished(&job, request, &data)).into_response())
 }
 
 /// The pictures of a job that has ended well.
@@ -96,7 +98,7 @@ async fn pictures(server: &Server, headers: &HeaderMap, job: &Job, links: bool) 
     }
     let base = server.base(headers);
     let mut data = Vec::new();
-    for name in names(job).unwrap_or_default() {
+    for name in names(job).ok_or(Problem::NotFound)? {
         if links {
             data.push(json!({ "url": server.link(&base, job, &name) }));
         } else {
@@ -133,75 +135,62 @@ fn finished(job: &Job, request: &Request, data: &[Value]) -> Value {
     })
 }
 
+/// Partial pictures from latents, at most as many as were asked for, and the finished ones.
 struct Streamed {
-    job: Job,
     request: Request,
     /// Partial pictures that were sent.
     sent: u64,
     seen: u64,
-    over: bool,
 }
 
-/// Partial pictures from latents, at most as many as were asked for, and the finished ones.
-fn streamed(server: Arc<Server>, job: Job, request: Request) -> Sse<impl futures_util::Stream<Item = Result<Event, Infallible>>> {
-    let state = Streamed { job, request, sent: 0, seen: 0, over: false };
-    let events = stream::unfold((server, state), |(server, mut state)| async move {
-        while !state.over {
-            let events = state.next(&server).await;
-            if !events.is_empty() {
-                return Some((stream::iter(events.into_iter().map(Ok)), (server, state)));
-            }
+impl Tell for Streamed {
+    async fn news(&mut self, server: &Server, job: &Job) -> Vec<Event> {
+        if job.status.is_final() {
+            return self.end(server, job).await;
         }
-        None
-    });
-    Sse::new(events.flatten()).keep_alive(KeepAlive::new().interval(COMMENT))
-}
-
-impl Streamed {
-    async fn next(&mut self, server: &Server) -> Vec<Event> {
-        if !server.wait(&mut self.job, LOOK).await {
-            self.over = true;
-            return vec![failed(Problem::NotFound)];
-        }
-        if self.job.status.is_final() {
-            self.over = true;
-            return self.end(server).await;
-        }
-        let shown = self.job.progress.as_ref().and_then(|progress| progress["previews"].as_u64()).unwrap_or(0);
+        let shown = job.progress.as_ref().and_then(|progress| progress["previews"].as_u64()).unwrap_or(0);
         if shown <= self.seen || self.sent >= self.request.partial_images {
             return Vec::new();
         }
         self.seen = shown;
-        let Ok(Some(picture)) = server.blobs.get(&preview(self.job.id.as_str())).await else { return Vec::new() };
-        let mut event = self.describe("partial_image", &base64(&picture), "webp");
+        let Ok(Some(picture)) = server.blobs.get(&preview(job.id.as_str())).await else { return Vec::new() };
+        let mut event = self.describe(job, "partial_image", &base64(&picture), "webp");
         event["partial_image_index"] = json!(self.sent);
         self.sent += 1;
         vec![named(&event)]
     }
 
-    async fn end(&self, server: &Server) -> Vec<Event> {
-        match pictures(server, &HeaderMap::new(), &self.job, false).await {
+    /// Clients raise what they find under `error`.
+    fn problem(&self, problem: Problem) -> Vec<Event> {
+        vec![Event::default().event("error").data(OpenAi(problem).body().to_string())]
+    }
+}
+
+impl Streamed {
+    async fn end(&self, server: &Server, job: &Job) -> Vec<Event> {
+        let headers = HeaderMap::new();
+        match patiently(&job.id, Instant::now() + READING, || pictures(server, &headers, job, false)).await {
             Ok(pictures) => {
                 let completed = |picture: &Value| {
                     let text = picture["b64_json"].as_str().unwrap_or_default();
-                    let mut event = self.describe("completed", text, &self.request.format);
-                    event["usage"] = finished(&self.job, &self.request, &[])["usage"].clone();
+                    let mut event = self.describe(job, "completed", text, &self.request.format);
+                    event["usage"] = finished(job, &self.request, &[])["usage"].clone();
                     named(&event)
                 };
                 pictures.iter().map(completed).collect()
             }
-            Err(problem) => vec![failed(problem)],
+            Err(problem) => self.problem(problem),
         }
     }
 
-    fn describe(&self, what: &str, picture: &str, format: &str) -> Value {
+    fn describe(&self, job: &Job, what: &str, picture: &str, format: &str) -> Value {
         let family = if self.request.edit { "image_edit" } else { "image_generation" };
-        let order = &self.job.request["order"]["size"];
+        let order = &job.request["order"]["size"];
         let size = order.as_array().map_or_else(|| "auto".to_owned(), |size| format!("{}x{}", size[0], size[1]));
         json!({
             "type": format!("{family}.{what}"),
             "b64_json": picture,
-            "created_at": self.job.created_at / 1000,
+            "created_at": job.created_at / 1000,
             "size": size,
             "quality": "auto",
             "background": "opaque",
@@ -214,11 +203,6 @@ fn named(event: &Value) -> Event {
     Event::default().event(event["type"].as_str().unwrap_or_default()).data(event.to_string())
 }
 
-/// Clients raise what they find under `error`.
-fn failed(problem: Problem) -> Event {
-    Event::default().event("error").data(OpenAi(problem).body().to_string())
-}
-
 /// What of a request tells it from others, for its idempotency key.
 fn idempotency(headers: &HeaderMap, body: &serde_json::Map<String, Value>) -> Option<(String, String)> {
     let key = headers.get("idempotency-key")?.to_str().ok()?;
@@ -228,28 +212,53 @@ fn idempotency(headers: &HeaderMap, body: &serde_json::Map<String, Value>) -> Op
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use serde_json::Map;
-    use sqlx::Executor;
 
     use super::*;
     use crate::api::Keep;
     use crate::api::bodies::Held;
+    use crate::api::stream::said;
     use crate::blobs::Blobs;
-    use crate::jobs::NewJob;
+    use crate::ops::serve::outputs;
+
+    async fn server(folder: &Path) -> Arc<Server> {
+        let blobs = Blobs::open(folder.join("files").to_str().unwrap(), &[]).unwrap();
+        Server::for_tests(folder, blobs, Keep::default()).await
+    }
+
+    fn request() -> Request {
+        let body = Map::from_iter([("prompt".to_owned(), json!("a cat"))]);
+        Request::new(body, Arc::new(Held::of("me"))).unwrap()
+    }
 
     #[tokio::test]
     async fn a_stream_ends_if_its_job_is_gone() {
         let folder = tempfile::tempdir().unwrap();
-        let blobs = Blobs::open(folder.path().join("files").to_str().unwrap(), &[]).unwrap();
-        let server = Server::for_tests(folder.path(), blobs, Keep::default()).await;
-        let (job, _) = server.store.submit(&NewJob::for_tests()).await.unwrap();
-        let body = Map::from_iter([("prompt".to_owned(), json!("a cat"))]);
-        let request = Request::new(body, Arc::new(Held::of("me"))).unwrap();
-        let database = sqlx::AnyPool::connect(&format!("sqlite:{}", folder.path().join("jobs.db").display())).await.unwrap();
-        database.execute("DELETE FROM jobs").await.unwrap();
-        let sent = axum::body::to_bytes(streamed(server, job, request).into_response().into_body(), usize::MAX);
-        let sent = tokio::time::timeout(LOOK * 20, sent).await.expect("it ends").unwrap();
-        let sent = String::from_utf8_lossy(&sent);
-        assert!(sent.starts_with("event: error\n") && sent.contains("not_found"), "{sent}");
+        let server = server(folder.path()).await;
+        let job = server.gone_for_tests().await;
+        let said = said(stream::events(server, job, Streamed { request: request(), sent: 0, seen: 0 })).await;
+        assert!(said.starts_with("event: error\n") && said.contains("not_found"), "{said}");
+    }
+
+    #[tokio::test]
+    async fn storage_that_fails_when_a_job_is_done_is_asked_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = server(folder.path()).await;
+        let job = server.ended_for_tests().await;
+        let key = format!("{}/0.png", outputs(job.id.as_str()));
+        let path = folder.path().join("files").join(&key);
+        // Nobody can follow a link to itself, and what is put in its place is there at once.
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink(&path, &path).unwrap();
+        let (headers, request) = (HeaderMap::new(), request());
+        let back = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            server.blobs.put(&key, vec![1, 2, 3]).await.unwrap();
+        };
+        let (answer, ()) = tokio::join!(held(&server, &headers, job.clone(), &request), back);
+        let body = axum::body::to_bytes(answer.unwrap().into_body(), usize::MAX).await.unwrap();
+        assert_eq!(serde_json::from_slice::<Value>(&body).unwrap()["data"][0]["b64_json"], "AQID");
     }
 }

@@ -231,7 +231,14 @@ pub(super) const ROUTES: &[Route] = &[
         None,
         &[("200", JSON, "Job"), ("404", PROBLEM, "Problem")],
     ),
-    route(GET, "/darkroom/jobs/{id}/events", "darkroom", "The job whenever it changes: `progress`, then `done`.", None, STREAM),
+    route(
+        GET,
+        "/darkroom/jobs/{id}/events",
+        "darkroom",
+        "The job whenever it changes: `progress`, then `done`; `error` if it is gone.",
+        None,
+        STREAM,
+    ),
     route(
         GET,
         "/darkroom/jobs/{id}/preview",

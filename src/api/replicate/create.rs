@@ -10,6 +10,7 @@ use axum::http::header::LOCATION;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::IntoResponse;
 use serde_json::{Map, Value, json};
+use tokio::time::Instant;
 
 use super::headers::{object, wait, webhook, within};
 use super::prediction::prediction;
@@ -18,9 +19,10 @@ use super::{Answer, input};
 use crate::api::Server;
 use crate::api::auth::Caller;
 use crate::api::bodies::Held;
+use crate::api::outputs::patiently;
 use crate::api::problem::{Body, Invalid, Problem};
 use crate::api::submit::{Submission, check_order, fingerprint};
-use crate::jobs::Job;
+use crate::jobs::{Job, Status};
 
 /// A client that waits for 60 s in all gives up, and asks a second time, if the answer takes as long.
 const HOLD: Duration = Duration::from_secs(57);
@@ -135,11 +137,23 @@ pub(in crate::api) async fn accept(
 
 /// The prediction, once it has ended if the client waits.
 async fn respond(server: &Server, headers: &HeaderMap, mut job: Job, wait: Option<Duration>) -> Answer {
-    if let Some(wait) = wait {
-        server.wait(&mut job, wait.min(HOLD)).await;
+    let hold = wait.map_or(Duration::ZERO, |wait| wait.min(HOLD));
+    let until = Instant::now() + hold;
+    if wait.is_some() {
+        server.wait(&mut job, hold).await;
     }
     let base = server.base(headers);
-    let mut prediction = prediction(server, &base, &job, server.gives_links(&base)).await?;
+    let links = server.gives_links(&base);
+    let told = patiently(&job.id, until, || prediction(server, &base, &job, links)).await;
+    let mut prediction = match told {
+        Ok(told) => told,
+        Err(_) => {
+            // Whoever is told of an error sends the job again. As long as its pictures cannot be read it has not ended: clients then
+            // ask for it by its id.
+            job = Job { status: Status::Running, completed_at: None, result: None, ..job };
+            prediction(server, &base, &job, links).await?
+        }
+    };
     let ended = job.status.is_final();
     if !ended {
         // Clients take any other word for the end.
@@ -148,4 +162,36 @@ async fn respond(server: &Server, headers: &HeaderMap, mut job: Job, wait: Optio
     let status = if wait.is_some() && !ended { StatusCode::ACCEPTED } else { StatusCode::CREATED };
     let location = format!("{base}/v1/predictions/{}", job.id);
     Ok((status, [(LOCATION, location)], Json(prediction)).into_response())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::Keep;
+    use crate::blobs::Blobs;
+    use crate::ops::serve::outputs;
+
+    #[tokio::test]
+    async fn a_job_whose_pictures_cannot_be_read_is_not_sent_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(folder.path().join("files").to_str().unwrap(), &[]).unwrap();
+        let server = Server::for_tests(folder.path(), blobs, Keep::default()).await;
+        let job = server.ended_for_tests().await;
+        let answer = async || {
+            let answer = respond(&server, &HeaderMap::new(), job.clone(), Some(Duration::from_secs(1))).await.unwrap();
+            let (status, body) = (answer.status(), axum::body::to_bytes(answer.into_body(), usize::MAX).await.unwrap());
+            (status, serde_json::from_slice::<Value>(&body).unwrap())
+        };
+        // A file in the place of the folder: root may read every folder.
+        let away = folder.path().join("files/outputs");
+        std::fs::write(&away, b"").unwrap();
+        let (status, later) = answer().await;
+        assert_eq!((status, later["id"].as_str()), (StatusCode::ACCEPTED, Some(job.id.as_str())));
+        assert!(later["status"] == "starting" && later["output"].is_null() && later["completed_at"].is_null(), "{later}");
+        std::fs::remove_file(&away).unwrap();
+        server.blobs.put(&format!("{}/0.png", outputs(job.id.as_str())), vec![1, 2, 3]).await.unwrap();
+        let (status, now) = answer().await;
+        assert_eq!((status, &now["status"]), (StatusCode::CREATED, &json!("succeeded")));
+        assert_eq!(now["output"], json!(["data:image/png;base64,AQID"]));
+    }
 }
