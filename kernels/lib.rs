@@ -67,5 +67,5 @@ pub use ops::norm::{
 pub use ops::rotary::rotate;
 pub use proof::{Proof, prove};
 pub use settle::{settle_attention, settle_convolution};
-pub use transfer::{PLACES, forget_places, to_device, upload, visit, visit_bytes};
+pub use transfer::{PLACES, forget_places, to_device, upload, upload_blocks, visit, visit_bytes};
 pub use whose::{Whose, Work, choose, chosen};

@@ -4,7 +4,10 @@
 //! ([`crate::use_fused`]) all cores copy it, a piece at a time, into page-locked buffers, which the card reads on a stream of its own: beside
 //! its work, and beside the copying of the next piece. Without them, and on other devices, it is left to candle.
 
-use candle_core::{DType, Device, Result, Tensor};
+use std::borrow::Cow;
+
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use crate::memory::zeros;
@@ -23,6 +26,27 @@ pub fn upload(parts: &[&[u8]], dtype: DType, shape: &[usize], device: &Device) -
         return cuda::upload(card, parts, dtype, shape);
     }
     from_parts(parts, dtype, shape, device)
+}
+
+/// GGUF's blocks of these bytes, one part after another, as a tensor of `shape` on `device`. Errors if they are not as many as it has.
+pub fn upload_blocks(parts: &[&[u8]], kind: GgmlDType, shape: &[usize], device: &Device) -> Result<QTensor> {
+    let (bytes, n) = (parts.iter().map(|part| part.len()).sum::<usize>(), shape.iter().product::<usize>());
+    if bytes * kind.block_size() != n * kind.type_size() {
+        bail!("{bytes} bytes for {shape:?} of {kind:?}");
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(card) = cuda::link(device, DType::U8) {
+        return cuda::upload_blocks(card, parts, kind, shape);
+    }
+    blocks_from_parts(parts, kind, shape, device)
+}
+
+fn blocks_from_parts(parts: &[&[u8]], kind: GgmlDType, shape: &[usize], device: &Device) -> Result<QTensor> {
+    let bytes = match parts {
+        [one] => Cow::Borrowed(*one),
+        parts => Cow::Owned(parts.concat()),
+    };
+    QTensor::new(QStorage::from_data(bytes, device, kind)?, shape)
 }
 
 fn from_parts(parts: &[&[u8]], dtype: DType, shape: &[usize], device: &Device) -> Result<Tensor> {
@@ -107,6 +131,8 @@ mod cuda {
 
     use candle_core::cuda_backend::WrapErr;
     use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result};
+    use candle_core::quantized::cuda::QCudaStorage;
+    use candle_core::quantized::{GgmlDType, QStorage, QTensor};
     use candle_core::{CpuStorage, CudaDevice, DType, Device, Result, Storage, Tensor, bail};
 
     use super::PLACES;
@@ -246,16 +272,14 @@ mod cuda {
         })
     }
 
-    /// Sends `parts` to `memory`, whose first bytes they become; what the card does after it waits for them.
-    fn send(link: &mut Link, card: &CudaDevice, parts: &[&[u8]], memory: &Tensor, ready: &CudaEvent) -> Result<()> {
-        with_addresses(card, &[Some(memory)], |at| {
-            let arrived = link.send(parts, at[0], ready).and_then(|arrived| card.cuda_stream().wait(&arrived));
-            if arrived.is_err() {
-                // What is under way still reads and writes memory that others are about to get.
-                let _ = link.stream.synchronize();
-            }
-            arrived.w()
-        })
+    /// Sends `parts` to `to` on the card; what it does after that waits for them.
+    fn send(link: &mut Link, card: &CudaDevice, parts: &[&[u8]], to: u64, ready: &CudaEvent) -> Result<()> {
+        let arrived = link.send(parts, to, ready).and_then(|arrived| card.cuda_stream().wait(&arrived));
+        if arrived.is_err() {
+            // What is under way still reads and writes memory that others are about to get.
+            let _ = link.stream.synchronize();
+        }
+        arrived.w()
     }
 
     pub(super) fn upload(card: &CudaDevice, parts: &[&[u8]], dtype: DType, shape: &[usize]) -> Result<Tensor> {
@@ -268,8 +292,22 @@ mod cuda {
         let tensor = output(shape, dtype, &device)?;
         // Its memory may have been another tensor's, which the card still works with.
         let ready = card.cuda_stream().record_event(None).w()?;
-        with_known_link(card, |link| send(link, card, parts, &tensor, &ready))?;
+        with_known_link(card, |link| with_addresses(card, &[Some(&tensor)], |at| send(link, card, parts, at[0], &ready)))?;
         Ok(tensor)
+    }
+
+    pub(super) fn upload_blocks(card: &CudaDevice, parts: &[&[u8]], kind: GgmlDType, shape: &[usize]) -> Result<QTensor> {
+        if parts.iter().map(|part| part.len()).sum::<usize>() < LEAST {
+            return super::blocks_from_parts(parts, kind, shape, &Device::Cuda(card.clone()));
+        }
+        let blocks = QTensor::new(QStorage::Cuda(QCudaStorage::zeros(card, shape.iter().product(), kind)?), shape)?;
+        let stream = card.cuda_stream();
+        // Once the zeros are there, which candle's kernels want behind the blocks.
+        let ready = stream.record_event(None).w()?;
+        let (at, used) = blocks.device_ptr_with_guard(&stream)?;
+        with_known_link(card, |link| send(link, card, parts, at as u64, &ready))?;
+        drop(used);
+        Ok(blocks)
     }
 
     pub(super) fn visit<R>(
@@ -283,7 +321,7 @@ mod cuda {
         let n = values(bytes.len(), dtype, shape)?;
         let place = with_known_link(card, |link| {
             let place = link.place(n, dtype, card)?;
-            send(link, card, &[bytes], &place.memory, &place.used)?;
+            with_addresses(card, &[Some(&place.memory)], |at| send(link, card, &[bytes], at[0], &place.used))?;
             Ok(place)
         })?;
         let done = place.memory.narrow(0, 0, n).and_then(|x| work(x.reshape(shape)?));

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::linear::{linear, linear_gelu};
@@ -62,8 +62,8 @@ pub fn visit_blocks<R>(
 ) -> Result<R> {
     let data = blocks.data()?;
     let Some(kernels) = kernels(blocks, dtype, addends, device) else {
-        let there = QStorage::from_data(data, device, blocks.dtype())?;
-        return work(widen_blocks(&QTensor::new(there, blocks.shape())?, dtype, addends)?);
+        let there = transfer::upload_blocks(&[&data], blocks.dtype(), blocks.shape().dims(), device)?;
+        return work(widen_blocks(&there, dtype, addends)?);
     };
     let shape = blocks.shape().dims2()?;
     let widened = transfer::visit_bytes(&data, DType::U8, &[data.len()], device, |bytes| {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::quantized::{QStorage, QTensor};
+use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::{Addend, Beside, Delta, Fp8Rows};
 
@@ -115,8 +115,8 @@ impl Weight {
                 },
             },
             Self::Quantised(blocks) => {
-                let moved = QStorage::from_data(blocks.data()?, device, blocks.dtype())?;
-                Self::Quantised(Arc::new(QTensor::new(moved, blocks.shape())?))
+                let moved = kernels::upload_blocks(&[&blocks.data()?], blocks.dtype(), blocks.shape().dims(), device)?;
+                Self::Quantised(Arc::new(moved))
             }
             Self::Mapped(mapped) => Self::Dense(mapped.on(device)?),
         })

@@ -1,6 +1,6 @@
 //! What matrices are kept as in memory: as they are stored, or in fewer bits.
 
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::Fp8Rows;
 use rayon::prelude::*;
@@ -81,15 +81,14 @@ impl Keep {
             Self::Gguf(kind) => {
                 let device = dense.device().clone();
                 let wide = dense.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
-                // Rows are whole numbers of blocks, so parts are put together by their bytes.
                 let part = |row: usize| {
                     // A copy, because quantize reads a view from the start of its storage.
                     let rows = wide.narrow(0, row, ROWS.min(output - row))?.force_contiguous()?;
                     Ok(QTensor::quantize(&rows, kind)?.data()?.into_owned())
                 };
                 let parts = (0..output).into_par_iter().step_by(ROWS).map(part).collect::<Result<Vec<Vec<u8>>>>()?;
-                let blocks = QStorage::from_data(parts.concat().into(), &device, kind)?;
-                Weight::Quantised(Arc::new(QTensor::new(blocks, (output, input))?))
+                let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+                Weight::Quantised(Arc::new(kernels::upload_blocks(&parts, kind, &[output, input], &device)?))
             }
         })
     }

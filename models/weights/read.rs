@@ -1,8 +1,6 @@
 //! From stored bytes to tensors: one copy, straight into the type and place where the tensor will live.
 
-use std::borrow::Cow;
-
-use candle_core::quantized::{QStorage, QTensor};
+use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -51,8 +49,8 @@ impl AsRef<[u8]> for InFile {
 }
 
 /// The type of computation that values are stored in, if it is one.
-pub(super) fn computed(stored: Dtype) -> Option<DType> {
-    [DType::F32, DType::F16, DType::BF16].into_iter().find(|dtype| plain(*dtype) == Kind::Plain(stored))
+pub(super) fn computed(stored: Kind) -> Option<DType> {
+    [DType::F32, DType::F16, DType::BF16].into_iter().find(|dtype| plain(*dtype) == stored)
 }
 
 impl Checkpoint {
@@ -65,9 +63,10 @@ impl Checkpoint {
 
 /// The rows as one tensor of `dtype`.
 pub(super) fn dense(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
-    // Straight from the file to a GPU; in main memory all cores copy.
-    if rows.iter().all(|part| part.stored.kind == plain(dtype)) && !device.is_cpu() {
-        return kernels::upload(&parts(checkpoint, rows), dtype, shape, device);
+    // Straight from the file to a GPU; in main memory all cores copy. Cards also change the type, which takes them no time.
+    let stored = rows.first().and_then(|part| computed(part.stored.kind)).filter(|_| device.is_cuda()).unwrap_or(dtype);
+    if rows.iter().all(|part| part.stored.kind == plain(stored)) && !device.is_cpu() {
+        return kernels::upload(&parts(checkpoint, rows), stored, shape, device)?.to_dtype(dtype);
     }
     if rows.iter().any(|part| matches!(part.stored.kind, Kind::Gguf(_))) {
         return kernels::widen_blocks(&quantised(checkpoint, rows, shape, device)?, dtype, &[]);
@@ -93,11 +92,7 @@ pub(super) fn quantised(checkpoint: &Checkpoint, rows: &[Rows], shape: &[usize],
     if rows.iter().any(|part| part.stored.kind != Kind::Gguf(kind)) {
         bail!("the parts of this weight are quantised differently");
     }
-    let bytes = match rows {
-        [one] => Cow::Borrowed(one.bytes(checkpoint)),
-        rows => Cow::Owned(parts(checkpoint, rows).concat()),
-    };
-    QTensor::new(QStorage::from_data(bytes, device, kind)?, shape)
+    kernels::upload_blocks(&parts(checkpoint, rows), kind, shape, device)
 }
 
 fn parts<'a>(checkpoint: &'a Checkpoint, rows: &[Rows]) -> Vec<&'a [u8]> {

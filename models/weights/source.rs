@@ -294,8 +294,8 @@ impl Source {
 
     /// A matrix where it lies, if its values need nothing but widening to be computed with in `dtype`.
     fn mapped(&self, rows: &[Rows], dtype: DType, shape: [usize; 2]) -> Option<Mapped> {
-        let ([one], Kind::Plain(stored)) = (rows, rows.first()?.stored.kind) else { return None };
-        let stored = read::computed(stored).filter(|stored| stored.size_in_bytes() <= dtype.size_in_bytes())?;
+        let [one] = rows else { return None };
+        let stored = read::computed(one.stored.kind).filter(|stored| stored.size_in_bytes() <= dtype.size_in_bytes())?;
         let bytes = read::InFile { checkpoint: self.checkpoint.clone(), rows: one.clone() };
         Some(Mapped::new(Arc::new(bytes), stored, dtype, shape))
     }

@@ -1,8 +1,10 @@
 //! What becomes of weights on their way to a product: sent to a card, and widened.
 
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use kernels::{Fp8Rows, emulated, launches, linear, linear_fp8, quantise_fp8, visit_blocks, widen_blocks, widen_fp8};
+use kernels::{
+    Fp8Rows, emulated, launches, linear, linear_fp8, quantise_fp8, upload_blocks, visit_blocks, widen_blocks, widen_fp8,
+};
 
 use super::{ALL, HALF, addends_on, assert_rounded_once, places, random, relative, sets_of_addends, to_f32};
 
@@ -25,6 +27,14 @@ fn what_is_sent_arrives() {
             }
         }
         assert!(kernels::upload(&[&[0; 4], &[0; 2]], DType::BF16, &[4], &place).is_err());
+        for rows in [1, 10_241] {
+            let mut bytes = vec![0; rows * 8192 / 32 * 34];
+            fastrand::Rng::with_seed(3).fill(&mut bytes);
+            let (first, rest) = bytes.split_at(bytes.len() / 34 / 3 * 34);
+            let there = upload_blocks(&[first, rest], GgmlDType::Q8_0, &[rows, 8192], &place).unwrap();
+            assert!(*there.data().unwrap() == bytes, "{rows} rows of blocks on {place:?}");
+        }
+        assert!(upload_blocks(&[&[0; 34]], GgmlDType::Q8_0, &[2, 32], &place).is_err());
         // Weights of several sizes and types in turns, with nothing between them that waits for the card.
         let weights: Vec<Tensor> = (0..9).map(|i| (random(&[8 + 8 * (i % 3), 64]) * 0.1).unwrap()).collect();
         for (i, dtype) in [DType::F32, DType::BF16, DType::F32, DType::F32].into_iter().enumerate() {
@@ -113,8 +123,7 @@ fn blocks_of_any_bytes() {
             let shape = (rows, blocks * kind.block_size());
             let bytes = Tensor::rand(0f32, 256., rows * blocks * kind.type_size(), &Device::Cpu).unwrap();
             let bytes = bytes.to_dtype(DType::U8).unwrap().to_vec1::<u8>().unwrap();
-            let on =
-                |place: &Device| QTensor::new(QStorage::from_data(bytes.as_slice().into(), place, kind).unwrap(), shape).unwrap();
+            let on = |place: &Device| upload_blocks(&[&bytes], kind, &[shape.0, shape.1], place).unwrap();
             let here = on(&Device::Cpu);
             for dtype in ALL {
                 let values = |x: &Tensor| to_f32(x).flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -171,8 +180,7 @@ fn loras_are_merged_while_weights_are_widened() {
                     }
                     for kind in [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K] {
                         let here = QTensor::quantize(&weight, kind).unwrap();
-                        let moved = QStorage::from_data(here.data().unwrap(), &place, kind).unwrap();
-                        let there = QTensor::new(moved, (rows, columns)).unwrap();
+                        let there = upload_blocks(&[&here.data().unwrap()], kind, &[rows, columns], &place).unwrap();
                         let want = || widen_blocks(&here, dtype, &addends).unwrap();
                         once(&|| widen_blocks(&there, dtype, &placed).unwrap(), want(), format!("set {i}, {kind:?}"));
                         let visited = || visit_blocks(&here, dtype, &placed, &place, Ok).unwrap();
