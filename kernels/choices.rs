@@ -49,10 +49,15 @@ impl Choices {
         self.known.get(shape).copied()
     }
 
-    /// Notes a choice, and returns the one that holds: another process may have made its own in the meantime.
-    pub(crate) fn note(&mut self, shape: Shape, algorithm: Algorithm) -> Algorithm {
+    /// Notes a choice, and returns the one that holds: another process may have made its own in the meantime. One that was `refused`
+    /// does not hold.
+    pub(crate) fn note(&mut self, shape: Shape, algorithm: Algorithm, refused: Option<Algorithm>) -> Algorithm {
         self.known.extend(kept(&self.name));
-        let holds = *self.known.entry(shape).or_insert(algorithm);
+        let holds = self.known.entry(shape).or_insert(algorithm);
+        if refused == Some(*holds) {
+            *holds = algorithm;
+        }
+        let holds = *holds;
         write(&self.name, &format(&self.known));
         holds
     }
@@ -146,19 +151,22 @@ mod tests {
         let machine = "NVIDIA H200 / driver 580.1";
         let (mut one, mut two) = (Choices::of(machine), Choices::of(machine));
         assert_eq!(one.get(&shape(512)), None);
-        assert_eq!(one.note(shape(512), [1; 8]), [1; 8]);
-        assert_eq!(two.note(shape(512), [2; 8]), [1; 8], "the other process was first");
-        assert_eq!(two.note(shape(4096), [u64::MAX; 8]), [u64::MAX; 8]);
-        assert_eq!(one.note(shape(1), [3; 8]), [3; 8]);
+        assert_eq!(one.note(shape(512), [1; 8], None), [1; 8]);
+        assert_eq!(two.note(shape(512), [2; 8], None), [1; 8], "the other process was first");
+        assert_eq!(two.note(shape(4096), [u64::MAX; 8], None), [u64::MAX; 8]);
+        assert_eq!(one.note(shape(1), [3; 8], None), [3; 8]);
+        // What the library refuses does not hold, whoever noted it.
+        assert_eq!(two.note(shape(512), [4; 8], Some([1; 8])), [4; 8]);
+        assert_eq!(one.note(shape(512), [5; 8], Some([1; 8])), [4; 8], "another has found another one");
         let again = Choices::of(machine);
         let all = [512, 4096, 1].map(|n| again.get(&shape(n)));
-        assert_eq!(all, [Some([1; 8]), Some([u64::MAX; 8]), Some([3; 8])]);
+        assert_eq!(all, [Some([4; 8]), Some([u64::MAX; 8]), Some([3; 8])]);
         assert_eq!(Choices::of("another card").get(&shape(512)), None);
         // What is damaged is timed again, the rest holds.
         let name = "gemm-NVIDIA-H200---driver-580.1.txt";
         let text = memory.read(name).unwrap();
         memory.write(name, &format!("nonsense\n1 2 3\n{}", &text[..text.len() - 3]));
         let damaged = Choices::of(machine);
-        assert_eq!([1, 512, 4096].map(|n| damaged.get(&shape(n))), [Some([3; 8]), Some([1; 8]), None]);
+        assert_eq!([1, 512, 4096].map(|n| damaged.get(&shape(n))), [Some([3; 8]), Some([4; 8]), None]);
     }
 }

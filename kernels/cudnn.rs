@@ -248,6 +248,11 @@ mod card {
                 Entry::Occupied(entry) => entry.into_mut(),
                 Entry::Vacant(entry) => {
                     let plan = entry.key().plan(library, Target::Card(&self.handle));
+                    // What is second best on a card that is full would stay in use when it is not.
+                    let plan = plan.and_then(|plan| match &plan.passed_over {
+                        Some(why) if is_full(&of) => Err(why.clone()),
+                        _ => Ok(plan),
+                    });
                     let plan = noted(&of, plan.map_err(|why| why.about(&format!("no plan for {:?}", entry.key()))))?;
                     entry.insert(plan)
                 }

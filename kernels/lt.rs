@@ -83,7 +83,7 @@ fn fit<'a>(x: &'a Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Opti
     Ok(all.then_some(device))
 }
 
-/// x `(n, input)` and weight `(output, input)` -> as [`linear`], in `dtype`. `None` also where the card has no units for it.
+/// x `(n, input)` and weight `(output, input)` -> as [`linear`], in `dtype`. `None` where our kernels are off or the card has no units for it.
 pub(crate) fn linear_fp8(
     Fp8Rows { data: x, scale: x_scale }: &Fp8Rows,
     Fp8Rows { data: weight, scale }: &Fp8Rows,
@@ -92,7 +92,7 @@ pub(crate) fn linear_fp8(
     dtype: DType,
 ) -> Result<Option<Tensor>> {
     let Device::Cuda(device) = x.device() else { return Ok(None) };
-    let capable = crate::card::has_fp8_products(x.device());
+    let capable = applies(x) && crate::card::has_fp8_products(x.device());
     let sixteens = |m: &Tensor| m.is_contiguous() && m.dims().iter().all(|d| d.is_multiple_of(16)) && m.elem_count() > 0;
     let bias_fits = bias.is_none_or(|bias| bias.dtype() == dtype && bias.is_contiguous() && in_eights(bias));
     let fits = sixteens(weight) && x.is_contiguous() && x.dim(1)?.is_multiple_of(16) && matches!(dtype, DType::F16 | DType::BF16);
@@ -103,6 +103,10 @@ pub(crate) fn linear_fp8(
     let product = Product { x, weight, scales: Some([x_scale, scale]), bias, gelu, y: &y };
     if run(device, &product)? {
         return Ok(Some(y));
+    }
+    // There may be algorithms with a scale for each row, and none of them with GELU.
+    if gelu && run(device, &Product { gelu: false, ..product })? {
+        return Ok(Some(crate::gelu(&y)?));
     }
     // Only Hopper has algorithms with a scale for each row: elsewhere the product comes first. Without its scales it is of up to
     // 448² for each input, which f16 does not hold.
@@ -250,9 +254,8 @@ impl Library {
             .result()
         };
         // One that was kept may be refused, by another version of the library under the same number.
-        if let Some(kept) = self.choices.get(shape)
-            && call(&kept).is_ok()
-        {
+        let kept = self.choices.get(shape);
+        if kept.is_some_and(|kept| call(&kept).is_ok()) {
             return Ok(true);
         }
         let candidates = self.candidates(&description, [&a, &b, &c])?;
@@ -262,7 +265,7 @@ impl Library {
             return Ok(false);
         };
         // The last run of the fastest need not have been the last run: the product is made again.
-        call(&self.choices.note(shape.clone(), fastest)).or_else(|_| call(&fastest)).map_err(candle_core::Error::wrap)?;
+        call(&self.choices.note(shape.clone(), fastest, kept)).or_else(|_| call(&fastest)).map_err(candle_core::Error::wrap)?;
         Ok(true)
     }
 

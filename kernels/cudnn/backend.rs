@@ -12,7 +12,7 @@ type Raw = *mut c_void;
 type Status = c_int;
 
 /// What went wrong, in words.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Failure {
     status: Status,
     said: String,

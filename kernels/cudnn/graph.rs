@@ -182,6 +182,8 @@ pub(super) struct Plan {
     plan: Descriptor,
     /// Bytes.
     pub(super) workspace: usize,
+    /// Why an engine that comes before it was not taken, if that may be for the card's being full.
+    pub(super) passed_over: Option<Failure>,
     /// What the library says of its numbers.
     #[cfg_attr(not(test), expect(dead_code, reason = "only tests look at it"))]
     pub(super) notes: Vec<i32>,
@@ -192,24 +194,23 @@ pub(super) struct Plan {
 
 impl Plan {
     /// The first that the library has for a problem that may be put to it in these ways: in either what it knows to be fast, then whatever
-    /// works. `most` bytes of workspace. Compiling takes part of a second. The error says why there is none, or that the card failed: what is
-    /// second best on a card that is full would stay in use when it is not.
+    /// works. `most` bytes of workspace. Compiling takes part of a second. The error says why there is none.
     pub(super) fn new(
         ways: &[&dyn Fn() -> Result<Operations, Failure>],
         target: Target<'_>,
         most: usize,
     ) -> Result<Self, Failure> {
-        let mut why = Vec::new();
+        let (mut why, mut passed_over) = (Vec::new(), None);
         for mode in [heuristics::A, heuristics::FALLBACK] {
             for way in ways {
                 match way().and_then(|operations| Self::of(operations, target, mode, most)) {
-                    Ok(plan) => return Ok(plan),
-                    Err(e) if e.is_of_the_card() => return Err(e),
+                    Ok(plan) => return Ok(Self { passed_over: passed_over.or(plan.passed_over), ..plan }),
+                    Err(e) if e.is_of_the_card() => passed_over = passed_over.or(Some(e)),
                     Err(e) => why.push(e.to_string()),
                 }
             }
         }
-        Err(why.join("; ").into())
+        Err(passed_over.unwrap_or_else(|| why.join("; ").into()))
     }
 
     pub(super) fn of(operations: Operations, target: Target<'_>, mode: i32, most: usize) -> Result<Self, Failure> {
@@ -227,11 +228,14 @@ impl Plan {
         question.extend(target.told(None, Some(attribute::HEURISTICS_DEVICE)));
         let answer = Descriptor::new(library, descriptor::HEURISTICS, &question)?;
         let configs = answer.descriptors(attribute::HEURISTICS_RESULTS, descriptor::ENGINE_CONFIG)?;
-        let mut why = Failure::from(String::from("no engine for this graph"));
+        let (mut why, mut passed_over) = (Failure::from(String::from("no engine for this graph")), None);
         for config in &configs {
             // An engine that nothing is said of may be used.
             let notes = match notes(config) {
-                Err(e) if e.is_of_the_card() => return Err(e),
+                Err(e) if e.is_of_the_card() => {
+                    passed_over = passed_over.or(Some(e));
+                    continue;
+                }
                 notes => notes.unwrap_or_default(),
             };
             if let Some(what) = notes.iter().find_map(|note| unfit(*note)) {
@@ -243,19 +247,19 @@ impl Plan {
             attributes.extend(target.told(Some(attribute::PLAN_HANDLE), Some(attribute::PLAN_DEVICE)));
             let plan = match Descriptor::new(library, descriptor::PLAN, &attributes) {
                 Ok(plan) => plan,
-                Err(e) if e.is_of_the_card() => return Err(e),
                 Err(e) => {
+                    passed_over = passed_over.or_else(|| e.is_of_the_card().then(|| e.clone()));
                     why = e;
                     continue;
                 }
             };
             let workspace = plan.integer(attribute::PLAN_WORKSPACE)?.max(0) as usize;
             if workspace <= most {
-                return Ok(Self { plan, workspace, notes, library, _graph: graph, _operations: operations });
+                return Ok(Self { plan, workspace, passed_over, notes, library, _graph: graph, _operations: operations });
             }
             why = format!("an engine wants {workspace} bytes to work in").into();
         }
-        Err(why)
+        Err(passed_over.unwrap_or(why))
     }
 
     /// What is called with: where each of the given tensors is, by its name, and the workspace. Single numbers are in the processor's memory.

@@ -30,7 +30,7 @@ impl Machine {
     /// The device, with our kernels on if they are to be.
     pub fn open(&self) -> Result<Device, Error> {
         let device = engine::device(self.device)?;
-        proof::settle(&device);
+        proof::settle(self, &device);
         Ok(device)
     }
 

@@ -32,6 +32,8 @@ enum Known {
     Right(String),
     /// What was not right first.
     Wrong(String),
+    /// How trying them ended without an answer, one time.
+    Unclear(String),
 }
 
 impl Known {
@@ -41,6 +43,7 @@ impl Known {
         match word {
             "right" => Some(Self::Right(why.into())),
             "wrong" => Some(Self::Wrong(why.into())),
+            "unclear" => Some(Self::Unclear(why.into())),
             // What is damaged is found out again.
             _ => None,
         }
@@ -50,6 +53,7 @@ impl Known {
         let (word, why) = match self {
             Self::Right(why) => ("right", why),
             Self::Wrong(why) => ("wrong", why),
+            Self::Unclear(why) => ("unclear", why),
         };
         kernels::remember(subject, &format!("{word} {}\n", why.replace('\n', " ")));
     }
@@ -62,25 +66,34 @@ fn subject(device: &Device) -> Result<String, Error> {
 }
 
 /// Turns our kernels on if [`ask`] was called and they are right on this card; the first time that takes some seconds.
-pub(super) fn settle(device: &Device) {
+pub(super) fn settle(machine: &Machine, device: &Device) {
     static SETTLED: Mutex<bool> = Mutex::new(false);
     // Whoever comes meanwhile waits for the answer.
     let mut settled = SETTLED.lock().unwrap_or_else(PoisonError::into_inner);
     if !device.is_cuda() || !ASKED.load(Ordering::Relaxed) || std::mem::replace(&mut settled, true) {
         return;
     }
-    match known(device) {
+    match known(machine, device) {
         Ok(Known::Right(_)) => kernels::use_fused(true),
         Ok(Known::Wrong(why)) => {
             tracing::warn!("candle's operations are used: darkroom's own are wrong on this card, please report it: {why}");
         }
-        Err(why) => tracing::warn!("candle's operations are used, as darkroom's own could not be tried: {why}"),
+        Ok(Known::Unclear(why)) => {
+            tracing::warn!(
+                "candle's operations are used, as trying darkroom's own ended badly; the next start tries again: {why}"
+            );
+        }
+        // Also where a card serves one process at a time, which this one is.
+        Err(why) => tracing::warn!(
+            "candle's operations are used, as darkroom's own could not be tried; darkroom doctor --kernels tries them by itself: {why}"
+        ),
     }
 }
 
-fn known(device: &Device) -> Result<Known, String> {
+fn known(machine: &Machine, device: &Device) -> Result<Known, String> {
     let subject = subject(device).map_err(|error| error.to_string())?;
-    if let Some(known) = Known::of(&subject) {
+    let before = Known::of(&subject);
+    if let Some(known @ (Known::Right(_) | Known::Wrong(_))) = before {
         return Ok(known);
     }
     tracing::info!("darkroom's kernels are tried on this card, once");
@@ -88,15 +101,19 @@ fn known(device: &Device) -> Result<Known, String> {
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
     let mut command = Command::new(program);
     command.args(["doctor", "--kernels", "--device", &format!("cuda:{gpu_id}")]);
+    if let Some(limit) = machine.vram_limit {
+        command.args(["--vram-limit", &limit.to_string()]);
+    }
     let ended = run(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()));
     let ended = ended.map_err(|error| error.to_string())?;
     match (Known::of(&subject), ended) {
-        (Some(known), _) => Ok(known),
+        (Some(known @ (Known::Right(_) | Known::Wrong(_))), _) => Ok(known),
         // Nothing can be kept here, so it is found out at each start.
-        (None, Ended::Well) => Ok(Known::Right("just now".into())),
-        (None, Ended::Refused(said)) => Err(said.lines().last().unwrap_or("it does not say why").into()),
-        (None, Ended::Crashed(how)) => {
-            let known = Known::Wrong(how);
+        (_, Ended::Well) => Ok(Known::Right("just now".into())),
+        (_, Ended::Refused(said)) => Err(said.lines().last().unwrap_or("it does not say why").into()),
+        (_, Ended::Crashed(how)) => {
+            // A machine that is busy or has no memory left is not the kernels' fault, but it is not so twice.
+            let known = if before.is_some() { Known::Wrong(how) } else { Known::Unclear(how) };
             known.keep(&subject);
             Ok(known)
         }
@@ -165,6 +182,8 @@ pub(crate) fn try_kernels(machine: Machine) -> Result<Vec<Finding>, Error> {
             return Err(error.into());
         }
         findings.push(Finding::new("kernels", Verdict::Bad, format!("not tried to the end: {}", chain(&error))));
+        // After a fault the libraries cannot let go of the card, and end the program when they try.
+        Box::leak(Box::new(device.clone()));
     }
     let known = match findings.iter().find(|finding| finding.verdict == Verdict::Bad) {
         Some(Finding { item, text, .. }) => Known::Wrong(format!("{item}: {text}")),
@@ -205,7 +224,15 @@ pub(super) fn examine(device: &Device) -> Finding {
             ),
         ),
         // It cannot be kept here.
-        None if fused => (Verdict::Good, "darkroom's own, which were right on this card at this start".into()),
+        None | Some(Known::Unclear(_)) if fused => {
+            (Verdict::Good, "darkroom's own, which were right on this card at this start".into())
+        }
+        Some(Known::Unclear(why)) => (
+            Verdict::Note,
+            format!(
+                "candle's operations: trying darkroom's own ended badly; the next start, or darkroom doctor --kernels, tries again: {why}"
+            ),
+        ),
         None => {
             (Verdict::Note, "candle's operations: darkroom's own could not be tried; darkroom doctor --kernels says why".into())
         }

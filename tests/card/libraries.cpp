@@ -205,9 +205,11 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int room,
                                               cublasLtMatmulHeuristicResult_t *results, int *found) {
     const Description &d = *(Description *)of;
-    // Only Hopper has algorithms with a scale for each row.
+    // Only Hopper has algorithms with a scale for each row; whether with GELU as well, nobody says: CARD_PLAIN_SCALES=1 has none.
     int capability = atoi(getenv("CARD_CAPABILITY") ? getenv("CARD_CAPABILITY") : "9");
-    if (d.a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F && capability != 9) return *found = 0, CUBLAS_STATUS_NOT_SUPPORTED;
+    bool gelu = d.epilogue == CUBLASLT_EPILOGUE_GELU || d.epilogue == CUBLASLT_EPILOGUE_GELU_BIAS;
+    bool has = capability == 9 && !(gelu && getenv("CARD_PLAIN_SCALES"));
+    if (d.a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F && !has) return *found = 0, CUBLAS_STATUS_NOT_SUPPORTED;
     *found = room < 2 ? room : 2;
     for (int i = 0; i < *found; i++) {
         memset(&results[i], 0, sizeof results[i]);

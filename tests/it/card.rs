@@ -266,18 +266,22 @@ fn kernels_are_tried_before_they_are_used() {
     ] {
         // Too small for a trial at FLUX.1's sizes, which would take hours here.
         let place = place(&[("CARD_MEMORY", "5000000000"), ("CARD_FAULT", fault)]);
-        for first in [true, false] {
+        // What dies may have done so for another reason, and has another chance.
+        let dies = fault.starts_with("die");
+        let tries = if dies { 2 } else { 1 };
+        for start in 0..3 {
+            let (tried, wrong) = (start < tries, !fault.is_empty() && start + 1 >= tries);
             let all = ["generate", PROMPT, "--lora", "user1003@0.9", "--seed", "3", "--steps", "2", "--device", "cuda"];
             let said = place.run(&[&all[..], &["--output", "a.png", "--force"]].concat()).succeeds().err();
-            assert_eq!(said.contains("are tried on this card"), first, "{fault}: {said}");
-            assert_eq!(said.contains("are wrong on this card"), !fault.is_empty(), "{fault}: {said}");
+            assert_eq!(said.contains("are tried on this card"), tried, "{fault}: {said}");
+            assert_eq!(said.contains("are wrong on this card"), wrong, "{fault}: {said}");
             let ours = log(&place)["launches"].as_object().unwrap().keys().any(|name| name.starts_with("norm_"));
             assert_eq!(ours, fault.is_empty(), "{fault}");
             assert!(ours || pixels(&place.path("a.png")) == plain, "{fault}");
         }
         let doctor = place.run(&["doctor", "--device", "cuda"]).out();
         assert!(doctor.contains(found), "{fault}: {doctor}");
-        if !fault.starts_with("die") {
+        if !dies {
             let tried = place.run(&["doctor", "--kernels", "--device", "cuda", "--json"]);
             let trials: Vec<Value> = serde_json::from_value(tried.json()).unwrap();
             assert!(fault.starts_with("break") || trials.len() > 90, "{}", trials.len());
