@@ -12,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 pub(super) use self::request::Request;
 use super::auth::Caller;
@@ -21,6 +21,7 @@ use super::outputs::{READING, names, patiently};
 use super::problem::{Body, Form, OpenAi, Problem};
 use super::stream::{self, Tell};
 use super::submit::{Submission, base64, fingerprint};
+use super::wait::ANSWER;
 use super::{Server, replicate};
 use crate::jobs::{Job, Status};
 use crate::ops::serve::preview;
@@ -145,19 +146,18 @@ struct Streamed {
 
 impl Tell for Streamed {
     async fn news(&mut self, server: &Server, job: &Job) -> Vec<Event> {
-        if job.status.is_final() {
-            return self.end(server, job).await;
-        }
         let shown = job.progress.as_ref().and_then(|progress| progress["previews"].as_u64()).unwrap_or(0);
-        if shown <= self.seen || self.sent >= self.request.partial_images {
-            return Vec::new();
+        // A job may be done before anybody saw that there was one.
+        let late = job.status == Status::Succeeded && self.sent == 0;
+        let mut events = Vec::new();
+        if (shown > self.seen || late) && self.sent < self.request.partial_images {
+            self.seen = shown;
+            events.extend(self.partial(server, job).await);
         }
-        self.seen = shown;
-        let Ok(Some(picture)) = server.blobs.get(&preview(job.id.as_str())).await else { return Vec::new() };
-        let mut event = self.describe(job, "partial_image", &base64(&picture), "webp");
-        event["partial_image_index"] = json!(self.sent);
-        self.sent += 1;
-        vec![named(&event)]
+        if job.status.is_final() {
+            events.extend(self.end(server, job).await);
+        }
+        events
     }
 
     /// Clients raise what they find under `error`.
@@ -167,6 +167,15 @@ impl Tell for Streamed {
 }
 
 impl Streamed {
+    /// The newest preview. Nobody waits for storage because of it.
+    async fn partial(&mut self, server: &Server, job: &Job) -> Option<Event> {
+        let picture = timeout(ANSWER, server.blobs.get(&preview(job.id.as_str()))).await.ok()?.ok()??;
+        let mut event = self.describe(job, "partial_image", &base64(&picture), "webp");
+        event["partial_image_index"] = json!(self.sent);
+        self.sent += 1;
+        Some(named(&event))
+    }
+
     async fn end(&self, server: &Server, job: &Job) -> Vec<Event> {
         let headers = HeaderMap::new();
         match patiently(&job.id, Instant::now() + READING, || pictures(server, &headers, job, false)).await {
@@ -240,6 +249,25 @@ mod tests {
         let job = server.gone_for_tests().await;
         let said = said(stream::events(server, job, Streamed { request: request(), sent: 0, seen: 0 })).await;
         assert!(said.starts_with("event: error\n") && said.contains("not_found"), "{said}");
+    }
+
+    #[tokio::test]
+    async fn who_sees_a_job_only_when_it_is_done_still_gets_a_partial_picture() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = server(folder.path()).await;
+        let job = server.ended_for_tests().await;
+        server.blobs.put(&format!("{}/0.png", outputs(job.id.as_str())), vec![1]).await.unwrap();
+        server.blobs.put(&preview(job.id.as_str()), vec![2]).await.unwrap();
+        let said_of = |partial_images| {
+            let mut request = request();
+            request.partial_images = partial_images;
+            said(stream::events(server.clone(), job.clone(), Streamed { request, sent: 0, seen: 0 }))
+        };
+        let names = |said: String| -> Vec<String> {
+            said.lines().filter_map(|line| line.strip_prefix("event: image_generation.").map(str::to_owned)).collect()
+        };
+        assert_eq!(names(said_of(2).await), ["partial_image", "completed"]);
+        assert_eq!(names(said_of(0).await), ["completed"]);
     }
 
     #[tokio::test]
